@@ -1,0 +1,35 @@
+# MDLM on OpenWebText (Sahoo et al. 2024, arXiv 2406.07524), 170M parameters.
+#
+#   python data.py --dataset=openwebtext --tokenizer=gpt2
+#   torchrun --nproc_per_node=8 train.py config/owt_mdlm.py
+#
+# Hardware: 8 GPUs of 80 GB, 32 rows each, two micro-batches a step.
+# Published (1M steps, 262B tokens): test perplexity at most 23.2.
+
+out_dir = 'out-owt-mdlm'
+dataset = 'openwebtext'     # its last 100,000 documents are validation
+tokenizer = 'gpt2'
+packing = 'wrap'
+block_size = 1024
+batch_size = 32
+global_batch_size = 512
+
+n_layer = 12
+n_head = 12
+n_embd = 768
+cond_dim = 128              # adaLN-zero,
+time_conditioning = False   # always fed sigma = 0
+dropout = 0.1
+objective = 'subs'
+
+learning_rate = 3e-4
+max_iters = 1_000_000
+lr_schedule = 'constant'
+warmup_iters = 2500
+weight_decay = 0.0
+grad_clip = 1.0
+ema = 0.9999
+
+eval_interval = 10_000
+ckpt_interval = 2500
+keep_interval = 100_000

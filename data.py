@@ -1,0 +1,565 @@
+"""
+Text -> token bins -> rows of a batch.
+
+    python data.py --dataset=stdlib --tokenizer=bpe-2048
+    python data.py --dataset=text:corpus.txt --name=corpus --tokenizer=gpt2
+    python data.py --dataset=openwebtext
+
+data/<name>/ then holds, per split, <split>.bin (token ids, documents one after another, each closed by its EOS), <split>.idx
+(int64 offsets of the documents, one more than there are) and meta.json. Rows are cut out at training time (TokenRows), so that
+one preparation serves every model.
+"""
+import ast
+import contextlib
+import difflib
+import hashlib
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import sys
+import sysconfig
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import numpy as np
+import torch
+from filelock import FileLock
+from tqdm import tqdm
+
+dataset = 'stdlib'  # a name in DATASETS, or text:PATH (a text file, a .jsonl with a "text" field, or a folder of them)
+tokenizer = 'gpt2'  # gpt2, gpt2-xlm, bpe-N (trained here, N ids), bytes, or a Hugging Face name or folder
+name = None         # the bins go to data/<name>; None: <dataset>-<tokenizer>
+input = None        # a local file or folder of the same form, in place of the hub's
+streaming = True    # hub datasets: read while they download; False: download first
+
+# -----------------------------------------------------------------------------
+# keys for everything random: a function of integers, never of a stream that has been running
+
+
+def splitmix64(x):
+    """A good 64-bit hash of uint64 arrays (Steele et al. 2014)."""
+    with np.errstate(over='ignore'):
+        x = x + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+def key_of(*numbers):
+    """One 63-bit seed from several whole numbers, such as (seed, step, micro-batch)."""
+    key = np.zeros(1, dtype=np.uint64)
+    for number in numbers:
+        key = splitmix64(key ^ np.uint64(int(number) % 2 ** 64))
+    return int(key[0] >> np.uint64(1))
+
+
+def permute(index, n, *key):
+    """The images of index (k,) under a random permutation of range(n) that key alone decides. It is a small Feistel network
+    on the next power of four, walked until the image lies in the range, so that no array of length n is ever made."""
+    half = np.uint64(max(1, math.ceil(math.log2(max(n, 2)) / 2)))
+    low = (np.uint64(1) << half) - np.uint64(1)
+    round_keys = [np.uint64(key_of(*key, i)) for i in range(6)]
+    image = np.array(index, dtype=np.uint64)
+    outside = np.ones(len(image), dtype=bool)
+    while outside.any():
+        left, right = image[outside] >> half, image[outside] & low
+        for round_key in round_keys:
+            left, right = right, left ^ (splitmix64(right ^ round_key) & low)
+        image[outside] = left << half | right
+        outside = image >= n
+    return image.astype(np.int64)
+
+
+# -----------------------------------------------------------------------------
+# tokenizers
+
+
+class Tokenizer:
+    """encode(str) -> ids, decode(ids) -> str, and the special ids. Text that looks like a special token is encoded as text.
+    encode_batch: list of str -> list of id sequences; decode_ids: ids that the base tokenizer knows -> str;
+    named: id -> text of the ids that it does not know."""
+
+    def __init__(self, name, encode_batch, decode_ids, base_size, eos_id=None, bos_id=None, pad_id=None, mask_id=None, named=(), sha256=None):
+        self.name, self.encode_batch, self.decode_ids, self.named, self.sha256 = name, encode_batch, decode_ids, dict(named), sha256
+        size = base_size + len(self.named)
+        for role, missing in (('eos_id', eos_id is None), ('mask_id', mask_id is None)):
+            if missing:
+                self.named[size] = '<|endoftext|>' if role == 'eos_id' else '<|mask|>'
+                eos_id, mask_id = (size, mask_id) if role == 'eos_id' else (eos_id, size)
+                size += 1
+        self.vocab_size, self.eos_id, self.mask_id = size, eos_id, mask_id
+        self.bos_id = eos_id if bos_id is None else bos_id
+        self.pad_id = eos_id if pad_id is None else pad_id
+
+    def encode(self, text):
+        return [int(i) for i in self.encode_batch([text])[0]]
+
+    def decode(self, ids):
+        text, run = [], []
+        for i in [int(i) for i in ids] + [None]:
+            if i is not None and i not in self.named:
+                run.append(i)
+                continue
+            if run:
+                text.append(self.decode_ids(run))
+            text.append('' if i is None else self.named[i])
+            run = []
+        return ''.join(text)
+
+    def meta(self):
+        """What tells it from others; sha256 is that of the file of a tokenizer trained here."""
+        return {key: getattr(self, key) for key in ('name', 'vocab_size', 'eos_id', 'bos_id', 'pad_id', 'mask_id', 'sha256')}
+
+
+GPT2_XLM = ('<|cls|>', '<|bos|>', '<|pad|>', '<|unk|>', '<|mask|>', '<|sep|>')  # 50257 and on
+
+
+def gpt2_tokenizer(name):
+    import tiktoken
+    try:
+        base = tiktoken.get_encoding('gpt2')
+    except Exception as error:  # requests' own, where there is no network
+        raise ValueError("GPT-2's vocabulary is not on this machine and cannot be downloaded: set TIKTOKEN_CACHE_DIR to a folder that "
+                         f'holds it ({type(error).__name__})') from None
+    encode_batch = lambda texts: [base.encode_to_numpy(text, disallowed_special=()) for text in texts]
+    if name == 'gpt2':
+        return Tokenizer(name, encode_batch, base.decode, 50257, eos_id=50256)
+    named = {50257 + i: text for i, text in enumerate(GPT2_XLM)}
+    return Tokenizer(name, encode_batch, base.decode, 50257, eos_id=50256, bos_id=50258, pad_id=50259, mask_id=50261, named=named)
+
+
+def bpe_tokenizer(name, folder):
+    import tokenizers
+    path = os.path.join(folder or '', 'tokenizer.json')
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path} is missing: the tokenizer '{name}' is trained by data.py and saved beside the bins")
+    base = tokenizers.Tokenizer.from_file(path)
+    base.encode_special_tokens = True  # "<|endoftext|>" in a text is text
+    encode_batch = lambda texts: [encoding.ids for encoding in base.encode_batch(texts, add_special_tokens=False)]
+    decode = lambda ids: base.decode(ids, skip_special_tokens=False)
+    with open(path, 'rb') as f:
+        sha256 = hashlib.sha256(f.read()).hexdigest()
+    return Tokenizer(name, encode_batch, decode, base.get_vocab_size(), eos_id=base.token_to_id('<|endoftext|>'), sha256=sha256)
+
+
+def hugging_face_tokenizer(name):
+    import transformers
+    try:
+        base = transformers.AutoTokenizer.from_pretrained(name, split_special_tokens=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"tokenizer '{name}' is neither gpt2, gpt2-xlm, bytes or bpe-N nor a Hugging Face folder or name that can be "
+                         f'loaded ({str(error).strip().splitlines()[0]})') from None
+    encode_batch = lambda texts: base(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)['input_ids']
+    first = lambda *ids: next((i for i in ids if i is not None), None)
+    return Tokenizer(name, encode_batch, base.decode, len(base), eos_id=first(base.eos_token_id, base.sep_token_id),
+                     bos_id=first(base.bos_token_id, base.cls_token_id), pad_id=base.pad_token_id, mask_id=base.mask_token_id)
+
+
+def get_tokenizer(name, folder=None):
+    """The tokenizer of that name: 'gpt2', 'gpt2-xlm', 'bytes', 'bpe-N' (read from folder/tokenizer.json), or a Hugging Face name
+    or folder. It keeps its own ids, gets an EOS if it has none and then, last, a mask if it has none; BOS and padding are EOS where
+    it has none. Raises ValueError or FileNotFoundError."""
+    if name in ('gpt2', 'gpt2-xlm'):
+        return gpt2_tokenizer(name)
+    if name == 'bytes':
+        return Tokenizer(name, lambda texts: [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts],
+                         lambda ids: bytes(ids).decode(errors='replace'), 256)
+    if re.fullmatch(r'bpe-\d+', name):
+        return bpe_tokenizer(name, folder)
+    return hugging_face_tokenizer(name)
+
+
+def train_bpe(texts, size, path):
+    """Train a byte-level BPE of `size` ids, EOS included, on an iterator of texts and save it at path."""
+    import tokenizers
+    base = tokenizers.Tokenizer(tokenizers.models.BPE())
+    base.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    base.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    if size <= len(alphabet):
+        raise ValueError(f'tokenizer bpe-{size}: a byte-level BPE has at least {len(alphabet) + 1} ids, 256 bytes and EOS')
+    base.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
+        vocab_size=size, special_tokens=['<|endoftext|>'], initial_alphabet=sorted(alphabet), show_progress=False))
+    base.save(path)
+
+
+# -----------------------------------------------------------------------------
+# sources of text. A reader is a generator of (split, text, last, total): split None leaves the choice to a hash of the document's
+# index; last is False where the document goes on in the next item; total is the number of documents, None if it is not known.
+
+PIECE = 1 << 20                            # characters: longer documents go through in pieces
+BLANK = re.compile(r'\n(?:[^\S\n]*\n)+')    # lines of nothing but white space
+CUT = re.compile(r'\S(?=\s\S)')            # before white space alone between two words, where GPT-2's pattern cuts too
+
+
+def read_plain_text(path):
+    """The documents of a text file of any size, in pieces of at most a few MB."""
+    rest, inside = '', False  # inside: a part of the document has gone through
+    with open(path, encoding='utf-8-sig') as f:
+        while block := f.read(PIECE):
+            *whole, rest = BLANK.split(rest + block)
+            for text in whole:
+                if inside or text.strip():
+                    yield None, text if inside else re.sub(r'\A(?:[^\S\n]*\n)+', '', text), True, None
+                inside = False
+            if len(rest) > 2 * PIECE and (cut := CUT.search(rest, PIECE)):
+                yield None, rest[:cut.end()], False, None
+                rest, inside = rest[cut.end():], True
+    if inside or rest.strip():
+        yield None, re.sub(r'(?:\n[^\S\n]*)+\Z', '', rest if inside else re.sub(r'\A(?:[^\S\n]*\n)+', '', rest)), True, None
+
+
+def read_jsonl(path):
+    with open(path, encoding='utf-8-sig') as f:
+        for number, line in enumerate(f, 1):
+            if line.strip():
+                try:
+                    text = json.loads(line)['text']
+                except (ValueError, KeyError, TypeError):
+                    text = None
+                if not isinstance(text, str):
+                    raise ValueError(f'{path}, line {number}: not a JSON object with a "text" field that holds a string')
+                yield None, text, True, None
+
+
+def read_files(path):
+    """A text file, a .jsonl file, or a folder of them in the order of their names."""
+    paths = [path]
+    if os.path.isdir(path):
+        paths = sorted(os.path.join(where, file) for where, _, files in os.walk(path) for file in files if file.endswith(('.txt', '.jsonl')))
+    if not paths or not os.path.exists(path):
+        raise FileNotFoundError(f'{path} is ' + ('a folder without .txt or .jsonl files' if os.path.isdir(path) else 'not there'))
+    for file in paths:
+        try:
+            yield from read_jsonl(file) if file.endswith('.jsonl') else read_plain_text(file)
+        except UnicodeDecodeError as error:
+            raise ValueError(f'{file} is not UTF-8 text ({error.reason} at byte {error.start} of a block)') from None
+
+
+def read_stdlib(input=None, streaming=True):
+    """English that every CPython carries: the topics of its help() and the docstrings of the standard library's modules, read with
+    ast and not by importing them. Test packages are left out, and so is every repetition."""
+    from pydoc_data.topics import topics
+    library, documents = sysconfig.get_path('stdlib'), dict.fromkeys(topics[topic].strip() for topic in sorted(topics))
+    for where, folders, files in os.walk(library):
+        folders[:] = sorted(set(folders) - {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages'})
+        for file in sorted(file for file in files if file.endswith('.py')):
+            with open(os.path.join(where, file), 'rb') as f:
+                try:
+                    tree = ast.parse(f.read())
+                except (SyntaxError, ValueError):
+                    continue  # a template or a broken file: no documentation in it
+            for node in ast.walk(tree):
+                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                    documents[(ast.get_docstring(node) or '').strip()] = None
+    documents.pop('', None)
+    for text in documents:
+        yield None, text, True, len(documents)
+
+
+def read_hub(repository, splits=('train',), validation_last=0, column='text', input=None, streaming=True):
+    """A Hugging Face dataset, or a local copy of it in the folder `input`. validation_last: so many documents at the end of the only
+    split are validation; where there is neither that nor a validation split, a hash chooses."""
+    import datasets
+    for split in splits:
+        try:
+            rows = datasets.load_dataset(input or repository, split=split, streaming=streaming and not input)
+        except Exception as error:  # the hub's client has many, and what matters to the user is the same
+            raise ValueError(f"{input or repository}, split '{split}', cannot be read ({type(error).__name__}: "
+                             f'{str(error).strip().splitlines()[0]}); --input=FOLDER takes a local copy') from None
+        total = len(rows) if hasattr(rows, '__len__') else (rows.info.splits or {}).get(split) and rows.info.splits[split].num_examples
+        if validation_last and not (total or 0) > validation_last:
+            raise ValueError(f'{input or repository}: the last {validation_last} documents are validation, but there are {total or "?"} '
+                             'in all' + ('' if total else '; --streaming=False counts them'))
+        for i, row in enumerate(rows):
+            if not isinstance(row.get(column), str):
+                raise ValueError(f"{input or repository}: row {i} of '{split}' has no text in its column '{column}'")
+            where = split if len(splits) > 1 else None if not validation_last else 'validation' if i >= total - validation_last else 'train'
+            yield where, row[column], True, total
+
+
+DATASETS = {
+    'stdlib': read_stdlib,
+    'openwebtext': partial(read_hub, 'Skylion007/openwebtext', validation_last=100_000),                         # as MDLM splits it
+    'owt-gpt2-1024-split': partial(read_hub, 'dhruveshpatel/owt-gpt2-1024-split', splits=('train', 'validation')),  # xlm's
+}
+
+
+def documents(dataset, input=None, streaming=True):
+    """(split, text, last, total) of every document of a dataset, or piece of one (see above); 5% go to validation by a hash of their
+    index where the source does not say."""
+    if dataset.startswith('text:'):
+        reader = read_files(dataset[5:])
+    elif dataset not in DATASETS:
+        near = difflib.get_close_matches(dataset, DATASETS, n=1, cutoff=0)[0]
+        raise ValueError(f"dataset '{dataset}' is not known; the nearest is '{near}', and text:PATH takes your own text")
+    elif input and input.endswith(('.txt', '.jsonl')):
+        reader = read_files(input)
+    else:
+        reader = DATASETS[dataset](input=input, streaming=streaming)
+    index = 0
+    for split, text, last, total in reader:
+        yield split or ('validation' if key_of(index) % 20 == 0 else 'train'), text, last, total
+        index += last
+
+
+# -----------------------------------------------------------------------------
+# documents -> data/<name>
+
+
+def default_name(dataset, tokenizer):
+    parts = [os.path.splitext(os.path.basename(part.removeprefix('text:').rstrip('/')))[0] for part in (dataset, tokenizer)]
+    return '-'.join(re.sub(r'[^\w.-]+', '_', part) for part in parts)
+
+
+def command_for(dataset, tokenizer, name=None, input=None):
+    """The command that makes a data folder."""
+    arguments = dict(dataset=dataset, tokenizer=tokenizer, name=name, input=input)
+    return 'python data.py ' + ' '.join(f'--{key}={shlex.quote(value)}' for key, value in arguments.items() if value)
+
+
+def source_size(dataset, input=None):
+    """Bytes of the local files a dataset is read from, None where it is not read from local files."""
+    path = input or (dataset[5:] if dataset.startswith('text:') else None)
+    if path is None or not os.path.exists(path):
+        return None
+    files = [path] if os.path.isfile(path) else [os.path.join(where, file) for where, _, files in os.walk(path) for file in files]
+    return sum(os.path.getsize(file) for file in files)
+
+
+def read_meta(folder):
+    """meta.json of a data folder whose files agree with it. Raises FileNotFoundError where there is none, ValueError with the command
+    that rebuilds the folder where a file is missing, truncated, or not what the meta says."""
+    path = os.path.join(folder, 'meta.json')
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f'{path} is missing: {folder} is not a data folder; make one with python data.py --dataset=NAME')
+    try:
+        with open(path) as f:
+            meta = json.load(f)
+        rebuild, itemsize = meta['command'], np.dtype(meta['dtype']).itemsize
+        for split, counts in meta['splits'].items():
+            for ending, size in (('bin', counts['tokens'] * itemsize), ('idx', (counts['documents'] + 1) * 8)):
+                file = os.path.join(folder, f'{split}.{ending}')
+                found = os.path.getsize(file) if os.path.isfile(file) else None
+                if found != size:
+                    found = 'is missing' if found is None else f'holds {found:,} bytes'
+                    raise ValueError(f'{file} {found}, where meta.json says {size:,}: rebuild it with {rebuild}')
+            offsets = np.memmap(os.path.join(folder, f'{split}.idx'), dtype='<i8', mode='r')
+            if offsets[0] != 0 or offsets[-1] != counts['tokens']:
+                raise ValueError(f'{folder}/{split}.idx ends at {offsets[-1]:,}, where meta.json says {counts["tokens"]:,} tokens: '
+                                 f'rebuild it with {rebuild}')
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f'{path} is not what data.py writes ({type(error).__name__}: {error}): remove {folder} and prepare it again') from None
+    return meta
+
+
+def encode_chunk(tok, dtype, chunk):
+    """Documents -> per split: the ids of all, each document closed by EOS, where documents end, the number of bytes."""
+    encoded = {}
+    for (split, text, last), ids in zip(chunk, tok.encode_batch([text for _, text, _ in chunk])):
+        part = encoded.setdefault(split, dict(ids=[], ends=[], length=0, bytes=0))
+        part['ids'] += [np.asarray(ids, dtype=dtype), np.full(int(last), tok.eos_id, dtype=dtype)]
+        part['length'] += len(ids) + last
+        part['ends'] += [part['length']] * last
+        part['bytes'] += len(text.encode())
+    return encoded
+
+
+def in_order(function, items, workers):
+    """map(function, items) on threads, in order, with a bounded number of items under way. Tokenizers work outside the interpreter's
+    lock, so that threads use every core."""
+    with ThreadPoolExecutor(workers) as pool:
+        pending = deque()
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def training_texts(documents, limit=2 ** 27):
+    """The first characters of the training split, enough for a tokenizer."""
+    for split, text, *_ in documents:
+        if split == 'train':
+            yield text
+            limit -= len(text)
+            if limit < 0:
+                return
+
+
+def chunks(documents, progress):
+    """Lists of about a megabyte of documents."""
+    chunk, size = [], 0
+    for split, text, last, total in documents:
+        progress.total = progress.total or total
+        chunk.append((split, text, last))
+        size += len(text)
+        if size >= PIECE:
+            yield chunk
+            chunk, size = [], 0
+    yield chunk
+
+
+def write_bins(folder, tok, documents, size=None, name=''):
+    """<split>.bin and <split>.idx of all documents; returns the dtype and the counts per split. size: bytes of the source, for the bar."""
+    dtype = np.dtype('<u2' if tok.vocab_size <= 2 ** 16 else '<u4')
+    workers, files, counts, tokens, start = os.cpu_count(), {}, {}, 0, time.time()
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(tqdm(desc=f'tokenizing {name}', total=size, unit='B' if size else ' documents', unit_scale=True, mininterval=0.5))
+        for encoded in in_order(partial(encode_chunk, tok, dtype), chunks(documents, progress), workers):
+            for split, part in encoded.items():
+                if split not in files:
+                    files[split] = [stack.enter_context(open(os.path.join(folder, f'{split}.{ending}'), 'wb')) for ending in ('bin', 'idx')]
+                    files[split][1].write(np.zeros(1, dtype='<i8').tobytes())
+                    counts[split] = dict(documents=0, tokens=0, bytes=0)
+                files[split][0].write(np.concatenate(part['ids']).tobytes())
+                files[split][1].write((counts[split]['tokens'] + np.array(part['ends'], dtype='<i8')).tobytes())
+                for key, n in (('documents', len(part['ends'])), ('tokens', part['length']), ('bytes', part['bytes'])):
+                    counts[split][key] += n
+                tokens += part['length']
+                progress.update(part['bytes'] if size else len(part['ends']))
+            progress.set_postfix_str(f'{tokens / (time.time() - start):,.0f} tokens/s', refresh=False)
+    return dtype.name, counts
+
+
+def prepare(dataset, tokenizer='gpt2', name=None, input=None, streaming=True):
+    """Make data/<name> if it is not there, and return its path. It appears whole or not at all; processes that ask for it at the same
+    time wait for the one that makes it. Raises ValueError where the folder was made from another source or tokenizer."""
+    name = name or default_name(dataset, tokenizer)
+    folder, unfinished = os.path.join('data', name), os.path.join('data', f'.{name}.unfinished')
+    os.makedirs('data', exist_ok=True)
+    with FileLock(os.path.join('data', f'.{name}.lock')):
+        source = dict(dataset=dataset, input=input, size=source_size(dataset, input))
+        if os.path.exists(folder):
+            try:
+                meta = read_meta(folder)
+            except ValueError as error:
+                print(f'{error}\nrebuilding {folder}', file=sys.stderr)
+            else:
+                if source['size'] is None:  # the text itself may be gone by now
+                    source['size'] = meta['source']['size']
+                if meta['source'] != source or meta['tokenizer']['name'] != tokenizer:
+                    raise ValueError(f"{folder} was made from {meta['source']} with tokenizer '{meta['tokenizer']['name']}', not from {source} "
+                                     f"with '{tokenizer}': give another --name, or remove the folder")
+                return folder
+        try:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            os.makedirs(unfinished)
+            if re.fullmatch(r'bpe-\d+', tokenizer):
+                print(f'training the tokenizer {tokenizer} on {dataset}', flush=True)
+                train_bpe(training_texts(documents(dataset, input, streaming)), int(tokenizer[4:]), os.path.join(unfinished, 'tokenizer.json'))
+            tok = get_tokenizer(tokenizer, unfinished)
+            dtype, counts = write_bins(unfinished, tok, documents(dataset, input, streaming), source['size'], name)
+            meta = dict(source=source, command=command_for(dataset, tokenizer, name, input), tokenizer=tok.meta(), dtype=dtype, splits=counts)
+            with open(os.path.join(unfinished, 'meta.json'), 'w') as f:
+                json.dump(meta, f, indent=1)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.rename(unfinished, folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def find_or_prepare(dataset, tokenizer):
+    """The data folder that `dataset` means to train.py and eval.py: data/<dataset>, or the one made from the dataset of that name with
+    that tokenizer; what is read from this machine alone is prepared now. Raises FileNotFoundError with the command that makes it."""
+    folder = os.path.join('data', dataset)
+    if not os.path.isfile(os.path.join(folder, 'meta.json')):
+        folder = os.path.join('data', default_name(dataset, tokenizer))
+        if dataset == 'stdlib' or dataset.startswith('text:'):
+            prepare(dataset, tokenizer)
+        elif not os.path.isdir(folder):
+            known = f'make it with {command_for(dataset, tokenizer)}' if dataset in DATASETS else f"and '{dataset}' is none of " + ', '.join(DATASETS)
+            raise FileNotFoundError(f'there is no data in {folder}: {known}')
+    meta = read_meta(folder)
+    if meta['tokenizer']['name'] != tokenizer:
+        raise ValueError(f"{folder} holds ids of the tokenizer '{meta['tokenizer']['name']}', not '{tokenizer}': "
+                         f"give --tokenizer={meta['tokenizer']['name']}, or other data")
+    return folder
+
+
+# -----------------------------------------------------------------------------
+# rows of a batch
+
+
+def pack_wrap(docs, block_size, bos_id, eos_id):
+    """Rows as MDLM packs them: docs (lists of ids without EOS) are closed with EOS each and joined; a row is BOS, the next
+    block_size - 2 ids, EOS; the remainder is dropped. -> (n, block_size) int64."""
+    stream = np.array([i for doc in docs for i in [*doc, eos_id]], dtype=np.int64)
+    return wrap(stream, np.arange(len(stream) // (block_size - 2)), block_size, bos_id, eos_id)
+
+
+def wrap(stream, indices, block_size, bos_id, eos_id):
+    x0 = np.empty((len(indices), block_size), dtype=np.int64)
+    x0[:, 0], x0[:, -1] = bos_id, eos_id
+    for row, i in zip(x0, indices):
+        row[1:-1] = stream[i * (block_size - 2):(i + 1) * (block_size - 2)]
+    return x0
+
+
+class TokenRows:
+    """The rows of a split: rows[indices] -> dict of x0 (n, L) int64 and, (n, L) bool each, maskable (may be corrupted), scored (counts in
+    the loss), document (is a token of the text or an EOS of it, not one that the packing added) and attended (may be looked at).
+
+    packing: 'wrap': BOS, the next L-2 tokens of the stream, EOS. 'concat': the next L tokens. 'pad': one document and its EOS, cut to L,
+    padded on the right; padding is a token like any other, or with loss_on_padding=False neither masked, attended nor scored.
+    Raises what read_meta raises, and ValueError where the split is missing or shorter than a row."""
+
+    def __init__(self, folder, split, block_size, packing, loss_on_padding=True):
+        self.meta = meta = read_meta(folder)
+        self.block_size, self.packing, self.loss_on_padding = block_size, packing, loss_on_padding
+        if packing not in ('wrap', 'concat', 'pad'):
+            raise ValueError(f"packing '{packing}' is not known: choose from wrap, concat, pad")
+        if block_size < (3 if packing == 'wrap' else 1):
+            raise ValueError(f"block_size={block_size} is too short for packing '{packing}'")
+        if split not in meta['splits']:
+            raise ValueError(f"{folder} has no split '{split}', only {', '.join(meta['splits']) or 'none'}")
+        self.counts = meta['splits'][split]
+        self.tokens = np.memmap(os.path.join(folder, f'{split}.bin'), dtype=np.dtype(meta['dtype']).newbyteorder('<'), mode='r')
+        self.offsets = np.memmap(os.path.join(folder, f'{split}.idx'), dtype='<i8', mode='r')
+        self.length = {'wrap': lambda: len(self.tokens) // (block_size - 2), 'concat': lambda: len(self.tokens) // block_size,
+                       'pad': lambda: self.counts['documents']}[packing]()
+        if self.length == 0:
+            raise ValueError(f"{folder}/{split}.bin holds {len(self.tokens)} tokens, less than one row of {block_size}: "
+                             'prepare more text, or lower block_size')
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, indices):
+        indices = np.arange(*indices.indices(len(self))) if isinstance(indices, slice) else np.atleast_1d(np.asarray(indices))
+        if len(indices) and not (0 <= indices.min() and indices.max() < len(self)):
+            raise IndexError(f'row {indices.min() if indices.min() < 0 else indices.max()} of {len(self)}')
+        tok, L = self.meta['tokenizer'], self.block_size
+        document = np.ones((len(indices), L), dtype=bool)
+        if self.packing == 'wrap':
+            x0 = wrap(self.tokens, indices, L, tok['bos_id'], tok['eos_id'])
+            document[:, [0, -1]] = False
+        elif self.packing == 'concat':
+            x0 = np.stack([self.tokens[i * L:(i + 1) * L] for i in indices]).astype(np.int64)
+        else:
+            x0 = np.full((len(indices), L), tok['pad_id'], dtype=np.int64)
+            for row, known, i in zip(x0, document, indices):
+                ids = self.tokens[self.offsets[i]:min(self.offsets[i + 1], self.offsets[i] + L)]
+                row[:len(ids)], known[len(ids):] = ids, False
+        x0, document = torch.from_numpy(x0), torch.from_numpy(document)
+        attended = document if self.packing == 'pad' and not self.loss_on_padding else torch.ones_like(document)
+        return dict(x0=x0, maskable=attended, scored=attended, document=document, attended=attended)
+
+
+# -----------------------------------------------------------------------------
+
+if __name__ == '__main__':
+    from configurator import configure
+    configure(globals())
+    folder = prepare(dataset, tokenizer, name, input, streaming)
+    meta = read_meta(folder)
+    print(f"{folder}: tokenizer {meta['tokenizer']['name']}, {meta['tokenizer']['vocab_size']:,} ids with the mask, {meta['dtype']}")
+    for split, counts in meta['splits'].items():
+        print(f"  {split}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, {counts['bytes']:,} bytes")

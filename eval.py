@@ -1,0 +1,116 @@
+"""
+Measure a trained net:
+
+    python eval.py --out_dir=out-quickstart
+    python eval.py --out_dir=out --dataset=wikitext2 --num_mc=8
+    torchrun --nproc_per_node=8 eval.py --out_dir=out            rows are shared among the processes, the figures are the same
+
+A perplexity here is never without its tokens, its unit and its standard error. The loglinear schedule masks with probability
+(1 - eps) t but weighs by 1/t, as published, so that a NELBO reads eps = 0.1% low.
+"""
+import math
+import os
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from data import TokenRows, find_or_prepare, get_tokenizer, key_of, permute
+from model import autocast, corrupt_batch, load_pretrained, loglinear, per_token_loss, pick_device, stratified_times
+
+metric = 'ppl'          # 'ppl': the NELBO of a split
+out_dir = 'out'         # where train.py left ckpt.pt
+init_from = None        # another source of weights for load_pretrained; None: out_dir
+ema = True              # the averaged weights; False: the last ones
+device = 'auto'         # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
+dtype = 'float32'       # 'bfloat16' (autocast) is faster and reads a little differently
+seed = 0
+batch_size = 16         # rows that go through the net together
+dataset = None          # a folder in data/, or what data.py knows; None: what the net was trained on
+tokenizer = None        # None: the one the checkpoint names
+split = 'validation'
+packing = None          # how rows are cut: 'wrap', 'concat', 'pad'; None: as the net was trained, else 'wrap'
+block_size = None       # tokens a row; None: the net's
+num_mc = 4              # times drawn for each row
+max_rows = None         # evaluate so many rows, spread over the split; None: all
+
+
+def ratio_with_error(sums, counts):
+    """sum / count over rows (n,) and its standard error, rows being independent (the ratio estimator of survey sampling)."""
+    ratio = sums.sum() / counts.sum()
+    residual = sums - ratio * counts
+    n = len(sums)
+    error = math.sqrt(n / (n - 1) * (residual ** 2).sum()) / counts.sum() if n > 1 else math.nan
+    return float(ratio), float(error)
+
+
+@torch.no_grad()
+def nelbo(net, rows, num_mc=1, batch_size=16, seed=0, max_rows=None, schedule=loglinear, progress=False):
+    """The negative evidence lower bound of rows (data.TokenRows), in continuous time (MDLM, equation 10), with num_mc times a row,
+    stratified within the row and over the rows. Under torch.distributed the rows are shared, and every process returns the same dict:
+
+    nats_per_token, ppl: over all scored tokens, those that the packing added included (as published); bits_per_byte: over the tokens of
+    documents alone, times tokens/bytes of the split; each with its standard error (.._se); tokens, document_tokens, rows, num_mc.
+    The errors are those of independent rows: stratification makes the true ones a little smaller."""
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    device = next(net.parameters()).device
+    if num_mc < 1 or batch_size < 1 or max_rows is not None and max_rows < 1:
+        raise ValueError(f'num_mc={num_mc}, batch_size={batch_size}, max_rows={max_rows}: each must be at least 1')
+    n = min(len(rows), max_rows or len(rows))
+    chosen = np.arange(n) * len(rows) // n
+    u = torch.rand((), generator=torch.Generator().manual_seed(key_of(seed)), dtype=torch.float64)
+    sums = torch.zeros(4, n, dtype=torch.float64)         # of the losses and the numbers of tokens: all scored ones, those of documents
+    for start in tqdm(range(rank * batch_size, n, world_size * batch_size), desc='rows', unit_scale=batch_size, disable=not progress or rank > 0):
+        here = np.arange(start, min(start + batch_size, n))
+        batch = rows[chosen[here]]
+        for j in range(num_mc):
+            t = stratified_times(u, torch.from_numpy(permute(here, n, seed)) + j * n, num_mc * n)
+            noised = corrupt_batch(batch, t, net.config.mask_id, schedule, key_of(seed, start, j), device)
+            loss = per_token_loss(net, noised['x0'], noised['xt'], noised['t'], 'subs', schedule, noised['masked'], noised['attended']).cpu()
+            document = batch['scored'] & batch['document']
+            sums[:, here] += torch.stack([x.double().sum(dim=1) for x in (loss * batch['scored'], batch['scored'], loss * document, document)]) / num_mc
+    if world_size > 1:
+        sums = sums.to(device)
+        dist.all_reduce(sums)
+        sums = sums.cpu()
+    nats, nats_se = ratio_with_error(sums[0], sums[1])
+    document_nats, document_se = ratio_with_error(sums[2], sums[3])
+    to_bits_per_byte = rows.counts['tokens'] / rows.counts['bytes'] / math.log(2)
+    return dict(nats_per_token=nats, nats_per_token_se=nats_se, ppl=math.exp(nats), ppl_se=math.exp(nats) * nats_se,
+                bits_per_byte=document_nats * to_bits_per_byte, bits_per_byte_se=document_se * to_bits_per_byte,
+                tokens=int(sums[1].sum()), document_tokens=int(sums[3].sum()), rows=n, num_mc=num_mc)
+
+
+# -----------------------------------------------------------------------------
+
+if __name__ == '__main__':
+    from configurator import configure
+    configure(globals())
+    if metric != 'ppl':
+        raise ValueError(f"metric '{metric}' is not known: choose from ppl")
+    device = pick_device(device, int(os.environ.get('LOCAL_RANK', 0)))
+    net = load_pretrained(init_from or out_dir, ema=ema, device=device)
+    if tokenizer or net.tokenizer is None:
+        net.tokenizer = dict(name=tokenizer or 'gpt2')
+    tok = get_tokenizer(**net.tokenizer)
+    dataset = dataset or net.constants.get('dataset')
+    if dataset is None:
+        raise ValueError('the source of the weights does not say what to measure them on: give --dataset=NAME')
+    rows = TokenRows(find_or_prepare(dataset, tok.name), split, block_size or net.config.block_size, packing or net.constants.get('packing', 'wrap'),
+                     net.constants.get('loss_on_padding', True))
+    if rows.meta['tokenizer'] != tok.meta() or tok.vocab_size != net.config.vocab_size:
+        raise ValueError(f"the net has {net.config.vocab_size} ids of the tokenizer {tok.meta()}, the data those of {rows.meta['tokenizer']}: "
+                         'measure it on data prepared with its own')
+    if 'RANK' in os.environ:
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', device_id=device if device.type == 'cuda' else None)
+    with autocast(device, dtype):
+        result = nelbo(net, rows, num_mc, batch_size, seed, max_rows, progress=True)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(f"NELBO of {init_from or out_dir} on {dataset}/{split}, {result['rows']:,} rows x {num_mc} times, {result['tokens']:,} tokens "
+              f"({result['document_tokens']:,} of documents)")
+        print(f"  {result['nats_per_token']:.4f} ± {result['nats_per_token_se']:.4f} nats/token")
+        print(f"  {result['ppl']:.2f} ± {result['ppl_se']:.2f} perplexity (exp of nats/token)")
+        print(f"  {result['bits_per_byte']:.4f} ± {result['bits_per_byte_se']:.4f} bits/byte")
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,188 @@
+"""
+How fast, against the dense textbook versions of tests/reference.py in the same run:
+
+    python tests/bench.py --part=train                       30M parameters, 8 x 256 tokens, AdamW and EMA included
+    python tests/bench.py --part=train --n_layer=12 --n_head=12 --n_embd=768 --block_size=1024 --batch_size=2       MDLM's 170M
+    python tests/bench.py --part=sample                      4 samples of 256 tokens in 512 steps
+    python tests/bench.py --part=data --megabytes=2000       text -> bins; the memory it takes
+
+Prints a table, then one JSON line a row. "of matmul" is the share of the FLOP/s of a large matrix product in the same process and
+format; only products that are performed are counted. Peak memory is the process's (CPU) or the allocator's (CUDA).
+"""
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+
+import torch
+
+sys.path[:0] = [os.path.dirname(os.path.dirname(os.path.abspath(__file__))), os.path.dirname(os.path.abspath(__file__))]
+
+import data  # noqa: E402
+import reference  # noqa: E402
+from configurator import configure  # noqa: E402
+from model import DiT, ModelConfig, autocast, corrupt, loglinear, per_token_loss, pick_device  # noqa: E402
+from sample import generate  # noqa: E402
+
+part = 'train'        # 'train', 'sample', 'data'
+device = 'cpu'        # 'cpu', 'cuda'
+dtype = None          # 'float32', 'bfloat16'; None: both
+n_layer = 4
+n_head = 4
+n_embd = 256
+cond_dim = 128
+vocab_size = 50258
+block_size = 256      # tokens a row
+batch_size = 8        # rows; of part sample: 4
+repeats = 5           # training steps that are timed, after two that are not; the median counts
+steps = 512           # of the sampler
+dense_steps = 6       # so many of them are timed in the dense sampler, which does the same work in each; its time for all follows from that
+compile = False       # compile the trunk (train)
+megabytes = 50        # of text (data)
+tokenizer = 'gpt2'    # (data)
+constants = configure(globals())
+device = pick_device(device)
+
+
+def synchronize():
+    if device.type == 'cuda':
+        torch.cuda.synchronize()
+
+
+def seconds(function):
+    synchronize()
+    start = time.perf_counter()
+    function()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def reset_peak():
+    if device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
+    elif os.path.exists('/proc/self/clear_refs'):
+        with open('/proc/self/clear_refs', 'w') as f:
+            f.write('5')  # Linux: forget the peak of the resident memory
+
+
+def peak_gigabytes():
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated() / 1e9
+    if os.path.exists('/proc/self/status'):
+        with open('/proc/self/status') as f:
+            return next(int(line.split()[1]) for line in f if line.startswith('VmHWM')) / 1e6
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == 'darwin' else 1e6)
+
+
+def matmul_rate(format):
+    """FLOP/s of a large matrix product."""
+    n = 8192 if device.type == 'cuda' else 2048
+    a, b = (torch.randn(n, n, device=device).to(getattr(torch, format)) for _ in range(2))
+    a @ b
+    return 2 * n ** 3 / min(seconds(lambda: a @ b) for _ in range(5))
+
+
+def new_net():
+    torch.manual_seed(0)
+    net = DiT(ModelConfig(block_size=block_size, vocab_size=vocab_size, mask_id=vocab_size - 1, n_layer=n_layer, n_head=n_head, n_embd=n_embd, cond_dim=cond_dim)).to(device)
+    with torch.no_grad():
+        for p in net.parameters():  # adaLN-zero would switch the blocks off
+            p.add_(torch.randn_like(p) * 0.02)
+    return net
+
+
+def train_row(name, loss_function, format, rate):
+    net = new_net().train()
+    if compile:
+        net.trunk = torch.compile(net.trunk)
+    ema = [p.detach().clone() for p in net.parameters()]
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
+    x0 = torch.randint(vocab_size - 1, (batch_size, block_size)).to(device)
+    t = ((torch.arange(batch_size) + 0.5) / batch_size).to(device)
+    xt = corrupt(x0, t, vocab_size - 1, loglinear, torch.Generator().manual_seed(0))
+
+    def step():
+        with autocast(device, format):
+            loss = loss_function(net, x0, xt, t).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        torch._foreach_lerp_(ema, list(net.parameters()), 1e-4)
+
+    reset_peak()
+    step(), step()
+    median = sorted(seconds(step) for _ in range(repeats))[repeats // 2]
+    scored = (xt == vocab_size - 1).sum().item() if name == 'nanoMDM' else x0.numel()
+    return dict(name=name, dtype=format, tokens_per_s=x0.numel() / median, of_matmul=net.train_flops(batch_size, block_size, scored) / median / rate, peak_gb=peak_gigabytes())
+
+
+def train():
+    dense = lambda net, x0, xt, t: reference.subs_nelbo(net, x0, xt, t, loglinear)
+    for format in formats:
+        rate = matmul_rate(format)
+        ours, textbook = train_row('nanoMDM', per_token_loss, format, rate), train_row('textbook', dense, format, rate)
+        for row in (ours, textbook):
+            yield row | dict(times_textbook=row['tokens_per_s'] / textbook['tokens_per_s'], matmul_gflops=rate / 1e9)
+
+
+def sample():
+    rows = 4 if batch_size == 8 else batch_size
+    net = new_net().eval()
+    net.tokenizer = None
+    baseline = None
+    for format in formats:
+        rate = matmul_rate(format)
+        with torch.no_grad(), autocast(device, format):
+            generate(net, rows, block_size, 2)
+            reset_peak()
+            result = []
+            ours = seconds(lambda: result.append(generate(net, rows, block_size, steps)))
+            ours_peak, nfe = peak_gigabytes(), result[0].nfe.double().mean().item()
+            reset_peak()
+            dense = seconds(lambda: reference.ancestral(net, rows, block_size, steps, loglinear, only_steps=dense_steps)) / dense_steps * steps
+        baseline = baseline or dense
+        flops = lambda evaluations, projected: net.train_flops(evaluations, block_size, projected) / 3
+        for name, time_, evaluations, projected, peak in (('nanoMDM', ours, rows * nfe, rows * block_size, ours_peak),
+                                                          ('textbook', dense, rows * steps, rows * steps * block_size, peak_gigabytes())):
+            yield dict(name=name, dtype=format, s_per_sample=time_ / rows, nfe=evaluations / rows, of_matmul=flops(evaluations, projected) / time_ / rate, peak_gb=peak,
+                       times_textbook=dense / time_, times_textbook_float32=baseline / time_)
+
+
+def prepare():
+    text = '\n\n'.join(document for _, document, _, _ in data.read_stdlib())
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        with open('corpus.txt', 'w') as f:
+            for _ in range(max(1, int(megabytes * 1e6 / len(text.encode())))):
+                f.write(text + '\n\n')
+        tok = data.get_tokenizer(tokenizer)
+        documents = text.split('\n\n')
+        counts = []
+        alone = seconds(lambda: counts.append(sum(len(ids) for ids in tok.encode_batch(documents))))
+        reset_peak()
+        ours = seconds(lambda: data.prepare('text:corpus.txt', tokenizer, 'corpus'))
+        tokens = sum(split['tokens'] for split in data.read_meta('data/corpus')['splits'].values())
+        os.chdir('/')
+    single, rate = counts[0] / alone, tokens / ours
+    yield dict(name='data.py', tokens_per_s=rate, one_core=single, cores=os.cpu_count(), of_all_cores=rate / single / os.cpu_count(), megabytes=megabytes, peak_gb=peak_gigabytes())
+
+
+if part not in ('train', 'sample', 'data'):
+    raise ValueError(f"part='{part}' is not known: choose from train, sample, data")
+formats = [dtype] if dtype else ['float32', 'bfloat16']
+machine = torch.cuda.get_device_name() if device.type == 'cuda' else next(
+    (line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name')) if os.path.exists('/proc/cpuinfo') else iter(()), platform.processor())
+print(f'{part} on {machine}, {torch.get_num_threads()} threads, torch {torch.__version__}' + (
+    f', {new_net().num_params() / 1e6:.0f}M parameters ({n_layer} x {n_embd}), vocabulary {vocab_size:,}, rows of {block_size}' if part != 'data' else ''))
+rows = []
+for row in dict(train=train, sample=sample, data=prepare)[part]():
+    if not rows:
+        print('| ' + ' | '.join(row) + ' |\n|' + '---|' * len(row))
+    rows.append(row)
+    print('| ' + ' | '.join(value if isinstance(value, str) else f'{value:,.0f}' if value >= 100 else f'{value:.3g}' for value in row.values()) + ' |', flush=True)
+for row in rows:
+    print(json.dumps(dict(part=part, machine=machine, constants=constants) | row))

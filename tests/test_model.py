@@ -1,0 +1,287 @@
+import dataclasses
+import math
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import reference
+from conftest import SHARED
+from data import key_of, permute
+from model import (DiT, ModelConfig, corrupt, corrupt_batch, get_schedule, load_pretrained, loglinear, per_token_loss, pick_device, autocast,
+                   stratified_times)
+
+GOLDEN = os.path.join(os.path.dirname(__file__), 'golden')
+
+
+def relative(ours, theirs):
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+# --- the network and MDLM's loss against the released implementation (float32: 2e-5 relative is rounding)
+
+
+@pytest.fixture(params=['golden', 'shared'])
+def vectors(request):
+    folder = GOLDEN if request.param == 'golden' else os.path.join(SHARED, 'fixtures')
+    if not os.path.isdir(folder):
+        pytest.skip('needs ../shared/fixtures')
+    return os.path.join(folder, 'mdlm_hf'), load_file(os.path.join(folder, 'mdlm_expected.safetensors'))
+
+
+@torch.no_grad()
+def test_network_matches_the_release(vectors):
+    source, expected = vectors
+    net, conditioned = load_pretrained(source), load_pretrained(source, time_conditioning=True)
+    sigma = loglinear.sigma(expected['t'])
+    assert relative(net(expected['xt']), expected['logits_sigma0']) < 2e-5
+    assert torch.equal(net(expected['xt'], sigma), net(expected['xt']))  # not time-conditioned: fed 0 whatever sigma is
+    assert relative(conditioned(expected['xt'], sigma), expected['logits_sigma']) < 2e-5
+    assert relative(conditioned(expected['xt'], 0 * sigma), expected['logits_sigma0']) < 2e-5
+
+
+@torch.no_grad()
+def test_subs_matches_the_release(vectors):
+    source, expected = vectors
+    net, conditioned = load_pretrained(source), load_pretrained(source, time_conditioning=True)
+    x0, xt, t = expected['x0'], expected['xt'], expected['t']
+    log_probs = reference.subs_log_probs(net, xt)
+    finite = expected['subs_logprob'] > -1e5
+    assert torch.equal(finite, log_probs > -1e5)
+    assert relative(log_probs[finite], expected['subs_logprob'][finite]) < 2e-5
+    assert relative(per_token_loss(net, x0, xt, t), expected['subs_nelbo_per_token']) < 2e-5
+    assert relative(per_token_loss(conditioned, x0, xt, t), expected['subs_tc_nelbo_per_token']) < 2e-5
+
+
+def test_loglinear_matches_the_release(vectors):
+    t, expected = vectors[1]['schedule_t'], vectors[1]
+    schedule = get_schedule('loglinear', eps=1e-3)
+    assert relative(schedule.sigma(t), expected['sigma_loglinear']) < 2e-6
+    assert relative(schedule.dsigma(t), expected['dsigma_loglinear']) < 2e-6
+    torch.testing.assert_close(schedule.alpha(t), torch.exp(-schedule.sigma(t)))
+    with pytest.raises(ValueError, match="schedule 'cubic' is not known"):
+        get_schedule('cubic')
+
+
+# --- the loss
+
+
+@pytest.mark.parametrize('shape', [dict(), dict(time_conditioning=True), dict(cond_dim=0, norm_bias=True, mlp='relu', head_bias=False), dict(mask_id=3)])
+@pytest.mark.parametrize('objective', ['subs', 'mlm'])
+def test_sparse_loss_equals_dense_loss_and_gradients(tiny_net, shape, objective):
+    net = tiny_net(objective=objective, **shape).double().train()  # no dropout: train mode changes nothing
+    tokens = [i for i in range(11) if i != net.config.mask_id]
+    x0, t = torch.tensor(tokens)[torch.randint(10, (5, 16))], torch.rand(5, dtype=torch.float64) * 0.9 + 0.1
+    xt = corrupt(x0, t, net.config.mask_id, loglinear)
+    weight = torch.randn(5, 16, dtype=torch.float64)  # any gradient by the per-token losses, not one that is the same for all
+    dense = dict(subs=reference.subs_nelbo, mlm=reference.mlm)[objective]
+    results = []
+    for loss in (per_token_loss(net, x0, xt, t), dense(net, x0, xt, t, loglinear)):
+        net.zero_grad()
+        (loss * weight).sum().backward()
+        results.append([loss.detach()] + [p.grad.clone() for p in net.parameters()])
+    for sparse, full in zip(*results):
+        torch.testing.assert_close(sparse.double(), full.double(), rtol=2e-5, atol=2e-5 * full.abs().max().item())  # heads compute in float32
+    assert all(p.grad.abs().sum() > 0 for name, p in net.named_parameters() if 'sigma_map' not in name)
+
+
+def test_sparse_loss_equals_dense_loss_in_bfloat16_and_over_several_chunks(tiny_net):
+    net = tiny_net(vocab_size=9001, mask_id=9000, scale=0.05)
+    x0, t = torch.randint(9000, (40, 16)), torch.rand(40) * 0.5 + 0.5  # more than 128 masked positions: more than one chunk
+    xt = corrupt(x0, t, 9000, loglinear)
+    assert (xt == 9000).sum() > 256
+    grads = []
+    for bfloat16 in (False, True):
+        with torch.autocast('cpu', torch.bfloat16, enabled=bfloat16):
+            loss = per_token_loss(net, x0, xt, t)
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss, reference.subs_nelbo(net, x0, xt, t, loglinear), rtol=0.03 if bfloat16 else 1e-4, atol=0.3 if bfloat16 else 1e-4)
+        net.zero_grad()
+        loss.mean().backward()
+        grads.append(net.lm_head.weight.grad.clone())
+    assert (grads[0] - grads[1]).norm() / grads[0].norm() < 0.02  # bfloat16 has 8 bits
+
+
+def test_known_masked_positions_change_nothing(tiny_net):
+    net = tiny_net()
+    x0, t = torch.randint(10, (4, 16)), torch.rand(4) * 0.9 + 0.1
+    batch = dict(x0=x0, maskable=torch.ones(4, 16, dtype=torch.bool), scored=torch.ones(4, 16, dtype=torch.bool), attended=torch.ones(4, 16, dtype=torch.bool))
+    noised = corrupt_batch(batch, t, 10, loglinear, 1, torch.device('cpu'))
+    assert noised['attended'] is None
+    loss = per_token_loss(net, x0, noised['xt'], t)
+    assert torch.equal(per_token_loss(net, x0, noised['xt'], t, masked=noised['masked']), loss)
+    assert torch.equal(loss != 0, noised['xt'] == 10)
+
+
+def test_padding_that_is_not_attended_is_not_seen(tiny_net):
+    net = tiny_net()
+    xt, attended = torch.randint(10, (2, 16)), torch.ones(2, 16, dtype=torch.bool)
+    attended[:, 12:] = False
+    other = xt.clone()
+    other[:, 12:] = (other[:, 12:] + 1) % 10
+    torch.testing.assert_close(net(xt, attended=attended)[:, :12], net(other, attended=attended)[:, :12])
+    torch.testing.assert_close(net(xt, attended=attended)[:, :12], net(xt[:, :12]))
+    assert not torch.allclose(net(xt)[:, :12], net(other)[:, :12])
+
+
+def test_nelbo_of_a_uniform_model_is_known_in_closed_form():
+    # a new net is uniform over the V - 1 ids that are not the mask (its head is zero): E[NELBO] = (1 - eps) log(V - 1) a token
+    net = DiT(ModelConfig(block_size=32, vocab_size=101, mask_id=100, n_layer=1, n_head=2, n_embd=8))
+    n, L = 4000, 32
+    x0 = torch.randint(100, (n, L))
+    t = stratified_times(torch.rand((), dtype=torch.float64), torch.arange(n), n)
+    rows = per_token_loss(net, x0, corrupt(x0, t, 100, loglinear), t).detach().sum(dim=1)
+    assert abs(rows.mean() - (1 - 1e-3) * L * math.log(100)) < 4 * rows.std() / math.sqrt(n)
+
+
+def test_corrupt_masks_with_probability_one_minus_alpha():
+    x0 = torch.zeros(200_000, 1, dtype=torch.int64)
+    for t in (0.05, 0.5, 1.0):
+        share = (corrupt(x0, torch.full((200_000,), t), 1, loglinear) == 1).double().mean().item()
+        expected = 0.999 * t
+        assert abs(share - expected) < 4.5 * math.sqrt(expected * (1 - expected) / 200_000) + 1e-9
+    maskable = torch.rand(200_000, 1) < 0.5
+    assert (corrupt(x0, torch.ones(200_000), 1, loglinear, maskable=maskable)[~maskable] == 0).all()
+
+
+def test_corrupt_is_a_function_of_its_generator():
+    x0, t = torch.zeros(8, 8, dtype=torch.int64), torch.full((8,), 0.5)
+    a, b, c = (corrupt(x0, t, 1, loglinear, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+@pytest.mark.parametrize('n', [1, 2, 7, 512])
+def test_stratified_times_hold_one_point_in_every_stratum(n):
+    t = stratified_times(torch.tensor(0.77, dtype=torch.float64), torch.arange(n), n)
+    assert t.min() >= 1e-3 and t.max() <= 1
+    strata = (((t.double() - 1e-3) / (1 - 1e-3) - 0.77) * n).round().long() % n
+    assert sorted(strata.tolist()) == list(range(n))
+    gaps = t.sort().values.diff()
+    torch.testing.assert_close(gaps, torch.full_like(gaps, (1 - 1e-3) / n), rtol=1e-3, atol=1e-6)
+
+
+# --- the net's settings
+
+
+def test_new_nets_start_as_their_family():
+    mdlm = DiT(ModelConfig(vocab_size=50, mask_id=49, n_layer=2, n_head=2, n_embd=16))
+    assert (mdlm(torch.randint(50, (2, 8))) == 0).all()                       # head zero
+    assert all((p == 0).all() for name, p in mdlm.named_parameters() if 'adaLN' in name)
+    xlm = DiT(ModelConfig(vocab_size=50, mask_id=49, pad_id=47, n_layer=2, n_head=2, n_embd=64, cond_dim=0, norm_bias=True, mlp='relu', head_bias=False, init='xlm'))
+    assert (xlm.wte.weight[47] == 0).all() and abs(xlm.wte.weight[:47].std() - 1) < 0.05
+    xlm(torch.full((1, 4), 47)).sum().backward()
+    assert (xlm.wte.weight.grad[47] == 0).all()                               # and untrained
+    assert xlm.lm_head.bias is None and xlm.norm_f.bias is not None and xlm.sigma_map is None
+
+
+def test_default_config_is_the_published_170M_model():
+    with torch.device('meta'):
+        net = DiT(ModelConfig())
+    assert round(net.num_params() / 1e6) == 170
+
+
+def test_dropout_is_on_in_training_only(tiny_net):
+    for key in ('dropout', 'attn_dropout'):
+        net = tiny_net(**{key: 0.5})
+        x = torch.randint(10, (2, 16))
+        assert torch.equal(net(x), net(x))
+        net.train()
+        assert not torch.equal(net(x), net(x))
+
+
+def test_attention_looks_both_ways_and_knows_positions(tiny_net):
+    net, x = tiny_net(), torch.randint(10, (1, 16))
+    changed = x.clone()
+    changed[0, 8] = (x[0, 8] + 1) % 10
+    assert ((net(x) - net(changed)).abs().amax(dim=-1) > 1e-6).all()          # every position, before and after
+    assert not torch.allclose(net(x.flip(1)), net(x).flip(1), atol=1e-3)
+
+
+def test_nothing_larger_than_the_masked_positions_reaches_the_vocabulary(tiny_net, monkeypatch):
+    net, seen = tiny_net(), []
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, 'linear', lambda x, w, *a: (seen.append(x.shape) if w.size(0) == 11 else None, linear(x, w, *a))[1])
+    x0 = torch.randint(10, (4, 16))
+    xt = x0.clone()
+    xt[:, :3] = 10
+    per_token_loss(net, x0, xt, torch.full((4,), 0.2))
+    assert seen == [(12, 16)]
+
+
+@pytest.mark.parametrize('bad, message', [
+    (dict(n_embd=20, n_head=3), 'n_embd=20 over n_head=3'), (dict(mlp='tanh'), "mlp='tanh' is not known"), (dict(dropout=1.0), 'dropout=1.0'),
+    (dict(cond_dim=0, time_conditioning=True), 'cond_dim=0'), (dict(mask_id=11), 'mask_id=11'), (dict(n_layer=0), 'n_layer=0'),
+    (dict(objective='gan'), "objective='gan' is not known")])
+def test_impossible_configs_are_refused(tiny_net, bad, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_net(**bad)
+
+
+def test_time_conditioned_nets_ask_for_sigma(tiny_net):
+    with pytest.raises(ValueError, match='give sigma'):
+        tiny_net(time_conditioning=True)(torch.zeros(1, 4, dtype=torch.int64))
+
+
+def test_devices_and_dtypes_that_are_not_there_are_refused():
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="device='cuda'"):
+            pick_device('cuda')
+    with pytest.raises(ValueError, match='is not known'):
+        pick_device('tpu')
+    with pytest.raises(ValueError, match='float16'):
+        autocast(torch.device('cpu'), 'float16')
+
+
+# --- checkpoints
+
+
+def save_own(net, path, **changes):
+    torch.save(dict(model=net.state_dict(), ema={k: v + 1 for k, v in net.state_dict().items()}, model_config=dataclasses.asdict(net.config),
+                    constants={}, tokenizer=dict(name='bytes')) | changes, path)
+
+
+def test_load_pretrained_reads_our_checkpoints(tiny_net, tmp_path):
+    net = tiny_net()
+    save_own(net, tmp_path / 'ckpt.pt')
+    for source in (tmp_path, tmp_path / 'ckpt.pt'):
+        last = load_pretrained(str(source), ema=False, dropout=0.25)
+        assert torch.equal(last.wte.weight, net.wte.weight) and last.config.dropout == 0.25 and not last.training
+        assert torch.equal(load_pretrained(str(source)).wte.weight, net.wte.weight + 1)  # the average by default
+
+
+def test_broken_and_foreign_checkpoints_are_refused(tiny_net, tmp_path):
+    path = tmp_path / 'ckpt.pt'
+    with pytest.raises(FileNotFoundError, match='no checkpoint at'):
+        load_pretrained(str(tmp_path))
+    save_own(tiny_net(), path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(ValueError, match='truncated or damaged'):
+        load_pretrained(str(path))
+    flipped = bytearray(whole)
+    where = whole.index(tiny_net().wte.weight.detach().numpy().tobytes()) + 5
+    flipped[where] ^= 1
+    path.write_bytes(flipped)
+    with pytest.raises(ValueError, match='truncated or damaged'):
+        load_pretrained(str(path))
+    torch.save(dict(state_dict={}), path)
+    with pytest.raises(ValueError, match='is not a checkpoint of train.py'):
+        load_pretrained(str(path))
+    save_own(tiny_net(), path)
+    with pytest.raises(ValueError, match=r'attn_qkv.weight has shape|wte.weight has shape|has shape'):
+        load_pretrained(str(path), n_embd=32)
+    with pytest.raises(ValueError, match='lacks blocks.2'):
+        load_pretrained(str(path), n_layer=3)
+    with pytest.raises(ValueError, match="'n_layers' is not a field"):
+        load_pretrained(str(path), n_layers=3)
+
+
+def test_a_checkpoint_with_code_in_it_does_nothing(tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return open, (str(tmp_path / 'pwned'), 'w')
+    torch.save(dict(model=Attack(), ema={}, model_config={}), tmp_path / 'ckpt.pt')
+    with pytest.raises(ValueError, match='is not a checkpoint of train.py'):
+        load_pretrained(str(tmp_path))
+    assert not (tmp_path / 'pwned').exists()

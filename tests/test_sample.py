@@ -1,0 +1,219 @@
+import collections
+import itertools
+import json
+import math
+
+import pytest
+import torch
+
+import reference
+from model import loglinear
+from sample import draw, generate
+
+TINY = dict(block_size=8, vocab_size=4, mask_id=3, n_layer=1, n_head=1, n_embd=8, cond_dim=4, scale=0.7)
+
+
+def chi_square_p(counts, probabilities, n):
+    """p-value of counts (dict) under probabilities (dict); outcomes expected fewer than 5 times are pooled."""
+    assert set(counts) <= set(probabilities), 'an impossible outcome was drawn'
+    cells, rest = [], [0, 0.0]
+    for outcome, p in probabilities.items():
+        if p * n >= 5:
+            cells.append((counts.get(outcome, 0), p * n))
+        else:
+            rest = [rest[0] + counts.get(outcome, 0), rest[1] + p * n]
+    cells += [tuple(rest)] if rest[1] >= 1 else []
+    statistic = sum((seen - expected) ** 2 / expected for seen, expected in cells)
+    assert len(cells) > 3
+    return torch.special.gammaincc(torch.tensor((len(cells) - 1) / 2), torch.tensor(statistic / 2)).item()
+
+
+def counts_of(tokens):
+    return collections.Counter(map(tuple, tokens.tolist()))
+
+
+# --- the distribution
+
+
+@pytest.mark.parametrize('steps', [1, 2, 5])
+@pytest.mark.parametrize('net_options', [dict(), dict(time_conditioning=True), dict(objective='mlm', mask_id=1)])
+def test_ancestral_sampler_matches_enumerated_distribution(tiny_net, steps, net_options):
+    net, n = tiny_net(**TINY | net_options), 10_000
+    exact = reference.ancestral_distribution(net, 3, steps, loglinear)
+    assert abs(sum(exact.values()) - 1) < 1e-5
+    out = generate(net, n, 3, steps, seed=1, batch_size=2500)
+    assert chi_square_p(counts_of(out.tokens), exact, n) > 1e-3
+
+
+def test_enumeration_tells_one_number_of_steps_from_another(tiny_net):
+    # the test above can fail: samples at 5 steps do not fit the distribution of 1 step
+    net = tiny_net(**TINY)
+    out = generate(net, 10_000, 3, 5, batch_size=2500)
+    assert chi_square_p(counts_of(out.tokens), reference.ancestral_distribution(net, 3, 1, loglinear), 10_000) < 1e-6
+
+
+def test_textbook_loop_matches_enumerated_distribution(tiny_net):
+    net, n = tiny_net(**TINY, time_conditioning=True), 20_000
+    exact = reference.ancestral_distribution(net, 3, 4, loglinear)
+    tokens = reference.ancestral(net, n, 3, 4, loglinear, torch.Generator().manual_seed(0))
+    assert chi_square_p(counts_of(tokens), exact, n) > 1e-3
+
+
+def test_reveal_steps_are_uniform_under_loglinear(tiny_net):
+    out = generate(tiny_net(**TINY), 4000, 8, 10, batch_size=4000)
+    counts = collections.Counter(out.reveal_step.flatten().tolist())
+    assert chi_square_p(counts, {step: 0.1 for step in range(10)}, 32_000) > 1e-3
+
+
+@pytest.mark.parametrize('options', [dict(temperature=0.5), dict(top_k=2), dict(top_p=0.6), dict(temperature=1.5, top_k=2, top_p=0.9)])
+def test_options_change_the_distribution_as_they_say(tiny_net, options):
+    net, n = tiny_net(**TINY), 10_000
+    logits = net(torch.full((1, 3), 3))[0, :, :3].double()                     # one step: positions are independent
+    p = torch.softmax(logits / options.get('temperature', 1.0), dim=-1)
+    for row in p:  # in words: the top_k first, renormalised; then while the running sum is at most top_p, and always the first
+        order = row.argsort(descending=True).tolist()
+        order = order[:options.get('top_k') or 3]
+        row /= row[order].sum()
+        kept, total = [], 0.0
+        for token in order:
+            total += row[token].item()
+            if kept and total > options.get('top_p', 1.0) + 1e-12:
+                break
+            kept.append(token)
+        row[[token for token in range(3) if token not in kept]] = 0
+        row /= row.sum()
+    exact = {state: math.prod(p[i, token].item() for i, token in enumerate(state)) for state in itertools.product(range(3), repeat=3)}
+    out = generate(net, n, 3, 1, batch_size=2500, **options)
+    assert chi_square_p(counts_of(out.tokens), {state: mass for state, mass in exact.items() if mass}, n) > 1e-3
+
+
+@pytest.mark.parametrize('cfg_scale', [-1.0, -0.4, 1.5])
+def test_guidance_is_unconditional_plus_scaled_difference(tiny_net, cfg_scale):
+    net, n, prompt = tiny_net(**TINY), 10_000, [2, 0]
+    cond, un = (net(torch.tensor([x]))[0, 2:, :3].double() for x in ([2, 0, 3, 3], [3, 3, 3, 3]))
+    p = torch.softmax(un + (1 + cfg_scale) * (cond - un), dim=-1)
+    exact = {(2, 0, a, b): (p[0, a] * p[1, b]).item() for a in range(3) for b in range(3)}
+    out = generate(net, n, 4, 1, prompt=prompt, cfg_scale=cfg_scale, batch_size=2500)
+    assert chi_square_p(counts_of(out.tokens), exact, n) > 1e-3 and (out.nfe == 2).all()
+
+
+# --- draws
+
+
+def test_draw_is_the_inverse_cdf_without_the_mask():
+    logits = torch.tensor([0.2, 0.5, 0.0, 0.3]).log().repeat(5, 1)
+    logits[:, 2] = 7.0
+    u = torch.tensor([0.0, 0.199, 0.201, 0.699, 0.701], dtype=torch.float64)
+    assert draw(logits, u, mask_id=2).tolist() == [0, 0, 1, 1, 3]
+    assert draw(logits, u, mask_id=2, temperature=0).tolist() == [1] * 5
+
+
+def test_draw_reaches_the_tail_that_float32_cuts_off():
+    logits = torch.tensor([[0.0, -23.0, 0.0]])                                 # the second token: 1e-10
+    for u, token in ((1 - 1e-9, 0), (1 - 1e-11, 1), (1 - 2.0 ** -53, 1)):
+        assert draw(logits.clone(), torch.tensor([u], dtype=torch.float64), mask_id=2).item() == token
+
+
+def test_top_p_leaves_out_the_token_that_crosses_it():
+    logits = torch.tensor([[0.5, 0.3, 0.2, 0.0]]).log()
+    grid = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    drawn = lambda **options: set(draw(logits.repeat(1000, 1), grid, 3, **options).tolist())
+    assert drawn(top_p=0.49) == {0} and drawn(top_p=0.79) == {0} and drawn(top_p=0.81) == {0, 1} and drawn(top_p=1.0) == {0, 1, 2}
+    assert drawn(top_k=1) == {0} and drawn(top_k=2) == {0, 1} and drawn(top_k=50) == {0, 1, 2}
+    assert drawn(top_k=2, top_p=0.62) == {0}                                   # 0.5 / 0.8 = 0.625: after top_k, renormalised
+
+
+def test_top_k_keeps_exactly_k_of_equal_tokens():
+    grid = (torch.arange(100, dtype=torch.float64) + 0.5) / 100
+    assert len(set(draw(torch.zeros(100, 10), grid, 9, top_k=3).tolist())) == 3
+
+
+# --- what a caller relies on
+
+
+def test_a_row_depends_on_its_seed_alone(tiny_net):
+    net = tiny_net().double()
+    whole = generate(net, 7, 12, 20, seed=3, batch_size=7)
+    for batch_size in (1, 2, 3):
+        again = generate(net, 7, 12, 20, seed=3, batch_size=batch_size)
+        assert torch.equal(again.tokens, whole.tokens) and torch.equal(again.nfe, whole.nfe) and torch.equal(again.reveal_step, whole.reveal_step)
+    later = generate(net, 3, 12, 20, seed=3, first_row=4)
+    assert torch.equal(later.tokens, whole.tokens[4:])
+    assert not torch.equal(generate(net, 7, 12, 20, seed=4).tokens, whole.tokens)
+
+
+def test_prompts_are_kept_bit_for_bit(tiny_net):
+    net = tiny_net()
+    for prompt, expected in (([4, 5], torch.tensor([[4, 5]] * 3)), (torch.tensor([[1, 2], [3, 4], [5, 6]]), torch.tensor([[1, 2], [3, 4], [5, 6]])),
+                             (list(range(10)), torch.arange(10).expand(3, -1))):
+        out = generate(net, 3, 10, 6, prompt=prompt)
+        P = expected.size(1)
+        assert torch.equal(out.tokens[:, :P], expected) and (out.reveal_step[:, :P] == -1).all() and (out.reveal_step[:, P:] >= 0).all()
+        assert (out.tokens != 10).all() and out.tokens.dtype == torch.int64
+
+
+def test_text_prompts_go_through_the_nets_tokenizer(tiny_net):
+    net = tiny_net(vocab_size=258, mask_id=257)
+    with pytest.raises(ValueError, match='names no tokenizer'):
+        generate(net, 1, 8, 2, prompt='ab')
+    net.tokenizer = dict(name='bytes')
+    assert generate(net, 1, 8, 2, prompt='ab').tokens[0, :2].tolist() == [97, 98]
+
+
+def test_nfe_counts_the_distinct_steps_and_averages_as_the_formula_says(tiny_net, monkeypatch):
+    net, T, L, n = tiny_net(), 40, 16, 400
+    calls, trunk = [], net.trunk
+    monkeypatch.setattr(net, 'trunk', lambda x, sigma=None: (calls.append(len(x)), trunk(x, sigma))[1])
+    out = generate(net, n, L, T, batch_size=50)
+    assert out.nfe.tolist() == [len(set(row.tolist())) for row in out.reveal_step]
+    assert sum(calls) == out.nfe.sum()                                         # the trunk ran for rows that changed, and no others
+    expected = T * (1 - (1 - 1 / T) ** L)
+    assert abs(out.nfe.double().mean() - expected) < 4 * out.nfe.double().std() / math.sqrt(n)
+
+
+def test_only_positions_being_revealed_are_projected(tiny_net, monkeypatch):
+    net, rows, head = tiny_net(), [], tiny_net().head
+    monkeypatch.setattr(net, 'head', lambda h: (rows.append(len(h)), head(h))[1])
+    generate(net, 5, 16, 8, batch_size=2)
+    assert sum(rows) == 5 * 16
+
+
+@pytest.mark.parametrize('options, message', [
+    (dict(steps=0), 'steps=0'), (dict(top_p=0.0), 'top_p=0.0: it must be above 0'), (dict(top_p=1.1), 'top_p=1.1'), (dict(top_k=-1), 'top_k=-1'),
+    (dict(temperature=-1.0), 'temperature=-1.0'), (dict(sampler='magic'), "sampler 'magic' is not known: choose from ancestral"), (dict(length=17), 'length=17'),
+    (dict(length=0), 'length=0'), (dict(num_samples=0), 'num_samples=0'), (dict(cfg_scale=-2.0), 'cfg_scale=-2.0'), (dict(prompt=[1] * 9), 'has 9 tokens, more than'),
+    (dict(prompt=[11]), 'an id that is not a token'), (dict(prompt=[10]), 'an id that is not a token'), (dict(prompt=[-1]), 'an id that is not a token'),
+    (dict(prompt=[[1], [2], [3]]), 'prompt has shape'), (dict(top_p=math.nan), 'top_p=nan')])
+def test_impossible_options_are_refused(tiny_net, options, message):
+    with pytest.raises(ValueError, match=message):
+        generate(tiny_net(), **dict(num_samples=2, length=8, steps=4) | options)
+
+
+# --- the command line
+
+
+def save_net(net, folder):
+    import dataclasses
+    torch.save(dict(model=net.state_dict(), ema=net.state_dict(), model_config=dataclasses.asdict(net.config), constants={}, tokenizer=dict(name='bytes')),
+               folder / 'ckpt.pt')
+
+
+def test_sample_py_prints_and_writes_samples(tiny_net, run, tmp_path):
+    save_net(tiny_net(vocab_size=258, mask_id=257), tmp_path)
+    shown = run('sample.py', '--out_dir=.', '--num_samples=2', '--steps=8', '--prompt=Hi', '--device=cpu').stdout
+    assert shown.count('--- sample') == 2 and shown.count('\nHi') == 2
+    run('sample.py', '--out_dir=.', '--num_samples=3', '--steps=8', '--out=s.jsonl', '--length=6', '--top_p=0.9')
+    lines = [json.loads(line) for line in open(tmp_path / 's.jsonl')]
+    assert len(lines) == 3 and not (tmp_path / 's.jsonl.unfinished').exists()
+    for line in lines:
+        assert len(line['ids']) == 6 and 1 <= line['nfe'] <= 6 and isinstance(line['text'], str) and line['settings']['top_p'] == 0.9
+
+
+@pytest.mark.parametrize('arguments, message', [
+    ([], 'error: no checkpoint at out/ckpt.pt: train one'), (['--out_dir=.', '--top_p=0.0'], 'error: top_p=0.0'), (['--out_dir=.', '--steps=0'], 'error: steps=0'),
+    (['--out_dir=.', '--device=cuda:99'], "error: device='cuda:99'"), (['--out_dir=.', '--tokenizer=gpt2-xlm'], "error: "),
+    (['--out_dir=.', '--out=nowhere/s.jsonl'], 'error: ')])
+def test_bad_input_ends_sample_py_with_one_line(tiny_net, run, tmp_path, arguments, message):
+    save_net(tiny_net(vocab_size=258, mask_id=257), tmp_path)
+    stderr = [line for line in run('sample.py', *arguments, status=1).stderr.splitlines() if 'sampling' not in line]
+    assert len(stderr) == 1 and stderr[0].startswith(message), stderr

@@ -1,0 +1,341 @@
+"""
+Train a masked diffusion language model. One process, or any number under torchrun:
+
+    python train.py config/quickstart.py
+    torchrun --nproc_per_node=8 train.py config/owt_mlm.py
+    torchrun --nnodes=2 --node_rank=0 --master_addr=HOST --nproc_per_node=8 train.py config/owt_mdlm.py    (and node_rank=1)
+
+Everything random is a function of (seed, step, micro-batch), so that 1, 2 or 8 processes with the same global batch see the same
+batches, and a run that was killed goes on with --init_from=resume as if it had never stopped.
+"""
+import contextlib
+import copy
+import dataclasses
+import json
+import math
+import os
+import shutil
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from configurator import configure
+from data import TokenRows, find_or_prepare, get_tokenizer, key_of, permute
+from model import (DiT, ModelConfig, autocast, corrupt_batch, load_pretrained, load_state, loglinear, per_token_loss,
+                   pick_device, read_checkpoint, stratified_times)
+from sample import generate
+
+# input and output
+out_dir = 'out'             # checkpoints and metrics.jsonl
+init_from = 'scratch'       # 'scratch', 'resume' (out_dir/ckpt.pt), or the weights of a source for load_pretrained
+eval_interval = 2000        # steps
+eval_iters = 20             # global batches of an evaluation, at most
+log_interval = 10           # steps
+ckpt_interval = 2000        # steps; ckpt.pt is the latest
+keep_interval = 0           # steps; ckpt_<step>.pt is kept for ever; 0: none
+sample_interval = 0         # steps; print a sample at evaluations on these steps; 0: never
+sample_at_end = True        # print samples when training is done
+wandb_project = None        # log to this project of wandb; None: only to metrics.jsonl
+# data
+dataset = 'openwebtext'     # a folder in data/, or what data.py knows
+tokenizer = 'gpt2'          # the one the bins were made with
+packing = 'wrap'            # how rows are cut: 'wrap', 'concat', 'pad'
+loss_on_padding = True      # packing 'pad': padding is corrupted and predicted like any token
+block_size = 1024           # tokens a row
+batch_size = 32             # rows a micro-batch
+global_batch_size = 512     # rows a step, of all processes and micro-batches together
+# model
+n_layer = 12
+n_head = 12
+n_embd = 768
+n_mlp = None                # hidden width of the mlp; None: 4 * n_embd
+cond_dim = 128              # width of the adaLN conditioning; 0: none
+time_conditioning = False   # feed the noise level to the conditioning; False: always 0
+mlp = 'gelu'                # 'gelu' or 'relu'
+norm_bias = False           # LayerNorm with a bias
+head_bias = True            # vocabulary projection with a bias
+dropout = 0.1               # on the residual branches
+attn_dropout = 0.0          # on the attention weights
+init = 'mdlm'               # of new weights: 'mdlm' or 'xlm'
+objective = 'subs'          # 'subs' (MDLM's NELBO) or 'mlm' (xlm's cross entropy)
+# optimizer
+optimizer = 'adamw'         # 'adamw', or 'muon' for the matrices of the blocks and adamw for the rest
+learning_rate = 3e-4
+max_iters = 1_000_000       # steps
+lr_schedule = 'constant'    # after the warm-up: 'constant', or 'cosine' down to min_lr at max_iters
+warmup_iters = 2500         # steps
+min_lr = 0.0
+weight_decay = 0.0
+decay_all = False           # decay every parameter; False: matrices only
+beta1 = 0.9
+beta2 = 0.999
+grad_clip = 1.0             # largest norm of the gradient; 0: no limit
+ema = 0.9999                # decay of the averaged weights, min(ema, (1 + n) / (10 + n)) at step n
+# system
+device = 'auto'             # 'auto' (cuda, mps or cpu, whichever is there), 'cpu', 'cuda', 'cuda:1', 'mps'
+dtype = 'auto'              # 'float32', 'bfloat16' (autocast), or 'auto': bfloat16 where the device multiplies it natively
+compile = None              # torch.compile the trunk; None: on CUDA
+seed = 0
+constants = configure(globals())
+
+# -----------------------------------------------------------------------------
+# who we are, and on what
+
+rank, local_rank, world_size = (int(os.environ.get(key, default)) for key, default in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
+master = rank == 0
+device = pick_device(device, local_rank)
+amp = autocast(device, dtype)
+
+for key in ('batch_size', 'global_batch_size', 'eval_interval', 'eval_iters', 'log_interval', 'ckpt_interval', 'learning_rate'):
+    if constants[key] <= 0:
+        raise ValueError(f'{key}={constants[key]}: it must be positive')
+for key, known in (('optimizer', ('adamw', 'muon')), ('lr_schedule', ('constant', 'cosine'))):
+    if constants[key] not in known:
+        raise ValueError(f"{key}='{constants[key]}' is not known: choose from {', '.join(known)}")
+if global_batch_size % (batch_size * world_size):
+    raise ValueError(f'global_batch_size={global_batch_size} is not divisible into micro-batches of batch_size={batch_size} for each of '
+                     f'{world_size} processes: make it a multiple of {batch_size * world_size}')
+micro_batches = global_batch_size // batch_size       # of a step, on all processes together
+my_micro_batches = range(rank, micro_batches, world_size)
+
+folder = find_or_prepare(dataset, tokenizer)          # before the process group starts: others wait for the files, not for a timeout
+train_rows = TokenRows(folder, 'train', block_size, packing, loss_on_padding)
+val_rows = TokenRows(folder, 'validation', block_size, packing, loss_on_padding)
+tokenizer_meta = train_rows.meta['tokenizer']
+mask_id = tokenizer_meta['mask_id']
+
+if world_size > 1:
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
+    dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+os.makedirs(out_dir, exist_ok=True)
+
+# -----------------------------------------------------------------------------
+# the net, its average, the optimizer
+
+torch.manual_seed(seed)
+torch.set_float32_matmul_precision('high')            # TF32 for what is not autocast on CUDA; the CPU stays exact
+shape = {field.name: constants[field.name] for field in dataclasses.fields(ModelConfig) if field.name in constants}
+shape |= dict(vocab_size=tokenizer_meta['vocab_size'], mask_id=mask_id)
+if init == 'xlm' and tokenizer_meta['pad_id'] != tokenizer_meta['eos_id']:
+    shape['pad_id'] = tokenizer_meta['pad_id']
+
+step, tokens_seen, best_val_loss, checkpoint = 0, 0, math.inf, None
+if init_from in ('scratch', 'resume'):
+    net = DiT(ModelConfig(**shape))
+else:
+    net = load_pretrained(init_from, dropout=dropout, attn_dropout=attn_dropout)
+    for key in ('vocab_size', 'mask_id', 'block_size', 'objective'):
+        if getattr(net.config, key) != shape[key]:
+            raise ValueError(f'init_from={init_from} has {key}={getattr(net.config, key)!r}, the run {shape[key]!r}')
+if init_from == 'resume':
+    checkpoint = read_checkpoint(os.path.join(out_dir, 'ckpt.pt'))
+    for key, ours in dataclasses.asdict(net.config).items():
+        if checkpoint['model_config'].get(key) != ours and 'dropout' not in key:
+            raise ValueError(f"{out_dir}/ckpt.pt has {key}={checkpoint['model_config'].get(key)!r}, the run {key}={ours!r}: they must agree to resume")
+    if checkpoint['tokenizer'] != tokenizer_meta:
+        raise ValueError(f"{out_dir}/ckpt.pt was trained with another tokenizer ({checkpoint['tokenizer']}) than {folder} ({tokenizer_meta})")
+    load_state(net, checkpoint['model'], out_dir)
+    step, tokens_seen, best_val_loss = (checkpoint[key] for key in ('iter', 'tokens_seen', 'best_val_loss'))
+net.to(device).train()
+ema_net = copy.deepcopy(net).eval().requires_grad_(False)
+if checkpoint:
+    load_state(ema_net, checkpoint['ema'], out_dir)
+
+matrices = {name for name, p in net.named_parameters() if p.dim() >= 2}
+for_muon = {name for name in matrices if name.startswith('blocks.') and 'adaLN' not in name} if optimizer == 'muon' else set()
+groups = [[p for name, p in net.named_parameters() if name not in for_muon and (name in matrices) == decay] for decay in (True, False)]
+optimizers = [torch.optim.AdamW([dict(params=groups[0]), dict(params=groups[1], weight_decay=weight_decay if decay_all else 0.0)],
+                                lr=learning_rate, betas=(beta1, beta2), weight_decay=weight_decay, fused=True)]
+if for_muon:
+    optimizers.append(torch.optim.Muon([p for name, p in net.named_parameters() if name in for_muon], lr=learning_rate,
+                                       weight_decay=weight_decay, adjust_lr_fn='match_rms_adamw'))
+if checkpoint:
+    for opt, state in zip(optimizers, checkpoint['optimizer'], strict=True):
+        opt.load_state_dict(state)
+
+if compile or compile is None and device.type == 'cuda':
+    net.trunk = torch.compile(net.trunk)              # the trunk itself: torch.compile(net).trunk would run eagerly
+
+
+class Loss(nn.Module):
+    """The loss of a micro-batch, as a module: DDP synchronises the gradients of its own forward alone, not of net.trunk."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, batch):
+        loss = per_token_loss(self.net, batch['x0'], batch['xt'], batch['t'], masked=batch['masked'], attended=batch['attended'])
+        count = batch['masked'].numel() if self.net.config.objective == 'mlm' else batch['scored'].sum()
+        return (loss * batch['scored']).sum() / max(count, 1)
+
+
+loss_module = Loss(net)
+if world_size > 1:
+    loss_module = DDP(loss_module, device_ids=[device.index] if device.type == 'cuda' else None, gradient_as_bucket_view=True)
+
+# -----------------------------------------------------------------------------
+# batches, evaluation, checkpoints
+
+
+def training_batch(step, micro):
+    """Micro-batch `micro` of a step. Its rows come from a permutation of each epoch; its times are every micro_batches-th of the strata
+    of the global batch, so that each micro-batch has early and late ones."""
+    index = step * global_batch_size + micro * batch_size + np.arange(batch_size)
+    epoch, place = index // len(train_rows), index % len(train_rows)
+    rows = np.concatenate([permute(place[epoch == e], len(train_rows), seed, e) for e in np.unique(epoch)])
+    u = torch.rand((), generator=torch.Generator().manual_seed(key_of(seed, step)), dtype=torch.float64)
+    t = stratified_times(u, micro + micro_batches * torch.arange(batch_size), global_batch_size)
+    return corrupt_batch(train_rows[rows], t, mask_id, loglinear, key_of(seed, step, micro), device)
+
+
+@torch.no_grad()
+def evaluate():
+    """NELBO of the averaged weights on the first rows of the validation split: nats a scored token, bits a byte. Rows, times and masks
+    are the same each time, and so are the figures on any number of processes."""
+    n = min(len(val_rows), eval_iters * global_batch_size)
+    sums = torch.zeros(4, dtype=torch.float64, device='cpu' if device.type == 'mps' else device)
+    for start in range(rank * batch_size, n, world_size * batch_size):
+        indices = np.arange(start, min(start + batch_size, n))
+        t = stratified_times(0.5, torch.from_numpy(permute(indices, n, 0)), n)
+        batch = corrupt_batch(val_rows[indices], t, mask_id, loglinear, key_of(start), device)
+        with amp:
+            loss = per_token_loss(ema_net, batch['x0'], batch['xt'], batch['t'], 'subs', masked=batch['masked'], attended=batch['attended'])
+        known = batch['scored'] & batch['document']
+        sums += torch.stack([x.double().sum() for x in (loss * batch['scored'], batch['scored'], loss * known, known)]).to(sums.device)
+    if world_size > 1:
+        dist.all_reduce(sums)
+    loss, scored, document_loss, document_tokens = sums.tolist()
+    counts = val_rows.counts
+    return loss / scored, document_loss / document_tokens * counts['tokens'] / counts['bytes'] / math.log(2)
+
+
+def save(file):
+    """Write a checkpoint under another name and rename it when it is whole."""
+    path = os.path.join(out_dir, file)
+    torch.save(dict(model=net.state_dict(), ema=ema_net.state_dict(), optimizer=[opt.state_dict() for opt in optimizers], iter=step,
+                    tokens_seen=tokens_seen, best_val_loss=best_val_loss, model_config=dataclasses.asdict(net.config),
+                    constants=constants, tokenizer=tokenizer_meta), path + '.unfinished')
+    os.replace(path + '.unfinished', path)
+
+
+def get_lr(step):
+    """Linear warm-up, then constant or cosine."""
+    if step < warmup_iters:
+        return learning_rate * (step + 1) / warmup_iters
+    if lr_schedule == 'constant':
+        return learning_rate
+    done = (step - warmup_iters) / max(1, max_iters - warmup_iters)
+    return min_lr + (learning_rate - min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def log(**line):
+    metrics.write(json.dumps(line) + '\n')
+    if wandb_project:
+        wandb.log(line, step=line['iter'])
+
+
+def print_samples(n):
+    tok = get_tokenizer(tokenizer_meta['name'], folder)
+    out = generate(ema_net, n, block_size, steps=min(256, block_size), seed=seed)
+    for i, ids in enumerate(out.tokens.tolist()):
+        print(f'--- sample {i} ({out.nfe[i]} network evaluations)\n{tok.decode(ids)}')
+
+
+if master:
+    path = os.path.join(out_dir, 'metrics.jsonl')
+    kept = []
+    if checkpoint and os.path.exists(path):           # what came after the checkpoint is going to be done again
+        with open(path) as f:
+            kept = [line for line in f if line.endswith('\n') and json.loads(line)['iter'] <= step]
+    with open(path, 'w') as f:
+        f.writelines(kept)
+    metrics = open(path, 'a', buffering=1)
+    if train_rows.meta['tokenizer']['sha256']:        # a tokenizer trained with the data goes where the weights go
+        shutil.copy(os.path.join(folder, 'tokenizer.json'), out_dir)
+    if wandb_project:
+        import wandb
+        wandb.init(project=wandb_project, name=out_dir, config=constants)
+    print(f'{net.num_params() / 1e6:.2f}M parameters ({net.num_params(embedding=False) / 1e6:.2f}M without embedding and head), {len(train_rows):,} rows of '
+          f'{block_size} tokens, {len(train_rows) / global_batch_size:,.1f} steps an epoch; {world_size} x {device}, '
+          f"{'bfloat16 autocast' if amp._enabled else 'float32'}; training to step {max_iters:,} in {out_dir}", flush=True)
+
+# dense bf16 FLOP/s of GPUs, for the share of it that is used
+PEAK = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12, 'B200': 2250e12}
+peak = next((flops for gpu, flops in PEAK.items() if device.type == 'cuda' and gpu in torch.cuda.get_device_name(device)), None)
+flops = net.train_flops(global_batch_size, block_size, global_batch_size * block_size // 2)  # about half are masked
+
+# -----------------------------------------------------------------------------
+# the loop
+
+parameters, ema_parameters = list(net.parameters()), list(ema_net.parameters())
+del checkpoint
+start, timer, timed_from = step, time.time(), step
+while True:
+
+    if step > start and (step % eval_interval == 0 or step == max_iters):
+        val_loss, val_bpb = evaluate()
+        better, best_val_loss = val_loss < best_val_loss, min(val_loss, best_val_loss)
+        if master:
+            print(f'step {step}: validation {val_loss:.4f} nats/token, {val_bpb:.4f} bits/byte', flush=True)
+            log(iter=step, val_loss=val_loss, val_bpb=val_bpb)
+            if better:
+                save('ckpt_best.pt')
+            if sample_interval and step % sample_interval == 0:
+                print_samples(1)
+        timer, timed_from = time.time(), step         # evaluations are not counted in tokens/s
+    if master and step > start:
+        if step % ckpt_interval == 0 or step == max_iters:
+            save('ckpt.pt')
+        if keep_interval and step % keep_interval == 0:
+            save(f'ckpt_{step}.pt')
+    if step >= max_iters:
+        break
+
+    lr = get_lr(step)
+    for opt in optimizers:
+        for group in opt.param_groups:
+            group['lr'] = lr
+    loss = 0.0
+    for micro in my_micro_batches:
+        batch = training_batch(step, micro)
+        torch.manual_seed(key_of(seed, step, micro))  # dropout
+        last = micro == my_micro_batches[-1]
+        with contextlib.nullcontext() if last or world_size == 1 else loss_module.no_sync():
+            with amp:
+                micro_loss = loss_module(batch) / len(my_micro_batches)
+            micro_loss.backward()
+        loss += micro_loss.detach()
+    grad_norm = nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
+    for opt in optimizers:
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+    decay = min(ema, (1 + step) / (10 + step))
+    torch._foreach_lerp_(ema_parameters, parameters, 1 - decay)
+    step += 1
+    tokens_seen += global_batch_size * block_size
+
+    if step % log_interval == 0 or step == start + 1:
+        if world_size > 1:
+            dist.all_reduce(loss, op=dist.ReduceOp.SUM)
+            loss /= world_size
+        loss, grad_norm = loss.item(), grad_norm.item()  # note: this waits for the device
+        seconds = (time.time() - timer) / (step - timed_from)
+        timer, timed_from = time.time(), step
+        if master:
+            rate = global_batch_size * block_size / seconds
+            mfu = f', MFU {flops / seconds / peak / world_size:.1%}' if peak else ''
+            left = seconds * (max_iters - step)
+            print(f'step {step}: loss {loss:.4f}, lr {lr:.2e}, grad norm {grad_norm:.2f}, {rate:,.0f} tokens/s{mfu}, '
+                  f'{left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f} left', flush=True)
+            log(iter=step, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=rate)
+
+if world_size > 1:
+    dist.destroy_process_group()
+if master and sample_at_end:
+    print_samples(4)
