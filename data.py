@@ -194,6 +194,7 @@ def train_bpe(texts, size, path):
 
 PIECE = 1 << 20                            # characters: longer documents go through in pieces
 BLANK = re.compile(r'\n(?:[^\S\n]*\n)+')    # lines of nothing but white space
+LEADING, TRAILING = re.compile(r'\A(?:[^\S\n]*\n)+'), re.compile(r'(?:\n[^\S\n]*)+\Z')
 CUT = re.compile(r'\S(?=\s\S)')            # before white space alone between two words, where GPT-2's pattern cuts too
 
 
@@ -204,14 +205,16 @@ def read_plain_text(path):
         while block := f.read(PIECE):
             *whole, rest = BLANK.split(rest + block)
             for text in whole:
+                text = text if inside else LEADING.sub('', text)
                 if inside or text.strip():
-                    yield None, text if inside else re.sub(r'\A(?:[^\S\n]*\n)+', '', text), True, None
+                    yield None, text, True, None
                 inside = False
+            rest = rest if inside else LEADING.sub('', rest)
             if len(rest) > 2 * PIECE and (cut := CUT.search(rest, PIECE)):
                 yield None, rest[:cut.end()], False, None
                 rest, inside = rest[cut.end():], True
     if inside or rest.strip():
-        yield None, re.sub(r'(?:\n[^\S\n]*)+\Z', '', rest if inside else re.sub(r'\A(?:[^\S\n]*\n)+', '', rest)), True, None
+        yield None, TRAILING.sub('', rest), True, None
 
 
 def read_jsonl(path):

@@ -97,11 +97,13 @@ class Norm(nn.Module):
 
     def forward(self, x, shift=None, scale=None):
         weight, bias = self.weight, self.bias
-        if shift is not None and shift.size(0) == 1:  # one conditioning for all rows: part of the weights, no pass of its own
-            weight, bias = weight * (1 + scale[0, 0]), shift[0, 0] if bias is None else bias * (1 + scale[0, 0]) + shift[0, 0]
-            shift = None
-        x = F.layer_norm(x.float(), weight.shape, weight.float(), None if bias is None else bias.float(), 1e-5)
-        return x if shift is None else x * (1 + scale) + shift
+        if shift is None:
+            return F.layer_norm(x, weight.shape, weight, bias, 1e-5)
+        if shift.size(0) > 1:
+            return F.layer_norm(x, weight.shape, weight, bias, 1e-5) * (1 + scale) + shift
+        # one conditioning for all rows: it is part of the weights, and costs no pass of its own
+        shift, scale = shift[0, 0].to(weight.dtype), 1 + scale[0, 0].to(weight.dtype)
+        return F.layer_norm(x, weight.shape, weight * scale, shift if bias is None else bias * scale + shift, 1e-5)
 
 
 class Block(nn.Module):
@@ -150,7 +152,8 @@ class SigmaMap(nn.Module):
     def forward(self, sigma):  # (B,) -> (B, cond_dim)
         freqs = torch.exp(-math.log(10_000) * torch.arange(128, device=sigma.device, dtype=torch.float32) / 128)
         angle = sigma.float()[:, None] * freqs
-        return F.silu(self.fc2(F.silu(self.fc1(torch.cat((angle.cos(), angle.sin()), dim=-1)))))
+        features = torch.cat((angle.cos(), angle.sin()), dim=-1).to(self.fc1.weight.dtype)     # (B, 256)
+        return F.silu(self.fc2(F.silu(self.fc1(features))))
 
 
 class DiT(nn.Module):
@@ -192,8 +195,9 @@ class DiT(nn.Module):
         return self.norm_f(h, shift, scale)
 
     def head(self, h):
-        """The vocabulary projection, h (..., n_embd) -> logits (..., V) float32."""
-        return self.lm_head(h).float()
+        """The vocabulary projection, h (..., n_embd) -> logits (..., V) float32 (float64 for a float64 net)."""
+        logits = self.lm_head(h)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def nll(self, h, target, exclude=None):
         """-log softmax(head(h))[target], h (N, n_embd), target (N,) -> (N,) float32, in one (N, V) buffer at most.
@@ -228,11 +232,12 @@ class _NLL(torch.autograd.Function):
         h_, weight_ = h.to(dtype), weight.to(dtype)
         bias_ = None if bias is None else bias.to(dtype)
         N, V = h.size(0), weight.size(0)
-        nll = torch.empty(N, device=h.device, dtype=torch.float32)
+        wide = torch.promote_types(dtype, torch.float32)
+        nll = torch.empty(N, device=h.device, dtype=wide)
         delta = torch.empty(N, V, device=h.device, dtype=dtype) if needs_grad else None
         rows = max(128, 2 ** (20 if device == 'cpu' else 28) // V)  # a chunk stays in a CPU's cache; on a GPU it fills the machine
         for i in range(0, N, rows):
-            at, logits = target[i:i + rows, None], F.linear(h_[i:i + rows], weight_, bias_).float()
+            at, logits = target[i:i + rows, None], F.linear(h_[i:i + rows], weight_, bias_).to(wide)
             if exclude is not None:
                 logits[:, exclude] = -math.inf
             lse = logits.logsumexp(dim=-1, keepdim=True)
@@ -358,7 +363,7 @@ def masked_nll(net, x0, xt, sigma, exclude, masked, attended):
         masked = (xt == net.config.mask_id).flatten().nonzero().squeeze(1)
     h = net.trunk(xt, sigma, attended).flatten(0, 1)                                           # (B*L, n_embd)
     nll = net.nll(h[masked], x0.flatten()[masked], exclude)                                    # (N,)
-    return torch.zeros(x0.numel(), device=x0.device).index_copy(0, masked, nll).view(x0.shape)
+    return torch.zeros(x0.numel(), device=x0.device, dtype=nll.dtype).index_copy(0, masked, nll).view(x0.shape)
 
 
 def subs(net, x0, xt, t, schedule, masked=None, attended=None):

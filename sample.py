@@ -57,10 +57,11 @@ def draw(logits, u, mask_id, temperature=1.0, top_k=0, top_p=1.0):
         ordered, order = probs.sort(dim=-1, descending=True, stable=True)
         if top_k:
             ordered[:, top_k:] = 0
-        ordered /= ordered.sum(dim=-1, keepdim=True)
-        keep = ordered.cumsum(dim=-1) <= top_p
-        keep[:, 0] = True
-        probs = torch.zeros_like(probs).scatter_(1, order, ordered * keep)
+        if top_p < 1:
+            crossed = ordered.cumsum(dim=-1) > top_p * ordered.sum(dim=-1, keepdim=True)
+            crossed[:, 0] = False
+            ordered[crossed] = 0
+        probs = torch.zeros_like(probs).scatter_(1, order, ordered)
     cdf = probs.cumsum(dim=-1)
     ids = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).squeeze(1)
     last = probs.size(1) - 1 - (probs.flip(1) > 0).int().argmax(dim=-1)                        # u -> 1 may round up to the end
@@ -101,18 +102,24 @@ def ancestral(net, x, given, steps, u_when, u_what, schedule, cfg_scale, progres
     # how many of the ends t_1, ..., t_steps leave the position masked; the step after them reveals it
     reveal_step = steps - torch.searchsorted(still_masked[1:].flip(0), u_when, right=True)
     reveal_step[given] = -1
-    visits = [row[row >= 0].unique() for row in reveal_step]                                   # the steps of each row, rising
-    for visit in range(max(map(len, visits))):
-        active = [i for i, steps_of_row in enumerate(visits) if visit < len(steps_of_row)]
-        step = torch.stack([visits[i][visit] for i in active])                                 # (A,)
-        rows, cols = (reveal_step[active] == step[:, None]).nonzero(as_tuple=True)             # known here: the device is not asked
-        u = u_what[active][rows, cols].to('cpu' if device.type == 'mps' else device)           # MPS has no float64
-        active, rows, cols = (torch.as_tensor(index).to(device) for index in (active, rows, cols))
-        xt, sigma = x[active], schedule.sigma(times[step]).float().to(device)
-        unprompted = torch.where(given.to(device)[active], mask_id, xt) if cfg_scale and given.any() else None
-        x[active[rows], cols] = reveal(net, xt, sigma, rows, cols, u, unprompted, cfg_scale, **draw_options)
+    # number the distinct steps of each row: its visits to the network
+    ordered, order = reveal_step.sort(dim=1)
+    first = (ordered.diff(dim=1, prepend=torch.full((len(x), 1), -1)) > 0).long()
+    visit_of = torch.empty_like(order).scatter_(1, order, first.cumsum(dim=1) - 1)             # (B, L), -1 where given
+    visits = visit_of.amax(dim=1) + 1                                                          # (B,)
+    positions = visit_of.flatten().argsort(stable=True)[given.sum():]                          # by visit, then by row
+    guided = bool(cfg_scale and given.any())
+    for some in positions.split(visit_of[~given].bincount().tolist()):                         # rows at their n-th visit, each at a time of its own
+        rows, cols = some // x.size(1), some % x.size(1)
+        active, row = rows.unique(return_inverse=True)                                         # (A,), (N,) into them
+        step = torch.empty_like(active).index_copy_(0, row, reveal_step[rows, cols])
+        u = u_what[rows, cols].to('cpu' if device.type == 'mps' else device)                   # MPS has no float64
+        sigma, hidden = schedule.sigma(times[step]).float().to(device), given[active].to(device)
+        active, rows, cols, row = (index.to(device) for index in (active, rows, cols, row))    # all known here: the device is never asked
+        xt = x[active]
+        x[rows, cols] = reveal(net, xt, sigma, row, cols, u, torch.where(hidden, mask_id, xt) if guided else None, cfg_scale, **draw_options)
         progress(len(rows))
-    return torch.tensor([len(steps_of_row) for steps_of_row in visits]) * (2 if cfg_scale and given.any() else 1), reveal_step
+    return visits * (1 + guided), reveal_step
 
 
 SAMPLERS = {'ancestral': ancestral}
@@ -177,6 +184,8 @@ def generate(net, num_samples, length, steps, sampler='ancestral', prompt=None, 
 if __name__ == '__main__':
     from configurator import configure
     constants = configure(globals())
+    if out and not os.path.isdir(os.path.dirname(out) or '.'):
+        raise FileNotFoundError(f'out={out}: there is no folder {os.path.dirname(out)}')
     net = load_pretrained(init_from or out_dir, ema=ema, device=pick_device(device))
     if tokenizer:
         net.tokenizer = dict(name=tokenizer)

@@ -9,6 +9,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHARED = os.path.join(os.path.dirname(ROOT), 'shared')
 sys.path[:0] = [ROOT, os.path.join(ROOT, 'tests')]
 
+os.environ['HF_HUB_OFFLINE'] = '1'  # before anything imports the hub's client
+
 from model import DiT, ModelConfig  # noqa: E402
 
 

@@ -72,11 +72,11 @@ AWKWARD = ['', ' ', 'Hello world', "it's  two\n\n\ttabs", 'naïve 日本語 🙂
 
 @pytest.fixture
 def trained(tmp_path):
-    data.train_bpe(corpus(), 300, str(tmp_path / 'tokenizer.json'))
+    data.train_bpe(corpus(), 280, str(tmp_path / 'tokenizer.json'))
     return str(tmp_path)
 
 
-@pytest.mark.parametrize('name', ['bytes', 'bpe-300', 'gpt2', 'gpt2-xlm'])
+@pytest.mark.parametrize('name', ['bytes', 'bpe-280', 'gpt2', 'gpt2-xlm'])
 def test_tokenizers_give_text_back_and_never_a_special_id(name, request):
     if name.startswith('gpt2'):
         request.getfixturevalue('gpt2_vocabulary')
@@ -90,7 +90,7 @@ def test_tokenizers_give_text_back_and_never_a_special_id(name, request):
 
 
 @pytest.mark.parametrize('name, vocab_size, eos, bos, pad, mask', [
-    ('bytes', 258, 256, 256, 256, 257), ('bpe-300', 301, 0, 0, 0, 300), ('gpt2', 50258, 50256, 50256, 50256, 50257),
+    ('bytes', 258, 256, 256, 256, 257), ('bpe-280', 281, 0, 0, 0, 280), ('gpt2', 50258, 50256, 50256, 50256, 50257),
     ('gpt2-xlm', 50263, 50256, 50258, 50259, 50261)])
 def test_special_ids(name, vocab_size, eos, bos, pad, mask, request):
     if name.startswith('gpt2'):
@@ -101,7 +101,7 @@ def test_special_ids(name, vocab_size, eos, bos, pad, mask, request):
 
 def test_trained_tokenizer_is_the_same_each_time(tmp_path):
     for name in 'ab':
-        data.train_bpe(corpus(), 400, str(tmp_path / name))
+        data.train_bpe(corpus(), 270, str(tmp_path / name))
     assert (tmp_path / 'a').read_text() == (tmp_path / 'b').read_text()
 
 
@@ -117,12 +117,11 @@ def test_hugging_face_folder(tmp_path):
     assert tok.encode('a b a') == [5, 6, 5]
 
 
-def test_unknown_tokenizers_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+def test_unknown_tokenizers_are_refused(tmp_path):
     with pytest.raises(ValueError, match="tokenizer 'no-such-tokenizer' is neither"):
         get_tokenizer('no-such-tokenizer')
     with pytest.raises(FileNotFoundError, match='tokenizer.json is missing'):
-        get_tokenizer('bpe-300', str(tmp_path / 'nowhere'))
+        get_tokenizer('bpe-280', str(tmp_path / 'nowhere'))
     with pytest.raises(ValueError, match='at least 257 ids'):
         data.train_bpe(['abc'], 200, str(tmp_path / 'x.json'))
 
@@ -222,17 +221,17 @@ def test_a_twentieth_of_the_documents_is_validation():
 
 def test_a_second_run_finds_the_bins_and_does_nothing(run, tmp_path):
     write('c.txt', '\n\n'.join(corpus()))
-    first = run('data.py', '--dataset=text:c.txt', '--tokenizer=bpe-300', '--name=mine')
-    assert 'tokenizer bpe-300, 301 ids' in first.stdout
+    first = run('data.py', '--dataset=text:c.txt', '--tokenizer=bpe-280', '--name=mine')
+    assert 'tokenizer bpe-280, 281 ids' in first.stdout
     before = {f: os.stat(f'data/mine/{f}').st_mtime_ns for f in os.listdir('data/mine')}
-    again = run('data.py', '--dataset=text:c.txt', '--tokenizer=bpe-300', '--name=mine')
+    again = run('data.py', '--dataset=text:c.txt', '--tokenizer=bpe-280', '--name=mine')
     assert before == {f: os.stat(f'data/mine/{f}').st_mtime_ns for f in os.listdir('data/mine')}
     assert 'training the tokenizer' in first.stdout and 'training the tokenizer' not in again.stdout
     write('c.txt', '\n\n'.join(corpus(100)))  # the text has changed
-    error = run('data.py', '--dataset=text:c.txt', '--tokenizer=bpe-300', '--name=mine', status=1).stderr
+    error = run('data.py', '--dataset=text:c.txt', '--tokenizer=bpe-280', '--name=mine', status=1).stderr
     assert error.startswith('error: data/mine was made from') and error.count('\n') == 1
     write('d.txt', 'other')
-    assert 'was made from' in run('data.py', '--dataset=text:d.txt', '--tokenizer=bpe-300', '--name=mine', status=1).stderr
+    assert 'was made from' in run('data.py', '--dataset=text:d.txt', '--tokenizer=bpe-280', '--name=mine', status=1).stderr
 
 
 def test_a_broken_folder_is_refused_with_the_command_that_rebuilds_it_and_rebuilt_by_it(run):

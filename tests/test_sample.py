@@ -10,7 +10,7 @@ import reference
 from model import loglinear
 from sample import draw, generate
 
-TINY = dict(block_size=8, vocab_size=4, mask_id=3, n_layer=1, n_head=1, n_embd=8, cond_dim=4, scale=0.7)
+TINY = dict(block_size=8, vocab_size=4, mask_id=3, n_layer=1, n_head=1, n_embd=8, cond_dim=4, scale=1.5)
 
 
 def chi_square_p(counts, probabilities, n):
@@ -38,10 +38,10 @@ def counts_of(tokens):
 @pytest.mark.parametrize('steps', [1, 2, 5])
 @pytest.mark.parametrize('net_options', [dict(), dict(time_conditioning=True), dict(objective='mlm', mask_id=1)])
 def test_ancestral_sampler_matches_enumerated_distribution(tiny_net, steps, net_options):
-    net, n = tiny_net(**TINY | net_options), 10_000
+    net, n = tiny_net(**TINY | net_options), 50_000
     exact = reference.ancestral_distribution(net, 3, steps, loglinear)
     assert abs(sum(exact.values()) - 1) < 1e-5
-    out = generate(net, n, 3, steps, seed=1, batch_size=2500)
+    out = generate(net, n, 3, steps, seed=1, batch_size=10_000)
     assert chi_square_p(counts_of(out.tokens), exact, n) > 1e-3
 
 
@@ -65,34 +65,29 @@ def test_reveal_steps_are_uniform_under_loglinear(tiny_net):
     assert chi_square_p(counts, {step: 0.1 for step in range(10)}, 32_000) > 1e-3
 
 
-@pytest.mark.parametrize('options', [dict(temperature=0.5), dict(top_k=2), dict(top_p=0.6), dict(temperature=1.5, top_k=2, top_p=0.9)])
+@pytest.mark.parametrize('options', [dict(temperature=0.5), dict(top_k=3), dict(top_p=0.8), dict(temperature=1.5, top_k=4, top_p=0.9)])
 def test_options_change_the_distribution_as_they_say(tiny_net, options):
-    net, n = tiny_net(**TINY), 10_000
-    logits = net(torch.full((1, 3), 3))[0, :, :3].double()                     # one step: positions are independent
+    net, n = tiny_net(**TINY | dict(scale=0.5, vocab_size=6, mask_id=5)), 10_000
+    logits = net(torch.full((1, 2), 5))[0, :, :5].detach().double()            # one step: positions are independent
     p = torch.softmax(logits / options.get('temperature', 1.0), dim=-1)
-    for row in p:  # in words: the top_k first, renormalised; then while the running sum is at most top_p, and always the first
-        order = row.argsort(descending=True).tolist()
-        order = order[:options.get('top_k') or 3]
-        row /= row[order].sum()
-        kept, total = [], 0.0
-        for token in order:
-            total += row[token].item()
-            if kept and total > options.get('top_p', 1.0) + 1e-12:
-                break
-            kept.append(token)
-        row[[token for token in range(3) if token not in kept]] = 0
-        row /= row.sum()
-    exact = {state: math.prod(p[i, token].item() for i, token in enumerate(state)) for state in itertools.product(range(3), repeat=3)}
-    out = generate(net, n, 3, 1, batch_size=2500, **options)
+    for i, row in enumerate(p.clone()):  # in words: the top_k, renormalised; of them while the running sum is at most top_p, and always the first
+        order = row.argsort(descending=True).tolist()[:options.get('top_k') or 5]
+        running = (row[order] / row[order].sum()).cumsum(dim=0).tolist()
+        kept = [token for rank, token in enumerate(order) if rank == 0 or running[rank] <= options.get('top_p', 1.0) + 1e-12]
+        assert len(kept) > 1
+        p[i] = torch.zeros(5, dtype=torch.float64).index_copy(0, torch.tensor(kept), row[kept] / row[kept].sum())
+    exact = {state: math.prod(p[i, token].item() for i, token in enumerate(state)) for state in itertools.product(range(5), repeat=2)}
+    out = generate(net, n, 2, 1, batch_size=2500, **options)
     assert chi_square_p(counts_of(out.tokens), {state: mass for state, mass in exact.items() if mass}, n) > 1e-3
 
 
 @pytest.mark.parametrize('cfg_scale', [-1.0, -0.4, 1.5])
 def test_guidance_is_unconditional_plus_scaled_difference(tiny_net, cfg_scale):
-    net, n, prompt = tiny_net(**TINY), 10_000, [2, 0]
-    cond, un = (net(torch.tensor([x]))[0, 2:, :3].double() for x in ([2, 0, 3, 3], [3, 3, 3, 3]))
+    net, n, prompt = tiny_net(**TINY | dict(scale=0.5)), 10_000, [2, 0]
+    cond, un = (net(torch.tensor([x]))[0, 2:, :3].detach().double() for x in ([2, 0, 3, 3], [3, 3, 3, 3]))
     p = torch.softmax(un + (1 + cfg_scale) * (cond - un), dim=-1)
     exact = {(2, 0, a, b): (p[0, a] * p[1, b]).item() for a in range(3) for b in range(3)}
+    assert sorted(exact.values())[3] > 1e-3
     out = generate(net, n, 4, 1, prompt=prompt, cfg_scale=cfg_scale, batch_size=2500)
     assert chi_square_p(counts_of(out.tokens), exact, n) > 1e-3 and (out.nfe == 2).all()
 
@@ -212,7 +207,7 @@ def test_sample_py_prints_and_writes_samples(tiny_net, run, tmp_path):
 @pytest.mark.parametrize('arguments, message', [
     ([], 'error: no checkpoint at out/ckpt.pt: train one'), (['--out_dir=.', '--top_p=0.0'], 'error: top_p=0.0'), (['--out_dir=.', '--steps=0'], 'error: steps=0'),
     (['--out_dir=.', '--device=cuda:99'], "error: device='cuda:99'"), (['--out_dir=.', '--tokenizer=gpt2-xlm'], "error: "),
-    (['--out_dir=.', '--out=nowhere/s.jsonl'], 'error: ')])
+    (['--out_dir=.', '--out=nowhere/s.jsonl'], 'error: out=nowhere/s.jsonl: there is no folder')])
 def test_bad_input_ends_sample_py_with_one_line(tiny_net, run, tmp_path, arguments, message):
     save_net(tiny_net(vocab_size=258, mask_id=257), tmp_path)
     stderr = [line for line in run('sample.py', *arguments, status=1).stderr.splitlines() if 'sampling' not in line]

@@ -49,7 +49,7 @@ def test_training_learns_and_leaves_what_it_says(mine, run):
     losses, validation = metrics()
     assert sorted(losses) == list(range(1, 61)) and sorted(validation) == [20, 40, 60]
     assert set(losses[1]) == {'iter', 'loss', 'lr', 'grad_norm', 'tokens_per_s'} and set(validation[20]) == {'iter', 'val_loss', 'val_bpb'}
-    assert abs(losses[1]['loss'] - 5.55) < 1.5 and validation[60]['val_loss'] < 4 < validation[20]['val_loss'] + 1.5
+    assert abs(losses[1]['loss'] - 5.55) < 1.5 and validation[60]['val_loss'] < validation[20]['val_loss'] < 4
     assert losses[1]['lr'] == 5e-3 and losses[2]['lr'] == losses[60]['lr'] == 1e-2
     assert sorted(os.listdir('out')) == ['ckpt.pt', 'ckpt_40.pt', 'ckpt_best.pt', 'metrics.jsonl']
     last = checkpoint()
@@ -191,6 +191,6 @@ test_a_compiled_trunk_trains_like_an_eager_one = pytest.mark.slow(test_a_compile
 
 
 @pytest.mark.slow
-def test_quickstart_trains_below_the_unigram_entropy(run):
+def test_quickstart_learns_in_its_first_steps(run):
     shown = run('train.py', os.path.join(ROOT, 'config', 'quickstart.py'), '--max_iters=40', '--log_interval=10', '--sample_at_end=False', threads=2).stdout
-    assert float(re.search(r'([\d.]+) bits/byte', shown).group(1)) < 3.0
+    assert float(re.search(r'([\d.]+) bits/byte', shown).group(1)) < 2.75
