@@ -12,6 +12,7 @@ one preparation serves every model.
 import ast
 import contextlib
 import difflib
+import functools
 import hashlib
 import json
 import math
@@ -41,29 +42,31 @@ streaming = True    # hub datasets: read while they download; False: download fi
 # keys for everything random: a function of integers, never of a stream that has been running
 
 
+MASK64 = 2 ** 64 - 1
+
+
 def splitmix64(x):
-    """A good 64-bit hash of uint64 arrays (Steele et al. 2014)."""
-    with np.errstate(over='ignore'):
-        x = x + np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
+    """A good 64-bit hash (Steele et al. 2014) of an integer below 2^64, or of a uint64 array."""
+    x = (x + 0x9E3779B97F4A7C15) & MASK64
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK64
+    return x ^ (x >> 31)
 
 
 def key_of(*numbers):
     """One 63-bit seed from several whole numbers, such as (seed, step, micro-batch)."""
-    key = np.zeros(1, dtype=np.uint64)
+    key = 0
     for number in numbers:
-        key = splitmix64(key ^ np.uint64(int(number) % 2 ** 64))
-    return int(key[0] >> np.uint64(1))
+        key = splitmix64(key ^ (int(number) & MASK64))
+    return key >> 1
 
 
 def permute(index, n, *key):
     """The images of index (k,) under a random permutation of range(n) that key alone decides. It is a small Feistel network
     on the next power of four, walked until the image lies in the range, so that no array of length n is ever made."""
-    half = np.uint64(max(1, math.ceil(math.log2(max(n, 2)) / 2)))
-    low = (np.uint64(1) << half) - np.uint64(1)
-    round_keys = [np.uint64(key_of(*key, i)) for i in range(6)]
+    half = math.ceil((n - 1).bit_length() / 2) or 1
+    low = 2 ** half - 1
+    round_keys = [key_of(*key, i) for i in range(6)]
     image = np.array(index, dtype=np.uint64)
     outside = np.ones(len(image), dtype=bool)
     while outside.any():
@@ -244,9 +247,8 @@ def read_files(path):
             raise ValueError(f'{file} is not UTF-8 text ({error.reason} at byte {error.start} of a block)') from None
 
 
-def read_stdlib(input=None, streaming=True):
-    """English that every CPython carries: the topics of its help() and the docstrings of the standard library's modules, read with
-    ast and not by importing them. Test packages are left out, and so is every repetition."""
+@functools.cache
+def stdlib_documents():
     from pydoc_data.topics import topics
     library, documents = sysconfig.get_path('stdlib'), dict.fromkeys(topics[topic].strip() for topic in sorted(topics))
     for where, folders, files in os.walk(library):
@@ -261,8 +263,16 @@ def read_stdlib(input=None, streaming=True):
                 if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
                     documents[(ast.get_docstring(node) or '').strip()] = None
     documents.pop('', None)
-    for text in documents:
-        yield None, text, True, len(documents)
+    return list(documents)
+
+
+def read_stdlib(input=None, streaming=True):
+    """English that every CPython carries: the topics of its help() and the docstrings of the standard library's modules, read with
+    ast and not by importing them. Test packages are left out, and so is every repetition."""
+    if input:
+        raise ValueError(f'dataset stdlib takes no input ({input}): it reads the standard library of this Python')
+    for text in stdlib_documents():
+        yield None, text, True, len(stdlib_documents())
 
 
 def read_hub(repository, splits=('train',), validation_last=0, column='text', input=None, streaming=True):

@@ -362,7 +362,7 @@ def masked_nll(net, x0, xt, sigma, exclude, masked, attended):
     if masked is None:
         masked = (xt == net.config.mask_id).flatten().nonzero().squeeze(1)
     h = net.trunk(xt, sigma, attended).flatten(0, 1)                                           # (B*L, n_embd)
-    nll = net.nll(h[masked], x0.flatten()[masked], exclude)                                    # (N,)
+    nll = net.nll(h.index_select(0, masked), x0.flatten()[masked], exclude)                    # (N,)
     return torch.zeros(x0.numel(), device=x0.device, dtype=nll.dtype).index_copy(0, masked, nll).view(x0.shape)
 
 

@@ -195,7 +195,7 @@ if __name__ == '__main__':
     with autocast(pick_device(device), dtype):
         samples = generate(net, num_samples, net.config.block_size if length is None else length, steps, sampler, prompt or None, cfg_scale, temperature,
                            top_p, top_k, seed, batch_size=batch_size, progress=True)
-    texts = [tok.decode(ids) if tok else None for ids in samples.tokens]
+    texts = [tok and tok.decode([i for i in ids if i != tok.pad_id or i == tok.eos_id]) for ids in samples.tokens.tolist()]
     if out:
         with open(out + '.unfinished', 'w') as f:
             for ids, text, nfe in zip(samples.tokens.tolist(), texts, samples.nfe.tolist()):

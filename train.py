@@ -11,6 +11,7 @@ batches, and a run that was killed goes on with --init_from=resume as if it had 
 import contextlib
 import copy
 import dataclasses
+import datetime
 import json
 import math
 import os
@@ -108,6 +109,11 @@ val_rows = TokenRows(folder, 'validation', block_size, packing, loss_on_padding)
 tokenizer_meta = train_rows.meta['tokenizer']
 mask_id = tokenizer_meta['mask_id']
 
+if wandb_project and master:
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError(f'wandb_project={wandb_project} needs the package wandb: pip install wandb') from None
 if world_size > 1:
     if device.type == 'cuda':
         torch.cuda.set_device(device)
@@ -118,7 +124,8 @@ os.makedirs(out_dir, exist_ok=True)
 # the net, its average, the optimizer
 
 torch.manual_seed(seed)
-torch.set_float32_matmul_precision('high')            # TF32 for what is not autocast on CUDA; the CPU stays exact
+if device.type == 'cuda':
+    torch.set_float32_matmul_precision('high')        # TF32 for what is not autocast
 shape = {field.name: constants[field.name] for field in dataclasses.fields(ModelConfig) if field.name in constants}
 shape |= dict(vocab_size=tokenizer_meta['vocab_size'], mask_id=mask_id)
 if init == 'xlm' and tokenizer_meta['pad_id'] != tokenizer_meta['eos_id']:
@@ -259,7 +266,6 @@ if master:
     if train_rows.meta['tokenizer']['sha256']:        # a tokenizer trained with the data goes where the weights go
         shutil.copy(os.path.join(folder, 'tokenizer.json'), out_dir)
     if wandb_project:
-        import wandb
         wandb.init(project=wandb_project, name=out_dir, config=constants)
     print(f'{net.num_params() / 1e6:.2f}M parameters ({net.num_params(embedding=False) / 1e6:.2f}M without embedding and head), {len(train_rows):,} rows of '
           f'{block_size} tokens, {len(train_rows) / global_batch_size:,.1f} steps an epoch; {world_size} x {device}, '
@@ -330,9 +336,8 @@ while True:
         if master:
             rate = global_batch_size * block_size / seconds
             mfu = f', MFU {flops / seconds / peak / world_size:.1%}' if peak else ''
-            left = seconds * (max_iters - step)
-            print(f'step {step}: loss {loss:.4f}, lr {lr:.2e}, grad norm {grad_norm:.2f}, {rate:,.0f} tokens/s{mfu}, '
-                  f'{left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f} left', flush=True)
+            left = datetime.timedelta(seconds=round(seconds * (max_iters - step)))
+            print(f'step {step}: loss {loss:.4f}, lr {lr:.2e}, grad norm {grad_norm:.2f}, {rate:,.0f} tokens/s{mfu}, {left} left', flush=True)
             log(iter=step, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=rate)
 
 if world_size > 1:
