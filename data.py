@@ -129,7 +129,15 @@ def gpt2_tokenizer(name):
     except Exception as error:  # requests' own, where there is no network
         raise ValueError("GPT-2's vocabulary is not on this machine and cannot be downloaded: set TIKTOKEN_CACHE_DIR to a folder that "
                          f'holds it ({type(error).__name__})') from None
-    encode_batch = lambda texts: [base.encode_to_numpy(text, disallowed_special=()) for text in texts]
+
+    def encode_batch(texts):
+        """All texts in one call, which holds no lock, joined by <|endoftext|>, unless one of them holds these letters itself."""
+        if any('<|endoftext|>' in text for text in texts):
+            return [base.encode_to_numpy(text, disallowed_special=()) for text in texts]
+        ids = base.encode_to_numpy('<|endoftext|>'.join(texts), allowed_special='all')
+        ends = np.append(np.flatnonzero(ids == 50256), len(ids))
+        return [ids[start:end] for start, end in zip([0, *(ends[:-1] + 1)], ends)]
+
     if name == 'gpt2':
         return Tokenizer(name, encode_batch, base.decode, 50257, eos_id=50256)
     named = {50257 + i: text for i, text in enumerate(GPT2_XLM)}
@@ -373,13 +381,18 @@ def read_meta(folder):
 
 def encode_chunk(tok, dtype, chunk):
     """Documents -> per split: the ids of all, each document closed by EOS, where documents end, the number of bytes."""
-    encoded = {}
+    encoded, eos = {}, np.array([tok.eos_id], dtype=dtype)
     for (split, text, last), ids in zip(chunk, tok.encode_batch([text for _, text, _ in chunk])):
         part = encoded.setdefault(split, dict(ids=[], ends=[], length=0, bytes=0))
-        part['ids'] += [np.asarray(ids, dtype=dtype), np.full(int(last), tok.eos_id, dtype=dtype)]
-        part['length'] += len(ids) + last
-        part['ends'] += [part['length']] * last
+        part['ids'].append(ids)
+        part['length'] += len(ids)
         part['bytes'] += len(text.encode())
+        if last:
+            part['ids'].append(eos)
+            part['length'] += 1
+            part['ends'].append(part['length'])
+    for part in encoded.values():
+        part['ids'] = np.concatenate(part['ids'], dtype=dtype, casting='unsafe')
     return encoded
 
 
@@ -431,7 +444,7 @@ def write_bins(folder, tok, documents, size=None, name=''):
                     files[split] = [stack.enter_context(open(os.path.join(folder, f'{split}.{ending}'), 'wb')) for ending in ('bin', 'idx')]
                     files[split][1].write(np.zeros(1, dtype='<i8').tobytes())
                     counts[split] = dict(documents=0, tokens=0, bytes=0)
-                files[split][0].write(np.concatenate(part['ids']).tobytes())
+                files[split][0].write(part['ids'].tobytes())
                 files[split][1].write((counts[split]['tokens'] + np.array(part['ends'], dtype='<i8')).tobytes())
                 for key, n in (('documents', len(part['ends'])), ('tokens', part['length']), ('bytes', part['bytes'])):
                     counts[split][key] += n

@@ -249,9 +249,10 @@ def log(**line):
 
 def print_samples(n):
     tok = get_tokenizer(tokenizer_meta['name'], folder)
-    out = generate(ema_net, n, block_size, steps=min(256, block_size), seed=seed)
+    with amp:
+        out = generate(ema_net, n, block_size, steps=block_size, top_p=0.9, seed=seed)
     for i, ids in enumerate(out.tokens.tolist()):
-        print(f'--- sample {i} ({out.nfe[i]} network evaluations)\n{tok.decode(ids)}')
+        print(f'--- sample {i} (top_p 0.9, {out.nfe[i]} network evaluations)\n{tok.decode(ids)}')
 
 
 if master:
@@ -337,7 +338,7 @@ while True:
             rate = global_batch_size * block_size / seconds
             mfu = f', MFU {flops / seconds / peak / world_size:.1%}' if peak else ''
             left = datetime.timedelta(seconds=round(seconds * (max_iters - step)))
-            print(f'step {step}: loss {loss:.4f}, lr {lr:.2e}, grad norm {grad_norm:.2f}, {rate:,.0f} tokens/s{mfu}, {left} left', flush=True)
+            print(f'step {step}: loss {loss:.3f}, lr {lr:.2e}, grad norm {grad_norm:.2f}, {rate:,.0f} tokens/s{mfu}, {left} left', flush=True)
             log(iter=step, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=rate)
 
 if world_size > 1:

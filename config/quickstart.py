@@ -15,7 +15,7 @@ batch_size = 16             # two micro-batches a step: one or two processes do 
 global_batch_size = 32
 
 n_layer = 4
-n_head = 3
+n_head = 2
 n_embd = 192
 cond_dim = 0                # no conditioning: it would be fed sigma = 0 always
 mlp = 'relu'                # faster than gelu on a CPU
@@ -33,4 +33,4 @@ ema = 0.99
 eval_interval = 150
 eval_iters = 10
 ckpt_interval = 150
-log_interval = 25
+log_interval = 10

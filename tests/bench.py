@@ -143,7 +143,7 @@ def sample():
             ours = seconds(lambda: result.append(generate(net, rows, block_size, steps)))
             ours_peak, nfe = peak_gigabytes(), result[0].nfe.double().mean().item()
             reset_peak()
-            dense = seconds(lambda: reference.ancestral(net, rows, block_size, steps, loglinear, only_steps=dense_steps)) / dense_steps * steps
+            dense = seconds(lambda: reference.ancestral(net, rows, block_size, steps, loglinear, only_steps=dense_steps, dtype=torch.float32)) / dense_steps * steps
         baseline = baseline or dense
         flops = lambda evaluations, projected: net.train_flops(evaluations, block_size, projected) / 3
         for name, time_, evaluations, projected, peak in (('nanoMDM', ours, rows * nfe, rows * block_size, ours_peak),
@@ -185,4 +185,4 @@ for row in dict(train=train, sample=sample, data=prepare)[part]():
     rows.append(row)
     print('| ' + ' | '.join(value if isinstance(value, str) else f'{value:,.0f}' if value >= 100 else f'{value:.3g}' for value in row.values()) + ' |', flush=True)
 for row in rows:
-    print(json.dumps(dict(part=part, machine=machine, constants=constants) | row))
+    print(json.dumps(dict(machine=machine) | constants | row))

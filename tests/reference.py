@@ -48,15 +48,15 @@ def time_grid(steps):
 
 
 @torch.no_grad()
-def ancestral(net, num_samples, length, steps, schedule, generator=None, only_steps=None):
+def ancestral(net, num_samples, length, steps, schedule, generator=None, only_steps=None, dtype=torch.float64):
     """The full-vocabulary ancestral sampler: every step evaluates everything and draws every position. -> (n, L) ids.
-    only_steps: stop after so many (for timing)."""
+    For timing: only_steps, stop after so many; dtype, that of the draws, float32 in the released code."""
     device = next(net.parameters()).device
     xt, times = torch.full((num_samples, length), net.config.mask_id, device=device), time_grid(steps).float()
     for t, s in list(itertools.pairwise(times))[:only_steps]:
         q = reverse_probs(net, xt, t, s, schedule)
-        u = torch.rand(q.shape, generator=generator, dtype=torch.float64, device=device)
-        xt = (q.double() / -(1 - u).log()).argmax(dim=-1)  # exponential race, exact
+        u = torch.rand(q.shape, generator=generator, dtype=dtype, device=device)
+        xt = (q.to(dtype) / -(1 - u).log()).argmax(dim=-1)  # exponential race, exact in float64
     return xt
 
 
