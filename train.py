@@ -32,7 +32,7 @@ from sample import generate
 
 # input and output
 out_dir = 'out'             # checkpoints and metrics.jsonl
-init_from = 'scratch'       # 'scratch', 'resume' (out_dir/ckpt.pt), or the weights of a source for load_pretrained
+init_from = 'scratch'       # 'scratch', 'resume' (out_dir/ckpt.pt), or a source for load_pretrained: its weights and its architecture
 eval_interval = 2000        # steps
 eval_iters = 20             # global batches of an evaluation, at most
 log_interval = 10           # steps
@@ -135,10 +135,10 @@ step, tokens_seen, best_val_loss, checkpoint = 0, 0, math.inf, None
 if init_from in ('scratch', 'resume'):
     net = DiT(ModelConfig(**shape))
 else:
-    net = load_pretrained(init_from, dropout=dropout, attn_dropout=attn_dropout)
-    for key in ('vocab_size', 'mask_id', 'block_size', 'objective'):
-        if getattr(net.config, key) != shape[key]:
-            raise ValueError(f'init_from={init_from} has {key}={getattr(net.config, key)!r}, the run {shape[key]!r}')
+    net = load_pretrained(init_from, dropout=dropout, attn_dropout=attn_dropout, block_size=block_size, objective=objective)
+    theirs = get_tokenizer(**net.tokenizer).meta() if net.tokenizer else dict(vocab_size=net.config.vocab_size, mask_id=net.config.mask_id)
+    if any(theirs[key] != tokenizer_meta[key] for key in theirs):
+        raise ValueError(f'init_from={init_from} has other token ids ({theirs}) than {folder} ({tokenizer_meta})')
 if init_from == 'resume':
     checkpoint = read_checkpoint(os.path.join(out_dir, 'ckpt.pt'))
     for key, ours in dataclasses.asdict(net.config).items():

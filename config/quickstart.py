@@ -15,12 +15,12 @@ batch_size = 16             # two micro-batches a step: one or two processes do 
 global_batch_size = 32
 
 n_layer = 4
-n_head = 2
+n_head = 3
 n_embd = 192
 cond_dim = 0                # no conditioning: it would be fed sigma = 0 always
 mlp = 'relu'                # faster than gelu on a CPU
 dropout = 0.0
-objective = 'subs'
+objective = 'mlm'           # cross entropy at the masked positions: less noisy than the NELBO, which it is measured with
 
 optimizer = 'muon'          # at this budget well ahead of adamw
 learning_rate = 6e-3
