@@ -97,13 +97,11 @@ class Norm(nn.Module):
 
     def forward(self, x, shift=None, scale=None):
         weight, bias = self.weight, self.bias
-        if shift is None:
-            return F.layer_norm(x, weight.shape, weight, bias, 1e-5)
-        if shift.size(0) > 1:
-            return F.layer_norm(x, weight.shape, weight, bias, 1e-5) * (1 + scale) + shift
-        # one conditioning for all rows: it is part of the weights, and costs no pass of its own
-        shift, scale = shift[0, 0].to(weight.dtype), 1 + scale[0, 0].to(weight.dtype)
-        return F.layer_norm(x, weight.shape, weight * scale, shift if bias is None else bias * scale + shift, 1e-5)
+        if shift is not None:  # modulation is another weight and bias, for each row or, at a constant sigma, for all
+            weight, bias = weight * (1 + scale), shift if bias is None else bias * (1 + scale) + shift
+        # outside of layer_norm, whose CPU kernel sums the gradient of a weight in an order that depends on the number of threads
+        x = F.layer_norm(x, x.shape[-1:])
+        return x * weight if bias is None else torch.addcmul(bias.to(x.dtype), x, weight)
 
 
 class Block(nn.Module):
