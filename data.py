@@ -283,13 +283,13 @@ def read_stdlib(input=None, streaming=True):
         yield None, text, True, len(stdlib_documents())
 
 
-def read_hub(repository, splits=('train',), validation_last=0, column='text', input=None, streaming=True):
+def read_hub(repository, splits=('train',), validation_last=0, column='text', keep=None, revision=None, input=None, streaming=True):
     """A Hugging Face dataset, or a local copy of it in the folder `input`. validation_last: so many documents at the end of the only
-    split are validation; where there is neither that nor a validation split, a hash chooses."""
+    split are validation; where there is neither that nor a second split, a hash chooses. keep: a test that rows must pass."""
     import datasets
     for split in splits:
         try:
-            rows = datasets.load_dataset(input or repository, split=split, streaming=streaming and not input)
+            rows = datasets.load_dataset(input or repository, split=split, streaming=streaming and not input, revision=None if input else revision)
         except Exception as error:  # the hub's client has many, and what matters to the user is the same
             raise ValueError(f"{input or repository}, split '{split}', cannot be read ({type(error).__name__}: "
                              f'{str(error).strip().splitlines()[0]}); --input=FOLDER takes a local copy') from None
@@ -301,14 +301,34 @@ def read_hub(repository, splits=('train',), validation_last=0, column='text', in
             if not isinstance(row.get(column), str):
                 raise ValueError(f"{input or repository}: row {i} of '{split}' has no text in its column '{column}'")
             where = split if len(splits) > 1 else None if not validation_last else 'validation' if i >= total - validation_last else 'train'
-            yield where, row[column], True, total
+            if keep is None or keep(row):
+                yield where, row[column], True, total
+
+
+# what undoes the splitting of words from punctuation, per dataset, in this order
+CLEAN_UP = {
+    'lm1b': [(r'(https?) : / / ', r'\1://'), (r" '(\w+)", r"'\1"), (r' (\w+) \. ', r' \1. '), (r' (\w+) \.$', r' \1.'), (r' ([?!])( |$)', r'\1\2'),
+             (r' ([,:;]) ', r'\1 '), (' / ', '/'), (r'" ([^"]+) "', r'"\1"'), (r"' ([^']+) '", r"'\1'"), (r'\( ([^()]+) \)', r'(\1)'),
+             (r'\[ ([^\[\]]+) \]', r'[\1]'), (r'([$£]) ', r'\1')],
+}
+
+
+def detokenize(dataset_name, text):
+    """Undo the word-splitting of a benchmark's text, as MDLM's release does; text of other datasets is returned as it is."""
+    for pattern, replacement in CLEAN_UP.get(dataset_name, ()):
+        text = re.sub(pattern, replacement, text)
+    return text
 
 
 DATASETS = {
     'stdlib': read_stdlib,
     'openwebtext': partial(read_hub, 'Skylion007/openwebtext', validation_last=100_000),                         # as MDLM splits it
     'owt-gpt2-1024-split': partial(read_hub, 'dhruveshpatel/owt-gpt2-1024-split', splits=('train', 'validation')),  # xlm's
+    'lm1b': partial(read_hub, 'billion-word-benchmark/lm1b', splits=('train', 'test'), revision='refs/convert/parquet'),
+    'slimpajama': partial(read_hub, 'cerebras/SlimPajama-627B', splits=('train', 'validation'),                     # SMDM's, without code
+                          keep=lambda row: (row.get('meta') or {}).get('redpajama_set_name') != 'RedPajamaGithub'),
 }
+DETOKENIZED = ('lm1b',)  # datasets whose words were split off from their punctuation
 
 
 def documents(dataset, input=None, streaming=True):
@@ -325,6 +345,7 @@ def documents(dataset, input=None, streaming=True):
         reader = DATASETS[dataset](input=input, streaming=streaming)
     index = 0
     for split, text, last, total in reader:
+        text = detokenize(dataset, text) if dataset in DETOKENIZED else text
         yield split or ('validation' if key_of(index) % 20 == 0 else 'train'), text, last, total
         index += last
 
@@ -535,14 +556,15 @@ class TokenRows:
 
     packing: 'wrap': BOS, the next L-2 tokens of the stream, EOS. 'concat': the next L tokens. 'pad': one document and its EOS, cut to L,
     padded on the right; padding is a token like any other, or with loss_on_padding=False neither masked, attended nor scored.
+    'sentence': BOS ([CLS]), one document cut to L-2, EOS ([SEP]), padding, which is corrupted and attended but not scored.
     Raises what read_meta raises, and ValueError where the split is missing or shorter than a row."""
 
     def __init__(self, folder, split, block_size, packing, loss_on_padding=True):
         self.meta = meta = read_meta(folder)
         self.block_size, self.packing, self.loss_on_padding = block_size, packing, loss_on_padding
-        if packing not in ('wrap', 'concat', 'pad'):
-            raise ValueError(f"packing '{packing}' is not known: choose from wrap, concat, pad")
-        if block_size < (3 if packing == 'wrap' else 1):
+        if packing not in ('wrap', 'concat', 'pad', 'sentence'):
+            raise ValueError(f"packing '{packing}' is not known: choose from wrap, concat, pad, sentence")
+        if block_size < (3 if packing in ('wrap', 'sentence') else 1):
             raise ValueError(f"block_size={block_size} is too short for packing '{packing}'")
         if split not in meta['splits']:
             raise ValueError(f"{folder} has no split '{split}', only {', '.join(meta['splits']) or 'none'}")
@@ -550,7 +572,7 @@ class TokenRows:
         self.tokens = np.memmap(os.path.join(folder, f'{split}.bin'), dtype=np.dtype(meta['dtype']).newbyteorder('<'), mode='r')
         self.offsets = np.memmap(os.path.join(folder, f'{split}.idx'), dtype='<i8', mode='r')
         self.length = {'wrap': lambda: len(self.tokens) // (block_size - 2), 'concat': lambda: len(self.tokens) // block_size,
-                       'pad': lambda: self.counts['documents']}[packing]()
+                       'pad': lambda: self.counts['documents'], 'sentence': lambda: self.counts['documents']}[packing]()
         if self.length == 0:
             raise ValueError(f"{folder}/{split}.bin holds {len(self.tokens)} tokens, less than one row of {block_size}: "
                              'prepare more text, or lower block_size')
@@ -571,11 +593,17 @@ class TokenRows:
             x0 = np.stack([self.tokens[i * L:(i + 1) * L] for i in indices]).astype(np.int64)
         else:
             x0 = np.full((len(indices), L), tok['pad_id'], dtype=np.int64)
-            for row, known, i in zip(x0, document, indices):
+            padding = np.ones_like(document)
+            for row, known, pad, i in zip(x0, document, padding, indices):
                 ids = self.tokens[self.offsets[i]:min(self.offsets[i + 1], self.offsets[i] + L)]
-                row[:len(ids)], known[len(ids):] = ids, False
-        x0, document = torch.from_numpy(x0), torch.from_numpy(document)
-        attended = document if self.packing == 'pad' and not self.loss_on_padding else torch.ones_like(document)
+                if self.packing == 'sentence':  # the document's own EOS closes it, wherever it is cut
+                    ids = np.concatenate(([tok['bos_id']], ids[:-1][:L - 2] if len(ids) < L else ids[:L - 2], [tok['eos_id']]))
+                    known[0] = False
+                row[:len(ids)], known[len(ids):], pad[:len(ids)] = ids, False, False
+        x0, document, everything = torch.from_numpy(x0), torch.from_numpy(document), torch.ones(x0.shape, dtype=torch.bool)
+        if self.packing == 'sentence':
+            return dict(x0=x0, maskable=everything, scored=~torch.from_numpy(padding), document=document, attended=everything)
+        attended = document if self.packing == 'pad' and not self.loss_on_padding else everything
         return dict(x0=x0, maskable=attended, scored=attended, document=document, attended=attended)
 
 

@@ -66,7 +66,7 @@ def nelbo(net, rows, num_mc=1, batch_size=16, seed=0, max_rows=None, schedule=lo
         batch = rows[chosen[here]]
         for j in range(num_mc):
             t = stratified_times(u, torch.from_numpy(permute(here, n, seed)) + j * n, num_mc * n)
-            noised = corrupt_batch(batch, t, net.config.mask_id, schedule, key_of(seed, start, j), device)
+            noised = corrupt_batch(batch, t, net.config, schedule, key_of(seed, start, j), device)
             loss = per_token_loss(net, noised['x0'], noised['xt'], noised['t'], 'subs', schedule, noised['masked'], noised['attended']).cpu()
             document = batch['scored'] & batch['document']
             sums[:, here] += torch.stack([x.double().sum(dim=1) for x in (loss * batch['scored'], batch['scored'], loss * document, document)]) / num_mc

@@ -18,18 +18,19 @@ import math
 import os
 import pickle
 import re
+import types
 import zipfile
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 # -----------------------------------------------------------------------------
 # the network
 
-ACTIVATIONS = {'gelu': lambda x: F.gelu(x, approximate='tanh'), 'relu': F.relu}
+ACTIVATIONS = {'gelu': lambda x: F.gelu(x, approximate='tanh'), 'relu': F.relu, 'swiglu': F.silu}
 
 
 @dataclass
@@ -37,7 +38,7 @@ class ModelConfig:
     """All that tells one architecture from another. The defaults are MDLM's OpenWebText model, 170M parameters."""
     block_size: int = 1024           # longest row (L)
     vocab_size: int = 50258          # every id that can occur in the input, the mask included (V)
-    mask_id: int = 50257
+    mask_id: int | None = 50257      # None: a causal net without a mask
     pad_id: int | None = None        # its embedding is zero and untrained (xlm); None: padding is a token like any other
     n_layer: int = 12
     n_head: int = 12
@@ -45,12 +46,17 @@ class ModelConfig:
     n_mlp: int | None = None         # hidden width of the mlp; None: 4 * n_embd
     cond_dim: int = 128              # width of the adaLN conditioning; 0: none
     time_conditioning: bool = False  # False: the conditioning is fed sigma = 0 whatever the time
-    mlp: str = 'gelu'                # 'gelu' (tanh form) or 'relu'
+    causal: bool = False             # attention looks back only
+    norm: str = 'layernorm'          # 'layernorm' or 'rmsnorm'
+    mlp: str = 'gelu'                # 'gelu' (tanh form), 'relu' or 'swiglu'
     norm_bias: bool = False
+    mlp_bias: bool = True
     head_bias: bool = True
+    head_mask: bool = True           # the head has a row for the mask, the last id where it has none
+    rotary_bf16: bool = False        # cos and sin rounded to bfloat16, as SMDM's weights were trained with
     dropout: float = 0.0             # on the two residual branches of a block
     attn_dropout: float = 0.0        # on the attention weights
-    init: str = 'mdlm'               # of new weights: 'mdlm' (adaLN and head zero) or 'xlm' (PyTorch's defaults)
+    init: str = 'mdlm'               # of new weights: 'mdlm' (adaLN and head zero), 'xlm' (PyTorch's defaults), 'smdm' (normal)
     objective: str = 'subs'          # what the outputs mean: a key of OBJECTIVES
 
     def __post_init__(self):
@@ -62,22 +68,42 @@ class ModelConfig:
         for key in ('dropout', 'attn_dropout'):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f'{key}={getattr(self, key)}: it must be a probability below 1')
-        for key, known in (('mlp', ACTIVATIONS), ('init', ('mdlm', 'xlm')), ('objective', OBJECTIVES)):
+        for key, known in (('mlp', ACTIVATIONS), ('norm', ('layernorm', 'rmsnorm')), ('init', ('mdlm', 'xlm', 'smdm')), ('objective', OBJECTIVES)):
             if getattr(self, key) not in known:
                 raise ValueError(f"{key}='{getattr(self, key)}' is not known: choose from {', '.join(known)}")
         if self.n_embd % self.n_head or self.n_embd // self.n_head % 2:
             raise ValueError(f'n_embd={self.n_embd} over n_head={self.n_head}: heads need a whole and even width')
         if self.time_conditioning and not self.cond_dim:
             raise ValueError('time_conditioning=True needs a conditioning: cond_dim=0 leaves none')
-        if not 0 <= self.mask_id < self.vocab_size:
+        if self.mask_id is None and not self.causal:
+            raise ValueError('mask_id=None: only a causal net does without a mask')
+        if self.mask_id is not None and not 0 <= self.mask_id < self.vocab_size:
             raise ValueError(f'mask_id={self.mask_id} is outside the vocabulary of {self.vocab_size} ids')
+        if not self.head_mask and self.mask_id != self.vocab_size - 1:
+            raise ValueError(f'head_mask=False with mask_id={self.mask_id}: a mask that the head has no row for is the last of the {self.vocab_size} ids')
+        if self.causal != (self.objective == 'ar'):
+            raise ValueError(f"causal={self.causal} with objective='{self.objective}': causal nets are trained with 'ar', and only they")
 
 
-def rotary_table(length, head_dim, device):
-    """cos and sin (L, 1, 1, head_dim/2) of the rotary angles, base 10,000, float32."""
+# named sizes, in the constants of train.py. SMDM's are named after their non-embedding parameters, in millions
+SIZES = {
+    'mdlm-tiny': dict(n_layer=8, n_head=8, n_embd=512, n_mlp=2048, cond_dim=128),
+    'mdlm-small': dict(n_layer=12, n_head=12, n_embd=768, n_mlp=3072, cond_dim=128),
+    'mdlm-medium': dict(n_layer=24, n_head=16, n_embd=1024, n_mlp=4096, cond_dim=128),
+} | {f'{size}M': dict(zip(('n_layer', 'n_head', 'n_embd', 'n_mlp'), shape)) for size, shape in {
+    6: (6, 4, 256, 1024), 19: (8, 6, 384, 1536), 34: (8, 8, 512, 2048), 48: (9, 9, 576, 2304), 66: (10, 10, 640, 2560), 75: (16, 8, 640, 1600),
+    85: (13, 10, 640, 2560), 113: (12, 12, 768, 3072), 142: (15, 12, 768, 3072), 170: (18, 12, 768, 3072), 180: (14, 14, 896, 3584),
+    206: (16, 14, 896, 3584), 231: (18, 14, 896, 3584), 268: (16, 16, 1024, 4096), 302: (18, 16, 1024, 4096), 336: (20, 16, 1024, 4096),
+    472: (18, 10, 1280, 5120), 551: (21, 10, 1280, 5120), 571: (18, 11, 1408, 5632), 629: (24, 10, 1280, 5120), 666: (21, 11, 1408, 5632),
+    717: (19, 12, 1536, 6144), 761: (24, 11, 1408, 5632), 831: (22, 12, 1536, 6144), 944: (25, 12, 1536, 6144), 1028: (20, 14, 1792, 7168),
+    1233: (24, 14, 1792, 7168), 1476: (22, 16, 2048, 8192), 1678: (25, 16, 2048, 8192), 2121: (28, 17, 2176, 8704)}.items()}
+
+
+def rotary_table(length, head_dim, device, bf16=False):
+    """cos and sin (L, 1, 1, head_dim/2) of the rotary angles, base 10,000, float32; bf16: rounded to bfloat16."""
     inv_freq = 1.0 / 10_000 ** (torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
     angle = torch.arange(length, device=device, dtype=torch.float32)[:, None, None, None] * inv_freq
-    return angle.cos(), angle.sin()
+    return (angle.cos().bfloat16().float(), angle.sin().bfloat16().float()) if bf16 else (angle.cos(), angle.sin())
 
 
 def apply_rotary(x, cos, sin):
@@ -88,19 +114,20 @@ def apply_rotary(x, cos, sin):
 
 
 class Norm(nn.Module):
-    """LayerNorm, optionally modulated: norm(x) * (1 + scale) + shift, scale and shift (1 or B, 1, n_embd)."""
+    """LayerNorm or RMSNorm, optionally modulated: norm(x) * (1 + scale) + shift, scale and shift (1 or B, 1, n_embd)."""
 
-    def __init__(self, n_embd, bias):
+    def __init__(self, config):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(n_embd))
-        self.bias = nn.Parameter(torch.zeros(n_embd)) if bias else None
+        self.rms = config.norm == 'rmsnorm'
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
+        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.norm_bias else None
 
     def forward(self, x, shift=None, scale=None):
         weight, bias = self.weight, self.bias
         if shift is not None:  # modulation is another weight and bias, for each row or, at a constant sigma, for all
             weight, bias = weight * (1 + scale), shift if bias is None else bias * (1 + scale) + shift
         # outside of layer_norm, whose CPU kernel sums the gradient of a weight in an order that depends on the number of threads
-        x = F.layer_norm(x, x.shape[-1:])
+        x = F.rms_norm(x, x.shape[-1:], eps=1e-5) if self.rms else F.layer_norm(x, x.shape[-1:])
         return x * weight if bias is None else torch.addcmul(bias.to(x.dtype), x, weight)
 
 
@@ -109,12 +136,13 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.norm1 = Norm(config.n_embd, config.norm_bias)
+        self.norm1 = Norm(config)
         self.attn_qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.attn_out = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        self.norm2 = Norm(config.n_embd, config.norm_bias)
-        self.mlp_in = nn.Linear(config.n_embd, config.n_mlp)
-        self.mlp_out = nn.Linear(config.n_mlp, config.n_embd)
+        self.norm2 = Norm(config)
+        self.mlp_gate = nn.Linear(config.n_embd, config.n_mlp, bias=config.mlp_bias) if config.mlp == 'swiglu' else None
+        self.mlp_in = nn.Linear(config.n_embd, config.n_mlp, bias=config.mlp_bias)
+        self.mlp_out = nn.Linear(config.n_mlp, config.n_embd, bias=config.mlp_bias)
         self.adaLN = nn.Linear(config.cond_dim, 6 * config.n_embd) if config.cond_dim else None
 
     def attention(self, x, cos, sin, attn_mask):
@@ -123,11 +151,12 @@ class Block(nn.Module):
         q, k = apply_rotary(qkv[:, :, :2], cos, sin).permute(2, 0, 3, 1, 4)                # 2 x (B, H, L, C/H)
         v = qkv[:, :, 2].transpose(1, 2)
         dropout = self.config.attn_dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=self.config.causal)
         return self.attn_out(y.transpose(1, 2).reshape(B, L, C))
 
     def mlp(self, x):
-        return self.mlp_out(ACTIVATIONS[self.config.mlp](self.mlp_in(x)))
+        activation = ACTIVATIONS[self.config.mlp]
+        return self.mlp_out(activation(self.mlp_in(x)) if self.mlp_gate is None else activation(self.mlp_gate(x)) * self.mlp_in(x))
 
     def forward(self, x, c, rotary, attn_mask=None):
         drop = lambda branch: F.dropout(branch, self.config.dropout, self.training)
@@ -163,14 +192,19 @@ class DiT(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd, padding_idx=config.pad_id)
         self.sigma_map = SigmaMap(config.cond_dim) if config.cond_dim else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm_f = Norm(config.n_embd, config.norm_bias)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=config.head_bias)
+        self.norm_f = Norm(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size - (not config.head_mask), bias=config.head_bias)
         self.adaLN_f = nn.Linear(config.cond_dim, 2 * config.n_embd) if config.cond_dim else None
         if config.init == 'mdlm':  # nn.Linear's own defaults elsewhere; adaLN-zero: every block starts as the identity
             nn.init.kaiming_uniform_(self.wte.weight, a=math.sqrt(5))
             for name, p in self.named_parameters():
                 if name.startswith('lm_head') or 'adaLN' in name:
                     nn.init.zeros_(p)
+        elif config.init == 'smdm':
+            for name, p in self.named_parameters():
+                if p.dim() == 2:
+                    out = name.endswith(('attn_out.weight', 'mlp_out.weight'))
+                    nn.init.normal_(p, std=1 / math.sqrt(config.n_embd) / config.n_layer if out else math.sqrt(2 / (5 * config.n_embd)))
 
     def trunk(self, x, sigma=None, attended=None):
         """ids x (B, L), sigma (B,) total noise -> (B, L, n_embd), all that is before the vocabulary projection.
@@ -182,8 +216,9 @@ class DiT(nn.Module):
             elif sigma is None:
                 raise ValueError('this net is time-conditioned: give sigma (B,), the total noise of each row')
             c = self.sigma_map(sigma)                                                          # (1 or B, cond_dim)
-        rotary = rotary_table(x.size(1), config.n_embd // config.n_head, x.device)
-        attn_mask = None if attended is None else attended[:, None, None, :]                   # (B, 1, 1, L)
+        rotary = rotary_table(x.size(1), config.n_embd // config.n_head, x.device, config.rotary_bf16)
+        # (B, 1, 1, L); a causal net does not look at padding on the right anyway
+        attn_mask = None if attended is None or config.causal else attended[:, None, None, :]
         h = self.wte(x)
         for block in self.blocks:
             h = block(h, c, rotary, attn_mask)
@@ -193,13 +228,19 @@ class DiT(nn.Module):
         return self.norm_f(h, shift, scale)
 
     def head(self, h):
-        """The vocabulary projection, h (..., n_embd) -> logits (..., V) float32 (float64 for a float64 net)."""
+        """The vocabulary projection, h (..., n_embd) -> logits (..., V) float32 (float64 for a float64 net); -inf for a mask without a row."""
         logits = self.lm_head(h)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits if self.config.head_mask else F.pad(logits, (0, 1), value=-math.inf)
 
     def nll(self, h, target, exclude=None):
         """-log softmax(head(h))[target], h (N, n_embd), target (N,) -> (N,) float32, in one (N, V) buffer at most.
         exclude: an id that is given no probability (SUBS excludes the mask)."""
+        return self.nll_and_logit(h, target, exclude)[0]
+
+    def nll_and_logit(self, h, target, exclude=None):
+        """nll, and head(h)[target] itself, both (N,): their sum is the log-sum-exp of the logits that are not excluded."""
+        exclude = exclude if self.config.head_mask else None
         return _NLL.apply(h, self.lm_head.weight, self.lm_head.bias, target, exclude, torch.is_grad_enabled())
 
     def forward(self, x, sigma=None, attended=None):
@@ -220,7 +261,7 @@ class DiT(nn.Module):
 
 class _NLL(torch.autograd.Function):
     """Linear layer and cross entropy in one. The forward pass walks over chunks of rows and leaves softmax - onehot, the
-    gradient of each row's loss by its logits, in one (N, V) buffer of the compute dtype; the backward pass is then two
+    gradient of each row's nll by its logits, in one (N, V) buffer of the compute dtype; the backward pass is then two
     matrix products whatever gradient the rows are given. The log-sum-exp is float32 whatever the autocast."""
 
     @staticmethod
@@ -231,7 +272,7 @@ class _NLL(torch.autograd.Function):
         bias_ = None if bias is None else bias.to(dtype)
         N, V = h.size(0), weight.size(0)
         wide = torch.promote_types(dtype, torch.float32)
-        nll = torch.empty(N, device=h.device, dtype=wide)
+        nll, logit = torch.empty(2, N, device=h.device, dtype=wide)
         delta = torch.empty(N, V, device=h.device, dtype=dtype) if needs_grad else None
         rows = max(128, 2 ** (20 if device == 'cpu' else 28) // V)  # a chunk stays in a CPU's cache; on a GPU it fills the machine
         for i in range(0, N, rows):
@@ -239,23 +280,31 @@ class _NLL(torch.autograd.Function):
             if exclude is not None:
                 logits[:, exclude] = -math.inf
             lse = logits.logsumexp(dim=-1, keepdim=True)
-            nll[i:i + rows] = (lse - logits.gather(1, at)).squeeze(1)
+            logit[i:i + rows] = logits.gather(1, at).squeeze(1)
+            nll[i:i + rows] = lse.squeeze(1) - logit[i:i + rows]
             if needs_grad:
                 p = logits.sub_(lse).exp_()
                 delta[i:i + rows] = p.scatter_add_(1, at, torch.full_like(lse, -1))
+        ctx.set_materialize_grads(False)  # most objectives have no use for the logit
         if needs_grad:
-            ctx.save_for_backward(h_, weight_, delta)
+            ctx.save_for_backward(h_, weight_, delta, target)
             ctx.dtypes = h.dtype, weight.dtype, None if bias is None else bias.dtype
-        return nll
+        return nll, logit
 
     @staticmethod
-    def backward(ctx, grad):
-        h, weight, delta = ctx.saved_tensors
+    def backward(ctx, grad_nll, grad_logit):
+        h, weight, delta, target = ctx.saved_tensors
         h_dtype, weight_dtype, bias_dtype = ctx.dtypes
-        grad = grad[:, None].to(delta.dtype)
+        grad = torch.zeros(len(h), 1, device=h.device, dtype=h.dtype) if grad_nll is None else grad_nll[:, None].to(h.dtype)
         dh = ((delta @ weight) * grad).to(h_dtype)
         dweight = (delta.t() @ (h * grad)).to(weight_dtype)
         dbias = None if bias_dtype is None else (delta.t() @ grad).squeeze(1).to(bias_dtype)
+        if grad_logit is not None:
+            grad = grad_logit[:, None].to(h.dtype)
+            dh += (weight[target] * grad).to(h_dtype)
+            dweight.index_add_(0, target, (h * grad).to(weight_dtype))
+            if dbias is not None:
+                dbias.index_add_(0, target, grad_logit.to(bias_dtype))
         return dh, dweight, dbias, None, None, None
 
 
@@ -291,30 +340,137 @@ def autocast(device, dtype):
 # noise: x0 -> xt
 
 
-class LogLinear:
-    """alpha_t = 1 - (1 - eps) t: a position is masked with probability (1 - eps) t (MDLM, appendix E.1)."""
+class Schedule:
+    """sigma(t), the total noise, dsigma(t), its derivative, and alpha(t) = exp(-sigma(t)), the probability that a token is still seen at
+    time t; t in [0, 1]. conditioning(t): what a time-conditioned net is fed."""
+
+    def alpha(self, t):
+        return torch.exp(-self.sigma(t))
+
+    def conditioning(self, t):
+        return self.sigma(t)
+
+    def sigma_range(self):
+        """The noise between which time is importance-sampled."""
+        raise ValueError(f'importance-sampled time is not defined for the schedule {type(self).__name__}: choose loglinear or linear')
+
+    def log_masked_range(self):
+        """log(1 - exp(-sigma)) at both ends."""
+        return (math.log1p(-math.exp(-sigma)) for sigma in self.sigma_range())
+
+    def importance_time(self, t):
+        """Times at which the weight of the NELBO is constant (MDLM, appendix C.2): log(1 - alpha) is uniform for uniform t."""
+        low, high = self.log_masked_range()
+        return self.time_of(-torch.log1p(-torch.exp(t * high + (1 - t) * low)))
+
+    def importance_weight(self):
+        """That constant weight, of -log p(x0 | xt)."""
+        return -next(self.log_masked_range())
+
+
+class LogLinear(Schedule):
+    """A position is masked with probability (1 - eps) t (MDLM, appendix E.1)."""
 
     def __init__(self, eps=1e-3):
         self.eps = eps
 
     def sigma(self, t):
-        """Total noise, -log alpha_t."""
         return -torch.log1p(-(1 - self.eps) * t)
 
     def dsigma(self, t):
-        """Its derivative by t."""
         return (1 - self.eps) / (1 - (1 - self.eps) * t)
 
     def alpha(self, t):
-        """Probability that a token is still seen at time t."""
         return 1 - (1 - self.eps) * t
 
+    def sigma_range(self):
+        return self.eps, -math.log(self.eps)
 
-SCHEDULES = {'loglinear': LogLinear}
+    def time_of(self, sigma):
+        return -torch.expm1(-sigma) / (1 - self.eps)
+
+
+class Linear(Schedule):
+
+    def __init__(self, sigma_min=1e-4, sigma_max=20.0):
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+
+    def sigma(self, t):
+        return self.sigma_min + t * (self.sigma_max - self.sigma_min)
+
+    def dsigma(self, t):
+        return torch.full_like(t, self.sigma_max - self.sigma_min)
+
+    def sigma_range(self):
+        return self.sigma_min, self.sigma_max
+
+    def time_of(self, sigma):
+        return (sigma - self.sigma_min) / (self.sigma_max - self.sigma_min)
+
+
+class Geometric(Schedule):
+
+    def __init__(self, sigma_min=1e-3, sigma_max=1.0):
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+
+    def sigma(self, t):
+        return self.sigma_min ** (1 - t) * self.sigma_max ** t
+
+    def dsigma(self, t):
+        return self.sigma(t) * math.log(self.sigma_max / self.sigma_min)
+
+
+class Cosine(Schedule):
+    """alpha = eps + (1 - eps) cos(t pi/2)."""
+
+    def __init__(self, eps=1e-3):
+        self.eps = eps
+
+    def alpha(self, t):
+        return self.eps + (1 - self.eps) * torch.cos(t * math.pi / 2)
+
+    def sigma(self, t):
+        return -torch.log(self.alpha(t))
+
+    def dsigma(self, t):
+        return math.pi / 2 * (1 - self.eps) * torch.sin(t * math.pi / 2) / self.alpha(t)
+
+
+class CosineSqr(Cosine):
+    """alpha = eps + (1 - eps) cos^2(t pi/2)."""
+
+    def alpha(self, t):
+        return self.eps + (1 - self.eps) * torch.cos(t * math.pi / 2) ** 2
+
+    def dsigma(self, t):
+        return math.pi / 2 * (1 - self.eps) * torch.sin(t * math.pi) / self.alpha(t)
+
+
+class ChangeOfVariables(Schedule):
+    """Loglinear's noise in the time in which log(1 - alpha) is linear, which the net is conditioned on (MDLM, appendix C.2)."""
+
+    def __init__(self, eps=1e-3):
+        self.low, self.high = LogLinear(eps).log_masked_range()
+
+    def alpha(self, t):
+        return -torch.expm1(self.low + t * (self.high - self.low))
+
+    def sigma(self, t):
+        return -torch.log(self.alpha(t))
+
+    def dsigma(self, t):
+        return (self.high - self.low) * (1 / self.alpha(t) - 1)
+
+    def conditioning(self, t):
+        return t
+
+
+SCHEDULES = {'loglinear': LogLinear, 'linear': Linear, 'geometric': Geometric, 'cosine': Cosine, 'cosinesqr': CosineSqr,
+             'change_of_variables': ChangeOfVariables}
 
 
 def get_schedule(name, **parameters):
-    """A noise schedule with .sigma(t), .dsigma(t), .alpha(t) = exp(-sigma(t)) on tensors t in [0, 1]."""
+    """A Schedule by name: a key of SCHEDULES, with its parameters."""
     if name not in SCHEDULES:
         raise ValueError(f"schedule '{name}' is not known: choose from {', '.join(SCHEDULES)}")
     return SCHEDULES[name](**parameters)
@@ -332,12 +488,19 @@ def corrupt(x0, t, mask_id, schedule, generator=None, maskable=None):
     return torch.where(masked if maskable is None else masked & maskable, mask_id, x0)
 
 
-def corrupt_batch(batch, t, mask_id, schedule, key, device):
+def corrupt_batch(batch, t, config, schedule, key, device, visible=False):
     """A batch of data.TokenRows with xt drawn at the times t (B,) by a generator seeded with key, on device. `masked` is the flat
-    indices of the positions of xt that have a loss: the draws are made on the CPU, so that a GPU need not be asked for them."""
-    xt = corrupt(batch['x0'], t, mask_id, schedule, torch.Generator().manual_seed(key), batch['maskable'])
-    masked = ((xt == mask_id) & batch['scored']).flatten().nonzero().squeeze(1)
-    batch = batch | dict(xt=xt, t=t, masked=masked)
+    indices of the positions of xt that have a loss: the draws are made on the CPU, so that a GPU need not be asked for them.
+    visible: all scored positions have one, the seen ones too. For a causal net nothing is corrupted, and the first column, which it
+    does not predict, is not scored."""
+    if config.causal:
+        first = torch.zeros_like(batch['scored'])
+        first[:, 0] = True
+        batch = batch | dict(xt=None, t=None, masked=None, scored=batch['scored'] & ~first)
+    else:
+        xt = corrupt(batch['x0'], t, config.mask_id, schedule, torch.Generator().manual_seed(key), batch['maskable'])
+        masked = batch['scored'] if visible else (xt == config.mask_id) & batch['scored']
+        batch = batch | dict(xt=xt, t=t, masked=masked.flatten().nonzero().squeeze(1))
     if batch['attended'].all():
         batch['attended'] = None  # attention is faster without a mask
     move = lambda x: x if x is None else x.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else x.to(device)
@@ -350,47 +513,124 @@ def stratified_times(u, index, n, eps=1e-3):
     return ((u + index / n) % 1 * (1 - eps) + eps).float()
 
 
+def on_grid(t, T):
+    """Continuous times -> the grid 1/T ... 1 of T steps."""
+    return ((t * T).floor().clamp(max=T - 1) + 1) / T
+
+
 # -----------------------------------------------------------------------------
 # objectives: the loss of each position
 
 
-def masked_nll(net, x0, xt, sigma, exclude, masked, attended):
-    """-log p(x0 | xt) at the masked positions of xt, zero elsewhere, (B, L) float32. The trunk runs over everything, the head
-    over the masked positions alone."""
-    if masked is None:
-        masked = (xt == net.config.mask_id).flatten().nonzero().squeeze(1)
-    h = net.trunk(xt, sigma, attended).flatten(0, 1)                                           # (B*L, n_embd)
-    nll = net.nll(h.index_select(0, masked), x0.flatten()[masked], exclude)                    # (N,)
-    return torch.zeros(x0.numel(), device=x0.device, dtype=nll.dtype).index_copy(0, masked, nll).view(x0.shape)
+# Each takes Masked, what the trunk gives at the N masked positions, with t and sigma there, and returns the loss of each, (N,).
 
 
-def subs(net, x0, xt, t, schedule, masked=None, attended=None):
-    """MDLM's continuous-time NELBO, equation 10: the SUBS parameterisation gives the mask no probability and keeps what is
-    seen, so that only masked positions have a loss, -log p(x0 | xt) weighed by -alpha'_t / (1 - alpha_t); 1/t for loglinear."""
-    sigma = schedule.sigma(t)
-    nll = masked_nll(net, x0, xt, sigma, net.config.mask_id, masked, attended)
-    return nll * (schedule.dsigma(t) / torch.expm1(sigma))[:, None]
+@dataclass
+class Masked:
+    net: DiT
+    h: torch.Tensor       # (N, n_embd)
+    x0: torch.Tensor      # (N,) the tokens behind the masks
+    t: torch.Tensor       # (N,)
+    schedule: Schedule
+    T: int                # number of steps; 0: continuous time
+
+    def nll(self, exclude_mask=True):
+        return self.net.nll(self.h, self.x0, self.net.config.mask_id if exclude_mask else None)
 
 
-def mlm(net, x0, xt, t, schedule, masked=None, attended=None):
+def subs(at, importance=False):
+    """MDLM's NELBO, equation 10: the SUBS parameterisation gives the mask no probability and keeps what is seen, so that only masked
+    positions have a loss, -log p(x0 | xt) weighed by -alpha'_t / (1 - alpha_t); 1/t for loglinear. In T steps, equation 8:
+    weighed by T (alpha_s - alpha_t) / (1 - alpha_t), s = t - 1/T."""
+    if importance:
+        return at.nll() * at.schedule.importance_weight()
+    if at.T:
+        alpha_t, alpha_s = at.schedule.alpha(at.t), at.schedule.alpha(at.t - 1 / at.T)
+        return at.nll() * (at.T * (alpha_s - alpha_t) / (1 - alpha_t))
+    return at.nll() * (at.schedule.dsigma(at.t) / torch.expm1(at.schedule.sigma(at.t)))
+
+
+def mlm(at):
     """The xlm experiment's: cross entropy at the masked positions over all V ids, the mask's own included, not weighed by time."""
-    return masked_nll(net, x0, xt, schedule.sigma(t), None, masked, attended)
+    return at.nll(exclude_mask=False)
 
 
-# the per-token loss, and what its sum over a micro-batch is divided by: all 'scored' positions or the 'masked' ones
-OBJECTIVES = {'subs': (subs, 'scored'), 'mlm': (mlm, 'masked')}
+def d3pm(at, subs_masking=False):
+    """The T-step diffusion term of absorbing D3PM (Austin et al. 2021; MDLM, appendix A.2.4), alpha_t = 1 - t, where the net may give the
+    mask itself a probability p_m: T KL(q(xs | xt, x0) || p(xs | xt)). subs_masking: p_m = 0, which is 'subs' at T."""
+    if subs_masking:
+        return subs(at)
+    mask_id, head = at.net.config.mask_id, at.net.lm_head
+    nll, logit = at.net.nll_and_logit(at.h, at.x0)
+    logit_m = (at.h.float() * head.weight[mask_id]).sum(dim=-1) + (0 if head.bias is None else head.bias[mask_id])
+    p_m = (logit_m - (nll + logit)).double().exp()
+    t, dt = at.t.double(), 1 / at.T
+    s = (t - dt).clamp(min=0)
+    log_t = torch.log1p((1 - t) * p_m / t)
+    log_s = torch.where(s > dt / 2, torch.log1p((1 - s) * p_m / s.clamp(min=dt / 2)), 0)       # its share is s/t: nothing at s = 0
+    return (at.T * (dt / t * (log_t + nll) + s / t * (log_t - log_s))).float()
 
 
-def per_token_loss(net, x0, xt, t, objective=None, schedule=loglinear, masked=None, attended=None):
-    """The loss of each position in nats, (B, L) float32, zero where it adds nothing.
+def sedd(at):
+    """SEDD's score entropy for the absorbing process (Lou et al. 2023, equation 5), dsigma included. The net's logits are
+    log-scores up to -log(e^sigma - 1) - log(V - 1)."""
+    sigma = at.schedule.sigma(at.t)
+    nll, logit = at.net.nll_and_logit(at.h, at.x0, at.net.config.mask_id)
+    log_ratio = -torch.log(torch.expm1(sigma))                                                 # of the true score at x0
+    scale = log_ratio - math.log(at.net.config.vocab_size - 1)
+    positive, negative = torch.exp(nll + logit + scale), log_ratio.exp() * (logit + scale)
+    return at.schedule.dsigma(at.t) * (positive - negative + log_ratio.exp() * (log_ratio - 1))
 
-    x0, xt (B, L) ids; t (B,) the times of xt; objective: a key of OBJECTIVES, default the net's own.
-    masked (N,): the flat indices where xt is the mask, if they are known already (looking them up makes a GPU wait);
-    attended (B, L) bool: see DiT.trunk."""
-    objective = objective or net.config.objective
+
+def ar(net, x0, attended=None):
+    """-log p(x0[:, i] | x0[:, :i]) of a causal net, (B, L), the mask excluded; nothing at column 0."""
+    h = net.trunk(x0[:, :-1], attended=attended)
+    nll = net.nll(h.flatten(0, 1), x0[:, 1:].flatten(), net.config.mask_id)
+    return F.pad(nll.view(len(x0), -1), (1, 0))
+
+
+OBJECTIVES = {'subs': subs, 'mlm': mlm, 'd3pm': d3pm, 'sedd': sedd, 'ar': ar}
+
+
+def check_objective(objective, T=0, subs_masking=False, importance=False, causal=None):
+    """Refuse, by name, what cannot go together."""
     if objective not in OBJECTIVES:
         raise ValueError(f"objective '{objective}' is not known: choose from {', '.join(OBJECTIVES)}")
-    return OBJECTIVES[objective][0](net, x0, xt, t, schedule, masked, attended)
+    for bad, why in ((objective == 'd3pm' and not T, "objective 'd3pm' is defined in steps: give T, such as T=1000"),
+                     (T and objective not in ('d3pm', 'subs'), f"objective '{objective}' is not defined in steps: T={T} goes with d3pm or subs"),
+                     (T < 0, f'T={T}: the number of steps, or 0 for continuous time'),
+                     (subs_masking and objective != 'd3pm', f"subs_masking=True goes with objective d3pm, not '{objective}'"),
+                     (importance and objective != 'subs', f"importance-sampled time goes with objective subs, not '{objective}'"),
+                     (importance and T, f'importance-sampled time is continuous: it cannot go with T={T}'),
+                     (causal is not None and causal != (objective == 'ar'), f"objective '{objective}' does not go with a net with causal={causal}")):
+        if bad:
+            raise ValueError(why)
+
+
+def per_token_loss(net, x0, xt, t, objective=None, schedule=loglinear, T=0, subs_masking=False, importance=False, masked=None, attended=None):
+    """The loss of each position in nats, (B, L) float32, zero where it adds nothing.
+
+    x0, xt (B, L) ids; t (B,) the times of xt; objective: a key of OBJECTIVES, default the net's own. T > 0: in T steps, t on the grid
+    1/T ... 1. subs_masking: d3pm without a probability for the mask. importance: t was drawn by schedule.importance_time.
+    'ar': xt, t are not used. masked (N,): the flat indices where xt is the mask, if they are known already (looking them up makes a
+    GPU wait); attended (B, L) bool: see DiT.trunk. Raises ValueError where options cannot go together.
+    The trunk runs over everything, the head over the masked positions alone."""
+    objective = objective or net.config.objective
+    check_objective(objective, T, subs_masking, importance, net.config.causal)
+    if objective == 'ar':
+        return ar(net, x0, attended)
+    if masked is None:
+        masked = (xt == net.config.mask_id).flatten().nonzero().squeeze(1)
+    h = net.trunk(xt, schedule.conditioning(t), attended).flatten(0, 1)                        # (B*L, n_embd)
+    at = Masked(net, h.index_select(0, masked), x0.flatten()[masked], t[masked // x0.size(1)], schedule, T)
+    loss = OBJECTIVES[objective](at, **dict(subs=dict(importance=importance), d3pm=dict(subs_masking=subs_masking)).get(objective, {}))
+    return torch.zeros(x0.numel(), device=x0.device, dtype=loss.dtype).index_copy(0, masked, loss).view(x0.shape)
+
+
+def reconstruction_loss(net, x0, schedule=loglinear):
+    """D3PM's term at t = 0, -log p(x0 | x0) at every position, (B, L): its T-step diffusion term leaves it out."""
+    h = net.trunk(x0, schedule.conditioning(torch.zeros(len(x0), device=x0.device)))
+    return net.nll(h.flatten(0, 1), x0.flatten()).view(x0.shape)
 
 
 # -----------------------------------------------------------------------------
@@ -410,22 +650,87 @@ LAYOUTS = {
         ('lm_head', 'backbone.output_layer.linear'),
         ('adaLN_f', 'backbone.output_layer.adaLN_modulation'),
     ],
+    'xlm': [
+        ('wte', 'embed_tokens'),
+        ('blocks.{i}.attn_out', 'encoder.{i}.o_proj'),
+        ('blocks.{i}.mlp_in', 'encoder.{i}.mlp.0'),
+        ('blocks.{i}.mlp_out', 'encoder.{i}.mlp.2'),
+        ('blocks.{i}', 'encoder.{i}'),
+        ('norm_f', 'output_layer.norm_final'),
+        ('lm_head', 'output_layer.linear'),
+    ],
+    'smdm': [
+        ('wte', 'transformer.wte'),
+        ('blocks.{i}.norm1', 'transformer.h.{i}.norm_1'),
+        ('blocks.{i}.norm2', 'transformer.h.{i}.norm_2'),
+        ('blocks.{i}.attn_qkv', 'transformer.h.{i}.attn.attn'),
+        ('blocks.{i}.attn_out', 'transformer.h.{i}.attn.proj'),
+        ('blocks.{i}.mlp_gate', 'transformer.h.{i}.mlp.swiglu.w1'),
+        ('blocks.{i}.mlp_in', 'transformer.h.{i}.mlp.swiglu.w2'),
+        ('blocks.{i}.mlp_out', 'transformer.h.{i}.mlp.swiglu.w3'),
+        ('norm_f', 'transformer.ln_f'),
+        ('lm_head', 'lm_head'),
+    ],
 }
 
 
-def mdlm_config(config):
-    """ModelConfig fields from the config.json of an MDLM release."""
-    return dict(block_size=config['model_length'], vocab_size=config['vocab_size'], mask_id=config['vocab_size'] - 1,
-                n_layer=config['n_blocks'], n_head=config['n_heads'], n_embd=config['hidden_dim'],
-                cond_dim=config['cond_dim'], time_conditioning=config['time_conditioning'], dropout=config['dropout'])
-
-
-def to_ours(name, layout):
-    """The name that a tensor of a published layout has in DiT, or None: it has none there."""
-    for ours, theirs in LAYOUTS[layout]:
-        match = re.match(re.escape(theirs).replace(r'\{i\}', r'(\d+)') + r'(?=\.|$)', name)
+def renamed(name, pairs):
+    """name in the other column of a table of (from, to) pairs, or None where no pair fits."""
+    for source, target in pairs:
+        match = re.match(re.escape(source).replace(r'\{i\}', r'(\d+)') + r'(?=\.|$)', name)
         if match:
-            return ours.format(i=match.group(1) if match.groups() else '') + name[match.end():]
+            return target.format(i=match.group(1) if match.groups() else '') + name[match.end():]
+
+
+def interleave_heads(weight, n_head, inverse=False):
+    """SMDM packs q, k, v head by head: (H, 3, head_dim, C) where ours is (3, H, head_dim, C)."""
+    first, second = (n_head, 3) if inverse else (3, n_head)
+    return weight.view(first, second, -1, weight.size(1)).transpose(0, 1).reshape(weight.shape)
+
+
+def layout_of(names, source):
+    """Which published layout a file has, by its names."""
+    for layout, first in (('mdlm', 'backbone.vocab_embed.embedding'), ('xlm', 'embed_tokens.weight'), ('smdm', 'transformer.wte.weight')):
+        if first in names:
+            return layout
+    raise ValueError(f"{source} has none of the layouts {', '.join(LAYOUTS)}: its first names are {', '.join(sorted(names)[:5])}")
+
+
+def fields_of(layout, tensors, described, source):
+    """ModelConfig fields read off the tensors of a published layout, what they cannot tell from config.json (`described`).
+    n_head is None where neither says."""
+    def sizes(embedding, block, mlp):
+        missing = [name for name in (embedding, mlp.format(i=0)) if name not in tensors]
+        if missing:
+            raise ValueError(f"{source}, read in the layout '{layout}', lacks {', '.join(missing)}")
+        layers = {int(match.group(1)) for match in (re.match(re.escape(block) + r'(\d+)\.', name) for name in tensors) if match}
+        V, C = tensors[embedding].shape
+        return dict(vocab_size=V, n_embd=C, n_layer=len(layers), n_mlp=tensors[mlp.format(i=0)].size(0))
+
+    inv_freq = next((tensor for name, tensor in tensors.items() if name.endswith('rotary_emb.inv_freq')), None)
+    if layout == 'mdlm':
+        fields = sizes('backbone.vocab_embed.embedding', 'backbone.blocks.', 'backbone.blocks.{i}.mlp.0.weight')
+        conditioned = tensors.get('backbone.sigma_map.mlp.2.weight')
+        fields |= dict(mask_id=fields['vocab_size'] - 1, cond_dim=0 if conditioned is None else conditioned.size(0), causal=conditioned is None,
+                       objective='ar' if conditioned is None else 'subs', block_size=1024, n_head=None)
+        theirs = dict(block_size='model_length', n_head='n_heads', dropout='dropout', time_conditioning='time_conditioning')
+        fields |= {ours: described[key] for ours, key in theirs.items() if key in described}
+    elif layout == 'xlm':  # GPT-2's ids and seven named ones, of which the last are <|pad|> <|unk|> <|mask|> <|sep|>
+        fields = sizes('embed_tokens.weight', 'encoder.', 'encoder.{i}.mlp.0.weight')
+        fields |= dict(mask_id=fields['vocab_size'] - 2, pad_id=fields['vocab_size'] - 4, cond_dim=0, mlp='relu', norm_bias=True, head_bias=False,
+                       init='xlm', objective='mlm', block_size=1024, n_head=12 if fields['n_embd'] == 768 else None)
+    else:
+        fields = sizes('transformer.wte.weight', 'transformer.h.', 'transformer.h.{i}.mlp.swiglu.w1.weight')
+        rows = tensors['lm_head.weight'].size(0) if 'lm_head.weight' in tensors else fields['vocab_size']
+        causal = rows == fields['vocab_size']
+        shape = tuple(fields[key] for key in ('n_layer', 'n_embd', 'n_mlp'))
+        known = [size['n_head'] for size in SIZES.values() if tuple(size.get(key) for key in ('n_layer', 'n_embd', 'n_mlp')) == shape]
+        fields |= dict(mask_id=None if causal else rows, head_mask=causal, causal=causal, objective='ar' if causal else 'subs', cond_dim=0, norm='rmsnorm',
+                       mlp='swiglu', mlp_bias=False, head_bias=False, rotary_bf16=True, init='smdm', block_size=2048, n_head=known[0] if known else None)
+    if inv_freq is not None:
+        fields['n_head'] = fields['n_embd'] // (2 * len(inv_freq))
+    known = {field.name for field in dataclasses.fields(ModelConfig)}
+    return fields | {key: value for key, value in described.items() if key in known and layout != 'mdlm'}
 
 
 def read_checkpoint(path):
@@ -449,45 +754,196 @@ def read_checkpoint(path):
     return checkpoint
 
 
-def configured(fields, overrides, source):
-    """ModelConfig(**fields) with overrides, refusing names it does not have."""
+class _Ignored:
+    """Stands for whatever a foreign pickle wants to build that is no tensor and no plain container."""
+
+    def __new__(cls, *args, **kwargs):
+        return object.__new__(cls)
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+    def __setitem__(self, key, value):
+        pass
+
+    def append(self, item):
+        pass
+
+    extend = add = append
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    """Builds tensors and plain containers. Everything else that the file names is ignored, and nothing of it is imported or called."""
+    allowed = {('collections', 'OrderedDict'), ('torch._utils', '_rebuild_tensor_v2'), ('torch._utils', '_rebuild_parameter'), ('torch', 'Size')}
+
+    def find_class(self, module, name):
+        return super().find_class(module, name) if (module, name) in self.allowed else _Ignored
+
+
+def read_lightning(path, ema):
+    """Named tensors from a Lightning .ckpt: its state_dict, with the averaged weights of ema.shadow_params (in the order of the
+    parameters) in place of the last ones if `ema`. The foreign objects beside them are not built."""
+    reader = types.SimpleNamespace(Unpickler=_TensorUnpickler, __name__='nanomdm')
+    try:
+        checkpoint = torch.load(path, map_location='cpu', weights_only=False, pickle_module=reader)
+        tensors = {name: tensor for name, tensor in checkpoint['state_dict'].items() if isinstance(tensor, torch.Tensor)}
+        shadow = checkpoint['ema']['shadow_params'] if ema and checkpoint.get('ema') else None
+    except Exception as error:  # whatever a broken or hostile file leads to
+        raise ValueError(f'{path} is not a Lightning checkpoint that can be read ({type(error).__name__}: {error})') from None
+    if shadow is not None:
+        parameters = [name for name in tensors if 'rotary_emb' not in name]
+        if len(shadow) != len(parameters) or any(tensors[name].shape != average.shape for name, average in zip(parameters, shadow)):
+            raise ValueError(f'{path}: ema.shadow_params do not fit the {len(parameters)} parameters of its state_dict; ema=False takes these')
+        tensors |= dict(zip(parameters, shadow))
+    return tensors
+
+
+def find_source(source):
+    """A local path for a source: itself, or what is downloaded (or already cached) from the hub for org/name[@revision][:file]."""
+    path = os.path.expanduser(source)
+    match = re.fullmatch(r'([\w.-]+/[\w.-]+)(?:@([\w./-]+))?(?::([\w./-]+))?', source)
+    if os.path.exists(path) or not match or path.endswith('.pt'):
+        return path
+    repository, revision, file = match.groups()
+    try:
+        from huggingface_hub import snapshot_download
+        folder = snapshot_download(repository, revision=revision, allow_patterns=[file] if file else ['*.json', '*.safetensors'])
+    except Exception as error:  # the hub's client has many, and what matters to the user is the same
+        raise ValueError(f"{source} is no file or folder here, and cannot be had from the hub ({type(error).__name__}); where there is a network: hf "
+                         f"download {repository}{f' {file}' if file else ''}{f' --revision {revision}' if revision else ''} --local-dir FOLDER, "
+                         'then give the FOLDER') from None
+    return os.path.join(folder, file) if file else folder
+
+
+def read_published(path, ema):
+    """(named tensors, config.json) of a folder, a .safetensors or a Lightning .ckpt."""
+    described = {}
+    if os.path.isdir(path):
+        if os.path.isfile(os.path.join(path, 'config.json')):
+            with open(os.path.join(path, 'config.json')) as f:
+                described = json.load(f)
+        index = os.path.join(path, 'model.safetensors.index.json')
+        if os.path.isfile(index):
+            with open(index) as f:
+                files = sorted(set(json.load(f)['weight_map'].values()))
+        else:
+            files = sorted(file for file in os.listdir(path) if file.endswith('.safetensors'))
+            if len(files) > 1:
+                raise ValueError(f"{path} holds several models: give one of {', '.join(files[:5])}{' ...' if len(files) > 5 else ''} (hub: org/name:FILE)")
+        paths = [os.path.join(path, file) for file in files]
+    elif path.endswith('.ckpt'):
+        return read_lightning(path, ema), described
+    else:
+        paths = [path]
+    tensors = {}
+    for file in paths:
+        try:
+            tensors |= load_file(file)
+        except Exception as error:  # safetensors' own
+            raise ValueError(f'{file} is not a whole .safetensors file ({error})') from None
+    return tensors, described
+
+
+def build(fields, overrides, tensors, source):
+    """The net of fields and overrides with the given tensors for weights; every name and shape must agree."""
     known = {field.name for field in dataclasses.fields(ModelConfig)}
     for key in [*fields, *overrides]:
         if key not in known:
             raise ValueError(f"{source}: '{key}' is not a field of ModelConfig")
-    return ModelConfig(**fields | overrides)
+    fields = fields | overrides
+    if fields.get('n_head', 0) is None:
+        raise ValueError(f'{source} does not say how many heads its width of {fields["n_embd"]} is divided into: give n_head=...')
+    with torch.device('meta'):
+        net = DiT(ModelConfig(**fields))
+    load_state(net, tensors, source, assign=True)
+    return net
 
 
-def load_state(net, tensors, source):
-    """Copy named tensors into net; every name and every shape must agree. Raises ValueError naming what does not."""
+def load_state(net, tensors, source, assign=False):
+    """Give net the named tensors; every name and every shape must agree. Raises ValueError naming what does not."""
     own = net.state_dict()
-    for what, names in (('lacks', own.keys() - tensors.keys()), ('has an unknown', tensors.keys() - own.keys())):
+    for what, names in (('lacks', own.keys() - tensors.keys()), ('has unknown', tensors.keys() - own.keys())):
         if names:
             raise ValueError(f"{source} {what} {', '.join(sorted(names)[:5])}{' ...' if len(names) > 5 else ''}")
     for name, tensor in tensors.items():
         if tensor.shape != own[name].shape:
             raise ValueError(f'{source}: {name} has shape {tuple(tensor.shape)}, the model {tuple(own[name].shape)}')
-    net.load_state_dict(tensors)
+    net.load_state_dict(tensors, assign=assign)
+
+
+TOKENIZERS = {('mdlm', 50258): 'gpt2', ('xlm', 50263): 'gpt2-xlm'}  # of the published models, by layout and number of ids
 
 
 def load_pretrained(source, ema=True, device='cpu', **overrides):
-    """A net in eval mode from source: a ckpt.pt of train.py (or the out_dir that holds one), or a folder with config.json and
-    model.safetensors as MDLM's release has them. ema: the averaged weights of a ckpt.pt rather than the last ones.
-    overrides: fields of ModelConfig. net.tokenizer is the arguments for data.get_tokenizer, None where the source does not say;
-    net.constants those of the run of train.py that made a ckpt.pt, else empty."""
-    path, tokenizer, constants = os.path.expanduser(source), None, {}
-    if os.path.isfile(os.path.join(path, 'model.safetensors')):
-        with open(os.path.join(path, 'config.json')) as f:
-            fields = mdlm_config(json.load(f))
-        tokenizer = dict(name='gpt2') if fields['vocab_size'] == 50258 else None
-        tensors = {to_ours(name, 'mdlm') or name: tensor
-                   for name, tensor in load_file(os.path.join(path, 'model.safetensors')).items() if 'rotary_emb' not in name}
-    else:
+    """A net in eval mode from source: a ckpt.pt of train.py (or the out_dir that holds one), a folder with model.safetensors (and
+    config.json), a lone .safetensors, a Lightning .ckpt, or a Hugging Face id[@revision][:file]. The layout is told by the names.
+
+    ema: the averaged weights rather than the last ones, where a file has both. overrides: fields of ModelConfig that the file cannot tell.
+    net.tokenizer is the arguments for data.get_tokenizer, None where the source does not say; net.constants those of the run of train.py
+    that made a ckpt.pt, else empty; net.extra the tensors of the file that are no parameters (save_pretrained puts them back).
+    Raises FileNotFoundError or ValueError."""
+    path = find_source(source)
+    published = path.endswith(('.safetensors', '.ckpt')) or os.path.isdir(path) and any(file.endswith('.safetensors') for file in os.listdir(path))
+    if not published:
         path = path if path.endswith('.pt') else os.path.join(path, 'ckpt.pt')
         checkpoint = read_checkpoint(path)
-        fields, tensors, constants = checkpoint['model_config'], checkpoint['ema' if ema else 'model'], checkpoint['constants']
-        tokenizer = dict(name=checkpoint['tokenizer']['name'], folder=os.path.dirname(path))
-    net = DiT(configured(fields, overrides, source))
-    load_state(net, tensors, source)
-    net.tokenizer, net.constants = tokenizer, constants
+        net = build(checkpoint['model_config'], overrides, checkpoint['ema' if ema else 'model'], source)
+        net.tokenizer, net.constants = dict(name=checkpoint['tokenizer']['name'], folder=os.path.dirname(path)), checkpoint['constants']
+        net.extra = {}
+    elif not os.path.exists(path):
+        raise FileNotFoundError(f'{source} is not there')
+    else:
+        tensors, described = read_published(path, ema)
+        layout = layout_of(tensors, source)
+        fields = fields_of(layout, tensors, described, source)
+        theirs_to_ours = [(theirs, ours) for ours, theirs in LAYOUTS[layout]]
+        extra = {name: tensors.pop(name) for name in list(tensors) if name.endswith('rotary_emb.inv_freq')}
+        n_head = overrides.get('n_head', fields['n_head'])
+        ours = {}
+        for name in list(tensors):  # one by one: no second copy of the file in memory
+            tensor = tensors.pop(name).float()
+            key = renamed(name, theirs_to_ours) or name
+            if layout == 'smdm' and key.endswith('attn_qkv.weight') and n_head and tensor.size(0) % (3 * n_head) == 0:
+                tensor = interleave_heads(tensor, n_head, inverse=True)
+            ours[key] = tensor
+        net = build(fields, overrides, ours, f"{source}, read in the layout '{layout}',")
+        name = TOKENIZERS.get((layout, net.config.vocab_size))
+        net.tokenizer, net.constants, net.extra = name and dict(name=name), {}, extra
     return net.to(device).eval()
+
+
+def save_pretrained(net, folder):
+    """Write config.json and model.safetensors in the published layout of the net's family, for the released code to load strictly.
+    Raises ValueError where the net is of no published family."""
+    config = net.config
+    if config.mlp == 'swiglu' and config.norm == 'rmsnorm' and not (config.mlp_bias or config.head_bias or config.cond_dim or config.norm_bias):
+        layout = 'smdm'
+    elif config.mlp == 'relu' and config.norm == 'layernorm' and config.norm_bias and config.mlp_bias and not (config.cond_dim or config.head_bias or config.causal):
+        layout = 'xlm'
+    elif config.mlp == 'gelu' and config.norm == 'layernorm' and not config.norm_bias and config.mlp_bias and config.head_bias and bool(config.cond_dim) != config.causal:
+        layout = 'mdlm'
+    else:
+        raise ValueError('a net with these settings is of no published family (MDLM, its AR baseline, xlm, SMDM): its ckpt.pt is its only form')
+    tensors = {}
+    for name, tensor in net.state_dict().items():
+        tensor = interleave_heads(tensor, config.n_head) if layout == 'smdm' and name.endswith('attn_qkv.weight') else tensor
+        tensors[renamed(name, LAYOUTS[layout])] = tensor.contiguous().cpu()
+    extra = getattr(net, 'extra', {})
+    if not extra and layout != 'smdm':
+        inv_freq = 1.0 / 10_000 ** (torch.arange(0, config.n_embd // config.n_head, 2, dtype=torch.float32) / (config.n_embd // config.n_head))
+        names = ['backbone.rotary_emb.inv_freq'] if layout == 'mdlm' else [f'encoder.{i}.rotary_emb.inv_freq' for i in range(config.n_layer)]
+        extra = {name: inv_freq.clone() for name in names}
+    described = dataclasses.asdict(config)
+    if layout == 'mdlm':
+        described = dict(architectures=['MDLM'], model_type='mdlm', vocab_size=config.vocab_size, model_length=config.block_size, hidden_dim=config.n_embd,
+                         cond_dim=config.cond_dim, n_blocks=config.n_layer, n_heads=config.n_head, dropout=config.dropout,
+                         time_conditioning=config.time_conditioning, return_dict=False, torch_dtype='float32')
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, 'model.safetensors')
+    save_file(tensors | extra, path + '.unfinished', metadata=dict(format='pt'))
+    os.replace(path + '.unfinished', path)
+    with open(os.path.join(folder, 'config.json'), 'w') as f:
+        json.dump(described, f, indent=1)

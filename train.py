@@ -26,8 +26,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from configurator import configure
 from data import TokenRows, find_or_prepare, get_tokenizer, key_of, permute
-from model import (DiT, ModelConfig, autocast, corrupt_batch, load_pretrained, load_state, loglinear, per_token_loss,
-                   pick_device, read_checkpoint, stratified_times)
+from model import (SIZES, DiT, ModelConfig, autocast, check_objective, corrupt_batch, get_schedule, load_pretrained, load_state, on_grid,
+                   per_token_loss, pick_device, read_checkpoint, reconstruction_loss, stratified_times)
 from sample import generate
 
 # input and output
@@ -44,31 +44,48 @@ wandb_project = None        # log to this project of wandb; None: only to metric
 # data
 dataset = 'openwebtext'     # a folder in data/, or what data.py knows
 tokenizer = 'gpt2'          # the one the bins were made with
-packing = 'wrap'            # how rows are cut: 'wrap', 'concat', 'pad'
+val_split = 'validation'    # what evaluations are made on
+packing = 'wrap'            # how rows are cut: 'wrap', 'concat', 'pad', 'sentence'
 loss_on_padding = True      # packing 'pad': padding is corrupted and predicted like any token
 block_size = 1024           # tokens a row
 batch_size = 32             # rows a micro-batch
 global_batch_size = 512     # rows a step, of all processes and micro-batches together
+ssl_ratio = 0.0             # share of micro-batches that are cut to a length drawn from 1 ... block_size (SMDM)
 # model
+size = None                 # a name in model.SIZES, in place of n_layer, n_head, n_embd, n_mlp (and cond_dim)
 n_layer = 12
 n_head = 12
 n_embd = 768
 n_mlp = None                # hidden width of the mlp; None: 4 * n_embd
 cond_dim = 128              # width of the adaLN conditioning; 0: none
 time_conditioning = False   # feed the noise level to the conditioning; False: always 0
-mlp = 'gelu'                # 'gelu' or 'relu'
-norm_bias = False           # LayerNorm with a bias
+causal = False              # attention looks back only: goes with objective 'ar'
+norm = 'layernorm'          # 'layernorm' or 'rmsnorm'
+mlp = 'gelu'                # 'gelu', 'relu' or 'swiglu'
+norm_bias = False           # norms with a bias
+mlp_bias = True             # linears of the mlp with a bias
 head_bias = True            # vocabulary projection with a bias
+head_mask = True            # vocabulary projection with a row for the mask
+rotary_bf16 = False         # rotary table rounded to bfloat16 (SMDM)
 dropout = 0.1               # on the residual branches
 attn_dropout = 0.0          # on the attention weights
-init = 'mdlm'               # of new weights: 'mdlm' or 'xlm'
-objective = 'subs'          # 'subs' (MDLM's NELBO) or 'mlm' (xlm's cross entropy)
+init = 'mdlm'               # of new weights: 'mdlm', 'xlm' or 'smdm'
+# objective
+objective = 'subs'          # 'subs' (MDLM's NELBO), 'mlm' (xlm's cross entropy), 'd3pm', 'sedd' or 'ar'
+schedule = 'loglinear'      # of the noise: a key of model.SCHEDULES, with its default parameters
+T = 0                       # steps of the diffusion, for 'd3pm' and 'subs'; 0: continuous time
+subs_masking = False        # d3pm: no probability for the mask
+importance = False          # subs: draw times at which the weight of the loss is constant
+use_num_masked_factor = False   # mlm: weigh a row by 1 / (1 + its masked positions)
+loss_on_visible_tokens = False  # mlm: predict what is seen too
 # optimizer
 optimizer = 'adamw'         # 'adamw', or 'muon' for the matrices of the blocks and adamw for the rest
 learning_rate = 3e-4
 max_iters = 1_000_000       # steps
+flops = None                # a budget of 6 * parameters without embeddings * tokens, in place of max_iters
 lr_schedule = 'constant'    # after the warm-up: 'constant', or 'cosine' down to min_lr at max_iters
 warmup_iters = 2500         # steps
+warmup_share = 0.0          # of max_iters, where that is more than warmup_iters
 min_lr = 0.0
 weight_decay = 0.0
 decay_all = False           # decay every parameter; False: matrices only
@@ -100,12 +117,23 @@ for key, known in (('optimizer', ('adamw', 'muon')), ('lr_schedule', ('constant'
 if global_batch_size % (batch_size * world_size):
     raise ValueError(f'global_batch_size={global_batch_size} is not divisible into micro-batches of batch_size={batch_size} for each of '
                      f'{world_size} processes: make it a multiple of {batch_size * world_size}')
+if size is not None and size not in SIZES:
+    raise ValueError(f"size='{size}' is not known: choose from {', '.join(SIZES)}")
+if not 0 <= ssl_ratio <= 1:
+    raise ValueError(f'ssl_ratio={ssl_ratio}: it must be a share between 0 and 1')
+if objective != 'mlm' and (use_num_masked_factor or loss_on_visible_tokens):
+    raise ValueError(f"use_num_masked_factor and loss_on_visible_tokens go with objective mlm, not '{objective}'")
+check_objective(objective, T, subs_masking, importance, causal)
+schedule = get_schedule(schedule)
+if importance:
+    schedule.sigma_range()                            # refuses schedules without it
 micro_batches = global_batch_size // batch_size       # of a step, on all processes together
 my_micro_batches = range(rank, micro_batches, world_size)
 
 folder = find_or_prepare(dataset, tokenizer)          # before the process group starts: others wait for the files, not for a timeout
-train_rows = TokenRows(folder, 'train', block_size, packing, loss_on_padding)
-val_rows = TokenRows(folder, 'validation', block_size, packing, loss_on_padding)
+row_length = block_size + (causal and packing == 'concat')  # the last token of a causal row of the stream is a target only
+train_rows = TokenRows(folder, 'train', row_length, packing, loss_on_padding)
+val_rows = TokenRows(folder, val_split, row_length, packing, loss_on_padding)
 tokenizer_meta = train_rows.meta['tokenizer']
 mask_id = tokenizer_meta['mask_id']
 
@@ -127,6 +155,8 @@ torch.manual_seed(seed)
 if device.type == 'cuda':
     torch.set_float32_matmul_precision('high')        # TF32 for what is not autocast
 shape = {field.name: constants[field.name] for field in dataclasses.fields(ModelConfig) if field.name in constants}
+if size is not None:
+    shape |= {key: value for key, value in SIZES[size].items() if key != 'cond_dim' or cond_dim}
 shape |= dict(vocab_size=tokenizer_meta['vocab_size'], mask_id=mask_id)
 if init == 'xlm' and tokenizer_meta['pad_id'] != tokenizer_meta['eos_id']:
     shape['pad_id'] = tokenizer_meta['pad_id']
@@ -136,6 +166,7 @@ if init_from in ('scratch', 'resume'):
     net = DiT(ModelConfig(**shape))
 else:
     net = load_pretrained(init_from, dropout=dropout, attn_dropout=attn_dropout, block_size=block_size, objective=objective)
+    check_objective(objective, T, subs_masking, importance, net.config.causal)
     theirs = get_tokenizer(**net.tokenizer).meta() if net.tokenizer else dict(vocab_size=net.config.vocab_size, mask_id=net.config.mask_id)
     if any(theirs[key] != tokenizer_meta[key] for key in theirs):
         raise ValueError(f'init_from={init_from} has other token ids ({theirs}) than {folder} ({tokenizer_meta})')
@@ -148,6 +179,12 @@ if init_from == 'resume':
         raise ValueError(f"{out_dir}/ckpt.pt was trained with another tokenizer ({checkpoint['tokenizer']}) than {folder} ({tokenizer_meta})")
     load_state(net, checkpoint['model'], out_dir)
     step, tokens_seen, best_val_loss = (checkpoint[key] for key in ('iter', 'tokens_seen', 'best_val_loss'))
+mean_length = block_size * (1 - ssl_ratio) + ssl_ratio * (1 + block_size) / 2
+if flops is not None:
+    max_iters = round(flops / (6 * net.num_params(embedding=False) * global_batch_size * mean_length))
+    if max_iters < 1:
+        raise ValueError(f'flops={flops:g} is less than one step: {6 * net.num_params(embedding=False) * global_batch_size * mean_length:.3g}')
+warmup_iters = max(warmup_iters, round(warmup_share * max_iters))
 net.to(device).train()
 ema_net = copy.deepcopy(net).eval().requires_grad_(False)
 if checkpoint:
@@ -177,8 +214,12 @@ class Loss(nn.Module):
         self.net = net
 
     def forward(self, batch):
-        loss = per_token_loss(self.net, batch['x0'], batch['xt'], batch['t'], masked=batch['masked'], attended=batch['attended'])
-        count = batch['masked'].numel() if self.net.config.objective == 'mlm' else batch['scored'].sum()
+        loss = per_token_loss(self.net, batch['x0'], batch['xt'], batch['t'], None, schedule, T, subs_masking, importance, batch['masked'], batch['attended'])
+        if objective == 'd3pm':
+            loss = loss + reconstruction_loss(self.net, batch['x0'], schedule)
+        if use_num_masked_factor:
+            loss = loss / (1 + (batch['xt'] == mask_id).sum(dim=1, keepdim=True))
+        count = batch['masked'].numel() if objective == 'mlm' else batch['scored'].sum()
         return (loss * batch['scored']).sum() / max(count, 1)
 
 
@@ -190,6 +231,12 @@ if world_size > 1:
 # batches, evaluation, checkpoints
 
 
+def row_length_of(step, micro):
+    """SMDM's stochastic sequence length: L, but for a share ssl_ratio of the micro-batches one drawn from 1 ... L."""
+    cut, length = torch.rand(2, generator=torch.Generator().manual_seed(key_of(seed, step, micro, 1)), dtype=torch.float64).tolist()
+    return 1 + int(length * block_size) + (row_length - block_size) if cut < ssl_ratio else row_length
+
+
 def training_batch(step, micro):
     """Micro-batch `micro` of a step. Its rows come from a permutation of each epoch; its times are every micro_batches-th of the strata
     of the global batch, so that each micro-batch has early and late ones."""
@@ -198,21 +245,27 @@ def training_batch(step, micro):
     rows = np.concatenate([permute(place[epoch == e], len(train_rows), seed, e) for e in np.unique(epoch)])
     u = torch.rand((), generator=torch.Generator().manual_seed(key_of(seed, step)), dtype=torch.float64)
     t = stratified_times(u, micro + micro_batches * torch.arange(batch_size), global_batch_size)
-    return corrupt_batch(train_rows[rows], t, mask_id, loglinear, key_of(seed, step, micro), device)
+    t = on_grid(t, T) if T else schedule.importance_time(t) if importance else t
+    batch, length = train_rows[rows], row_length_of(step, micro)
+    batch = {name: x[:, :length] for name, x in batch.items()}
+    return corrupt_batch(batch, t, net.config, schedule, key_of(seed, step, micro), device, loss_on_visible_tokens)
 
 
 @torch.no_grad()
 def evaluate():
-    """NELBO of the averaged weights on the first rows of the validation split: nats a scored token, bits a byte. Rows, times and masks
-    are the same each time, and so are the figures on any number of processes."""
+    """NELBO of the averaged weights (of an 'ar' net, the likelihood itself) on the first rows of val_split: nats a scored token, bits a
+    byte. Rows, times and masks are the same each time, and so are the figures on any number of processes."""
     n = min(len(val_rows), eval_iters * global_batch_size)
     sums = torch.zeros(4, dtype=torch.float64, device='cpu' if device.type == 'mps' else device)
     for start in range(rank * batch_size, n, world_size * batch_size):
         indices = np.arange(start, min(start + batch_size, n))
         t = stratified_times(0.5, torch.from_numpy(permute(indices, n, 0)), n)
-        batch = corrupt_batch(val_rows[indices], t, mask_id, loglinear, key_of(start), device)
+        batch = corrupt_batch(val_rows[indices], on_grid(t, T) if T else t, net.config, schedule, key_of(start), device)
         with amp:
-            loss = per_token_loss(ema_net, batch['x0'], batch['xt'], batch['t'], 'subs', masked=batch['masked'], attended=batch['attended'])
+            loss = per_token_loss(ema_net, batch['x0'], batch['xt'], batch['t'], 'subs' if objective == 'mlm' else objective, schedule, T, subs_masking,
+                                  masked=batch['masked'], attended=batch['attended'])
+            if objective == 'd3pm':
+                loss = loss + reconstruction_loss(ema_net, batch['x0'], schedule)
         known = batch['scored'] & batch['document']
         sums += torch.stack([x.double().sum() for x in (loss * batch['scored'], batch['scored'], loss * known, known)]).to(sums.device)
     if world_size > 1:
@@ -274,8 +327,8 @@ if master:
 
 # dense bf16 FLOP/s of GPUs, for the share of it that is used
 PEAK = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12, 'B200': 2250e12}
-peak = next((flops for gpu, flops in PEAK.items() if device.type == 'cuda' and gpu in torch.cuda.get_device_name(device)), None)
-flops = net.train_flops(global_batch_size, block_size, global_batch_size * block_size // 2)  # about half are masked
+peak = next((rate for gpu, rate in PEAK.items() if device.type == 'cuda' and gpu in torch.cuda.get_device_name(device)), None)
+step_flops = net.train_flops(global_batch_size, block_size, global_batch_size * block_size // (1 if causal else 2))  # about half are masked
 
 # -----------------------------------------------------------------------------
 # the loop
@@ -324,8 +377,8 @@ while True:
         opt.zero_grad(set_to_none=True)
     decay = min(ema, (1 + step) / (10 + step))
     torch._foreach_lerp_(ema_parameters, parameters, 1 - decay)
+    tokens_seen += sum(batch_size * row_length_of(step, micro) for micro in range(micro_batches)) - global_batch_size * (row_length - block_size)
     step += 1
-    tokens_seen += global_batch_size * block_size
 
     if step % log_interval == 0 or step == start + 1:
         if world_size > 1:
@@ -336,7 +389,7 @@ while True:
         timer, timed_from = time.time(), step
         if master:
             rate = global_batch_size * block_size / seconds
-            mfu = f', MFU {flops / seconds / peak / world_size:.1%}' if peak else ''
+            mfu = f', MFU {step_flops / seconds / peak / world_size:.1%}' if peak else ''
             left = datetime.timedelta(seconds=round(seconds * (max_iters - step)))
             print(f'step {step}: loss {loss:.3f}, lr {lr:.2e}, grad norm {grad_norm:.2f}, {rate:,.0f} tokens/s{mfu}, {left} left', flush=True)
             log(iter=step, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=rate)

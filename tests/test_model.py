@@ -107,7 +107,7 @@ def test_known_masked_positions_change_nothing(tiny_net):
     net = tiny_net()
     x0, t = torch.randint(10, (4, 16)), torch.rand(4) * 0.9 + 0.1
     batch = dict(x0=x0, maskable=torch.ones(4, 16, dtype=torch.bool), scored=torch.ones(4, 16, dtype=torch.bool), attended=torch.ones(4, 16, dtype=torch.bool))
-    noised = corrupt_batch(batch, t, 10, loglinear, 1, torch.device('cpu'))
+    noised = corrupt_batch(batch, t, net.config, loglinear, 1, torch.device('cpu'))
     assert noised['attended'] is None
     loss = per_token_loss(net, x0, noised['xt'], t)
     assert torch.equal(per_token_loss(net, x0, noised['xt'], t, masked=noised['masked']), loss)

@@ -1,0 +1,37 @@
+# MDLM's autoregressive baseline on the One Billion Word benchmark.
+#
+#   python data.py --dataset=lm1b --tokenizer=bert-base-uncased
+#   torchrun --nproc_per_node=8 train.py config/lm1b_ar.py
+#
+# Hardware: 8 GPUs, 64 rows each.
+# Published (MDLM's table 1, half of MDLM's steps): test perplexity 22.3.
+
+out_dir = 'out-lm1b_ar'
+dataset = 'lm1b'            # its words are joined to their punctuation again
+tokenizer = 'bert-base-uncased'
+val_split = 'test'
+packing = 'sentence'        # [CLS], a sentence, [SEP], padding: corrupted and attended, not scored
+block_size = 128
+batch_size = 64
+global_batch_size = 512
+
+n_layer = 12
+n_head = 12
+n_embd = 768
+cond_dim = 0
+causal = True
+dropout = 0.1
+objective = 'ar'
+sample_at_end = False       # sample.py has no sampler for ar yet
+
+learning_rate = 3e-4
+max_iters = 500_000
+lr_schedule = 'constant'
+warmup_iters = 2500
+weight_decay = 0.0
+grad_clip = 1.0
+ema = 0.9999
+
+eval_interval = 10_000
+ckpt_interval = 2500
+keep_interval = 100_000
