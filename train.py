@@ -65,7 +65,7 @@ mlp = 'gelu'                # 'gelu', 'relu' or 'swiglu'
 norm_bias = False           # norms with a bias
 mlp_bias = True             # linears of the mlp with a bias
 head_bias = True            # vocabulary projection with a bias
-head_mask = True            # vocabulary projection with a row for the mask
+head_mask = True            # vocabulary projection with a row for the mask; False and causal: no mask at all
 rotary_bf16 = False         # rotary table rounded to bfloat16 (SMDM)
 dropout = 0.1               # on the residual branches
 attn_dropout = 0.0          # on the attention weights
@@ -158,6 +158,8 @@ shape = {field.name: constants[field.name] for field in dataclasses.fields(Model
 if size is not None:
     shape |= {key: value for key, value in SIZES[size].items() if key != 'cond_dim' or cond_dim}
 shape |= dict(vocab_size=tokenizer_meta['vocab_size'], mask_id=mask_id)
+if causal and not head_mask and mask_id == shape['vocab_size'] - 1:  # no mask at all, as SMDM's causal nets
+    shape |= dict(vocab_size=mask_id, mask_id=None, head_mask=True)
 if init == 'xlm' and tokenizer_meta['pad_id'] != tokenizer_meta['eos_id']:
     shape['pad_id'] = tokenizer_meta['pad_id']
 
@@ -168,7 +170,7 @@ else:
     net = load_pretrained(init_from, dropout=dropout, attn_dropout=attn_dropout, block_size=block_size, objective=objective)
     check_objective(objective, T, subs_masking, importance, net.config.causal)
     theirs = get_tokenizer(**net.tokenizer).meta() if net.tokenizer else dict(vocab_size=net.config.vocab_size, mask_id=net.config.mask_id)
-    if any(theirs[key] != tokenizer_meta[key] for key in theirs):
+    if any(theirs[key] != tokenizer_meta[key] for key in theirs) and not (net.config.mask_id is None and net.config.vocab_size == mask_id):
         raise ValueError(f'init_from={init_from} has other token ids ({theirs}) than {folder} ({tokenizer_meta})')
 if init_from == 'resume':
     checkpoint = read_checkpoint(os.path.join(out_dir, 'ckpt.pt'))

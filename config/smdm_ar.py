@@ -25,6 +25,7 @@ rotary_bf16 = True
 dropout = 0.0
 init = 'smdm'
 causal = True
+head_mask = False           # no mask at all
 objective = 'ar'
 sample_at_end = False       # sample.py has no sampler for ar yet
 
