@@ -4,7 +4,8 @@ Constants from config files and the command line:
     python train.py config/quickstart.py --max_iters=20 --learning_rate=1e-3
 
 A script has its constants at the top, each a literal with a comment behind it, and calls configure(globals()). Files and
---key=value are taken in the order in which they are given; a config file is plain Python that assigns constants.
+--key=value are taken in the order in which they are given; a config file is plain Python that assigns constants (it may import
+modules to compute them with; names that begin with an underscore are its own).
 The only code run here is that of the config files named by the user.
 """
 import ast
@@ -12,6 +13,7 @@ import difflib
 import os
 import sys
 import traceback
+import types
 
 
 def constants_of(path):
@@ -61,7 +63,7 @@ def parsed(key, text, default):
 def known(key, constants, where):
     if key not in constants:
         near = difflib.get_close_matches(key, constants, n=1, cutoff=0)
-        raise ValueError(f"{where}: there is no constant '{key}'; the nearest is '{near[0]}' (--help lists them all)")
+        raise ValueError(f"{where}: there is no constant '{key}' in this script; the nearest is '{near[0]}' (--help lists them all)")
     return constants[key][0]
 
 
@@ -111,9 +113,9 @@ def configure(module, argv=None):
                     exec(compile(f.read(), argument, 'exec'), scope)
             except SyntaxError as error:
                 raise ValueError(f'{argument}, line {error.lineno}: {error.msg}') from None
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise ValueError(f'{argument}: {type(error).__name__}: {error}') from None
             for key, value in scope.items():
-                if key != '__builtins__' and not (key in before and value is before[key]):
+                if not (key.startswith('_') or isinstance(value, types.ModuleType) or key in before and value is before[key]):
                     module[key] = checked(key, value, known(key, constants, argument))
     return {key: module[key] for key in constants}

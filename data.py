@@ -180,7 +180,7 @@ def get_tokenizer(name, folder=None):
     if name == 'bytes':
         return Tokenizer(name, lambda texts: [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts],
                          lambda ids: bytes(ids).decode(errors='replace'), 256)
-    if re.fullmatch(r'bpe-\d+', name):
+    if re.fullmatch(r'bpe-\d{1,7}', name):
         return bpe_tokenizer(name, folder)
     return hugging_face_tokenizer(name)
 
@@ -234,7 +234,9 @@ def read_jsonl(path):
             if line.strip():
                 try:
                     text = json.loads(line)['text']
-                except (ValueError, KeyError, TypeError):
+                    if '\\ud' in line:
+                        text.encode()  # half of a surrogate pair is no text
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     text = None
                 if not isinstance(text, str):
                     raise ValueError(f'{path}, line {number}: not a JSON object with a "text" field that holds a string')
@@ -277,8 +279,6 @@ def stdlib_documents():
 def read_stdlib(input=None, streaming=True):
     """English that every CPython carries: the topics of its help() and the docstrings of the standard library's modules, read with
     ast and not by importing them. Test packages are left out, and so is every repetition."""
-    if input:
-        raise ValueError(f'dataset stdlib takes no input ({input}): it reads the standard library of this Python')
     for text in stdlib_documents():
         yield None, text, True, len(stdlib_documents())
 
@@ -334,6 +334,8 @@ DETOKENIZED = ('lm1b',)  # datasets whose words were split off from their punctu
 def documents(dataset, input=None, streaming=True):
     """(split, text, last, total) of every document of a dataset, or piece of one (see above); 5% go to validation by a hash of their
     index where the source does not say."""
+    if input and (dataset.startswith('text:') or dataset == 'stdlib'):
+        raise ValueError(f'--input={input} takes the place of the hub: dataset {dataset} is read from this machine anyway')
     if dataset.startswith('text:'):
         reader = read_files(dataset[5:])
     elif dataset not in DATASETS:
@@ -383,7 +385,9 @@ def read_meta(folder):
     try:
         with open(path) as f:
             meta = json.load(f)
-        rebuild, itemsize = meta['command'], np.dtype(meta['dtype']).itemsize
+        rebuild, itemsize = meta['command'], {'uint16': 2, 'uint32': 4}[meta['dtype']]
+        if not all(type(meta['tokenizer'][key]) is int for key in ('vocab_size', 'eos_id', 'bos_id', 'pad_id', 'mask_id')):
+            raise TypeError('the ids of the tokenizer are not whole numbers')
         for split, counts in meta['splits'].items():
             for ending, size in (('bin', counts['tokens'] * itemsize), ('idx', (counts['documents'] + 1) * 8)):
                 file = os.path.join(folder, f'{split}.{ending}')
@@ -395,7 +399,7 @@ def read_meta(folder):
             if offsets[0] != 0 or offsets[-1] != counts['tokens']:
                 raise ValueError(f'{folder}/{split}.idx ends at {offsets[-1]:,}, where meta.json says {counts["tokens"]:,} tokens: '
                                  f'rebuild it with {rebuild}')
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f'{path} is not what data.py writes ({type(error).__name__}: {error}): remove {folder} and prepare it again') from None
     return meta
 
@@ -478,7 +482,9 @@ def write_bins(folder, tok, documents, size=None, name=''):
 def prepare(dataset, tokenizer='gpt2', name=None, input=None, streaming=True):
     """Make data/<name> if it is not there, and return its path. It appears whole or not at all; processes that ask for it at the same
     time wait for the one that makes it. Raises ValueError where the folder was made from another source or tokenizer."""
-    name = name or default_name(dataset, tokenizer)
+    name = default_name(dataset, tokenizer) if name is None else str(name)
+    if not re.fullmatch(r'[\w-][\w.-]*', name):
+        raise ValueError(f"name='{name}': the name of a folder in data/ is made of letters, digits, '_', '-' and '.'")
     folder, unfinished = os.path.join('data', name), os.path.join('data', f'.{name}.unfinished')
     os.makedirs('data', exist_ok=True)
     with FileLock(os.path.join('data', f'.{name}.lock')):
@@ -498,11 +504,13 @@ def prepare(dataset, tokenizer='gpt2', name=None, input=None, streaming=True):
         try:
             shutil.rmtree(unfinished, ignore_errors=True)
             os.makedirs(unfinished)
-            if re.fullmatch(r'bpe-\d+', tokenizer):
+            if re.fullmatch(r'bpe-\d{1,7}', tokenizer):
                 print(f'training the tokenizer {tokenizer} on {dataset}', flush=True)
                 train_bpe(training_texts(documents(dataset, input, streaming)), int(tokenizer[4:]), os.path.join(unfinished, 'tokenizer.json'))
             tok = get_tokenizer(tokenizer, unfinished)
             dtype, counts = write_bins(unfinished, tok, documents(dataset, input, streaming), source['size'], name)
+            if not counts:
+                raise ValueError(f'{input or dataset} holds no document')
             meta = dict(source=source, command=command_for(dataset, tokenizer, name, input), tokenizer=tok.meta(), dtype=dtype, splits=counts)
             with open(os.path.join(unfinished, 'meta.json'), 'w') as f:
                 json.dump(meta, f, indent=1)
@@ -516,6 +524,7 @@ def prepare(dataset, tokenizer='gpt2', name=None, input=None, streaming=True):
 def find_or_prepare(dataset, tokenizer):
     """The data folder that `dataset` means to train.py and eval.py: data/<dataset>, or the one made from the dataset of that name with
     that tokenizer; what is read from this machine alone is prepared now. Raises FileNotFoundError with the command that makes it."""
+    dataset = str(dataset)
     folder = os.path.join('data', dataset)
     if not os.path.isfile(os.path.join(folder, 'meta.json')):
         folder = os.path.join('data', default_name(dataset, tokenizer))
@@ -561,13 +570,14 @@ class TokenRows:
 
     def __init__(self, folder, split, block_size, packing, loss_on_padding=True):
         self.meta = meta = read_meta(folder)
-        self.block_size, self.packing, self.loss_on_padding = block_size, packing, loss_on_padding
+        self.name, self.block_size, self.packing, self.loss_on_padding = f'{folder}/{split}', block_size, packing, loss_on_padding
         if packing not in ('wrap', 'concat', 'pad', 'sentence'):
             raise ValueError(f"packing '{packing}' is not known: choose from wrap, concat, pad, sentence")
         if block_size < (3 if packing in ('wrap', 'sentence') else 1):
             raise ValueError(f"block_size={block_size} is too short for packing '{packing}'")
         if split not in meta['splits']:
-            raise ValueError(f"{folder} has no split '{split}', only {', '.join(meta['splits']) or 'none'}")
+            raise ValueError(f"{folder} has no split '{split}', only {', '.join(meta['splits'])}: 5% of the documents are validation where the source has "
+                             'none, and a very short text may leave none for it')
         self.counts = meta['splits'][split]
         self.tokens = np.memmap(os.path.join(folder, f'{split}.bin'), dtype=np.dtype(meta['dtype']).newbyteorder('<'), mode='r')
         self.offsets = np.memmap(os.path.join(folder, f'{split}.idx'), dtype='<i8', mode='r')
@@ -595,11 +605,15 @@ class TokenRows:
             x0 = np.full((len(indices), L), tok['pad_id'], dtype=np.int64)
             padding = np.ones_like(document)
             for row, known, pad, i in zip(x0, document, padding, indices):
+                if not 0 <= self.offsets[i] < self.offsets[i + 1] <= len(self.tokens):
+                    raise ValueError(f"the offsets of {self.name} do not rise at document {i}: rebuild them with {self.meta['command']}")
                 ids = self.tokens[self.offsets[i]:min(self.offsets[i + 1], self.offsets[i] + L)]
                 if self.packing == 'sentence':  # the document's own EOS closes it, wherever it is cut
                     ids = np.concatenate(([tok['bos_id']], ids[:-1][:L - 2] if len(ids) < L else ids[:L - 2], [tok['eos_id']]))
                     known[0] = False
                 row[:len(ids)], known[len(ids):], pad[:len(ids)] = ids, False, False
+        if len(x0) and x0.max() >= tok['vocab_size']:
+            raise ValueError(f"the bin of {self.name} holds the id {x0.max()}, outside of the {tok['vocab_size']:,} ids of its tokenizer: rebuild it with {self.meta['command']}")
         x0, document, everything = torch.from_numpy(x0), torch.from_numpy(document), torch.ones(x0.shape, dtype=torch.bool)
         if self.packing == 'sentence':
             return dict(x0=x0, maskable=everything, scored=~torch.from_numpy(padding), document=document, attended=everything)

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import TokenRows, find_or_prepare, get_tokenizer, key_of, permute
-from model import autocast, corrupt_batch, load_pretrained, loglinear, per_token_loss, pick_device, stratified_times
+from model import (autocast, corrupt_batch, get_schedule, load_pretrained, loglinear, on_grid, per_token_loss, pick_device, reconstruction_loss,
+                   stratified_times)
 
 metric = 'ppl'          # 'ppl': the NELBO of a split
 out_dir = 'out'         # where train.py left ckpt.pt
@@ -32,6 +33,7 @@ tokenizer = None        # None: the one the checkpoint names
 split = 'validation'
 packing = None          # how rows are cut: 'wrap', 'concat', 'pad'; None: as the net was trained, else 'wrap'
 block_size = None       # tokens a row; None: the net's
+T = None                # steps of the bound, for subs and d3pm nets; 0: continuous time; None: as the net was trained, else 0
 num_mc = 4              # times drawn for each row
 max_rows = None         # evaluate so many rows, spread over the split; None: all
 
@@ -46,17 +48,20 @@ def ratio_with_error(sums, counts):
 
 
 @torch.no_grad()
-def nelbo(net, rows, num_mc=1, batch_size=16, seed=0, max_rows=None, schedule=loglinear, progress=False):
-    """The negative evidence lower bound of rows (data.TokenRows), in continuous time (MDLM, equation 10), with num_mc times a row,
-    stratified within the row and over the rows. Under torch.distributed the rows are shared, and every process returns the same dict:
+def nelbo(net, rows, num_mc=1, batch_size=16, seed=0, max_rows=None, schedule=loglinear, T=0, progress=False):
+    """The negative evidence lower bound of rows (data.TokenRows) by the net's own objective ('mlm' nets: by MDLM's equation 10; 'ar' nets:
+    the likelihood itself), in continuous time or in T steps, with num_mc times a row, stratified within the row and over the rows.
+    Under torch.distributed the rows are shared, and every process returns the same dict:
 
     nats_per_token, ppl: over all scored tokens, those that the packing added included (as published); bits_per_byte: over the tokens of
     documents alone, times tokens/bytes of the split; each with its standard error (.._se); tokens, document_tokens, rows, num_mc.
     The errors are those of independent rows: stratification makes the true ones a little smaller."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    device = next(net.parameters()).device
-    if num_mc < 1 or batch_size < 1 or max_rows is not None and max_rows < 1:
-        raise ValueError(f'num_mc={num_mc}, batch_size={batch_size}, max_rows={max_rows}: each must be at least 1')
+    device, objective = next(net.parameters()).device, 'subs' if net.config.objective == 'mlm' else net.config.objective
+    num_mc = 1 if objective == 'ar' else num_mc               # nothing is drawn
+    for name, value in (('num_mc', num_mc), ('batch_size', batch_size), ('max_rows', len(rows) if max_rows is None else max_rows)):
+        if type(value) is not int or value < 1:
+            raise ValueError(f'{name}={value!r}: it must be a whole number of at least 1')
     n = min(len(rows), max_rows or len(rows))
     chosen = np.arange(n) * len(rows) // n
     u = torch.rand((), generator=torch.Generator().manual_seed(key_of(seed)), dtype=torch.float64)
@@ -66,10 +71,15 @@ def nelbo(net, rows, num_mc=1, batch_size=16, seed=0, max_rows=None, schedule=lo
         batch = rows[chosen[here]]
         for j in range(num_mc):
             t = stratified_times(u, torch.from_numpy(permute(here, n, seed)) + j * n, num_mc * n)
+            t = on_grid(t, T) if T else t
             noised = corrupt_batch(batch, t, net.config, schedule, key_of(seed, start, j), device)
-            loss = per_token_loss(net, noised['x0'], noised['xt'], noised['t'], 'subs', schedule, noised['masked'], noised['attended']).cpu()
-            document = batch['scored'] & batch['document']
-            sums[:, here] += torch.stack([x.double().sum(dim=1) for x in (loss * batch['scored'], batch['scored'], loss * document, document)]) / num_mc
+            loss = per_token_loss(net, noised['x0'], noised['xt'], noised['t'], objective, schedule, T, masked=noised['masked'], attended=noised['attended'])
+            if objective == 'd3pm':
+                loss = loss + reconstruction_loss(net, noised['x0'], schedule)
+            loss = loss.cpu()
+            scored = noised['scored'].cpu()
+            document = scored & batch['document']
+            sums[:, here] += torch.stack([x.double().sum(dim=1) for x in (loss * scored, scored, loss * document, document)]) / num_mc
     if world_size > 1:
         sums = sums.to(device)
         dist.all_reduce(sums)
@@ -90,24 +100,29 @@ if __name__ == '__main__':
     if metric != 'ppl':
         raise ValueError(f"metric '{metric}' is not known: choose from ppl")
     device = pick_device(device, int(os.environ.get('LOCAL_RANK', 0)))
-    net = load_pretrained(init_from or out_dir, ema=ema, device=device)
+    net = load_pretrained(str(init_from or out_dir), ema=ema, device=device)
     if tokenizer or net.tokenizer is None:
-        net.tokenizer = dict(name=tokenizer or 'gpt2')
+        net.tokenizer = (net.tokenizer or {}) | dict(name=tokenizer or 'gpt2')
     tok = get_tokenizer(**net.tokenizer)
     dataset = dataset or net.constants.get('dataset')
     if dataset is None:
         raise ValueError('the source of the weights does not say what to measure them on: give --dataset=NAME')
-    rows = TokenRows(find_or_prepare(dataset, tok.name), split, block_size or net.config.block_size, packing or net.constants.get('packing', 'wrap'),
-                     net.constants.get('loss_on_padding', True))
-    if rows.meta['tokenizer'] != tok.meta() or tok.vocab_size != net.config.vocab_size:
+    if block_size is not None and type(block_size) is not int:
+        raise ValueError(f'block_size={block_size!r}: it must be a whole number')
+    packing, T = packing or net.constants.get('packing', 'wrap'), net.constants.get('T', 0) if T is None else T
+    block_size = (net.config.block_size if block_size is None else block_size) + (net.config.causal and packing == 'concat')
+    rows = TokenRows(find_or_prepare(dataset, tok.name), split, block_size, packing, net.constants.get('loss_on_padding', True))
+    if rows.meta['tokenizer'] != tok.meta() or tok.vocab_size != net.config.vocab_size and net.config.mask_id is not None:
         raise ValueError(f"the net has {net.config.vocab_size} ids of the tokenizer {tok.meta()}, the data those of {rows.meta['tokenizer']}: "
                          'measure it on data prepared with its own')
     if 'RANK' in os.environ:
+        if device.type == 'cuda':
+            torch.cuda.set_device(device)
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', device_id=device if device.type == 'cuda' else None)
     with autocast(device, dtype):
-        result = nelbo(net, rows, num_mc, batch_size, seed, max_rows, progress=True)
+        result = nelbo(net, rows, num_mc, batch_size, seed, max_rows, get_schedule(net.constants.get('schedule', 'loglinear')), T, progress=True)
     if not dist.is_initialized() or dist.get_rank() == 0:
-        print(f"NELBO of {init_from or out_dir} on {dataset}/{split}, {result['rows']:,} rows x {num_mc} times, {result['tokens']:,} tokens "
+        print(f"{'NLL' if net.config.causal else 'NELBO'} of {init_from or out_dir} on {dataset}/{split}, {result['rows']:,} rows x {result['num_mc']} times, {result['tokens']:,} tokens "
               f"({result['document_tokens']:,} of documents)")
         print(f"  {result['nats_per_token']:.4f} ± {result['nats_per_token_se']:.4f} nats/token")
         print(f"  {result['ppl']:.2f} ± {result['ppl_se']:.2f} perplexity (exp of nats/token)")

@@ -19,6 +19,7 @@ import os
 import pickle
 import re
 import types
+import typing
 import zipfile
 from dataclasses import dataclass
 
@@ -60,8 +61,14 @@ class ModelConfig:
     objective: str = 'subs'          # what the outputs mean: a key of OBJECTIVES
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, kinds = getattr(self, field.name), typing.get_args(field.type) or (field.type,)
+            if type(value) not in kinds and not (float in kinds and type(value) is int):
+                raise ValueError(f'{field.name}={value!r}: {" or ".join(kind.__name__ for kind in kinds)} is needed')
         if self.n_mlp is None:
             self.n_mlp = 4 * self.n_embd
+        if self.cond_dim < 0:
+            raise ValueError(f'cond_dim={self.cond_dim}: it must be 0 or more')
         for key in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_mlp'):
             if getattr(self, key) < 1:
                 raise ValueError(f'{key}={getattr(self, key)}: it must be at least 1')
@@ -79,6 +86,8 @@ class ModelConfig:
             raise ValueError('mask_id=None: only a causal net does without a mask')
         if self.mask_id is not None and not 0 <= self.mask_id < self.vocab_size:
             raise ValueError(f'mask_id={self.mask_id} is outside the vocabulary of {self.vocab_size} ids')
+        if self.pad_id is not None and not 0 <= self.pad_id < self.vocab_size:
+            raise ValueError(f'pad_id={self.pad_id} is outside the vocabulary of {self.vocab_size} ids')
         if not self.head_mask and self.mask_id != self.vocab_size - 1:
             raise ValueError(f'head_mask=False with mask_id={self.mask_id}: a mask that the head has no row for is the last of the {self.vocab_size} ids')
         if self.causal != (self.objective == 'ar'):
@@ -331,7 +340,7 @@ def autocast(device, dtype):
     if dtype not in ('auto', 'float32', 'bfloat16'):
         raise ValueError(f"dtype='{dtype}' is not known: choose from auto, float32, bfloat16")
     if dtype == 'auto':
-        native = {'cuda': torch.cuda.is_bf16_supported, 'cpu': torch.cpu._is_avx512_bf16_supported, 'mps': lambda: False}[device.type]()
+        native = {'cuda': lambda: torch.cuda.is_bf16_supported(including_emulation=False), 'cpu': torch.cpu._is_avx512_bf16_supported, 'mps': lambda: False}[device.type]()
         dtype = 'bfloat16' if native else 'float32'
     return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != 'float32')
 
@@ -493,18 +502,17 @@ def corrupt_batch(batch, t, config, schedule, key, device, visible=False):
     indices of the positions of xt that have a loss: the draws are made on the CPU, so that a GPU need not be asked for them.
     visible: all scored positions have one, the seen ones too. For a causal net nothing is corrupted, and the first column, which it
     does not predict, is not scored."""
+    x0, scored, attended = batch['x0'], batch['scored'], batch['attended']
+    xt = masked = None
     if config.causal:
-        first = torch.zeros_like(batch['scored'])
-        first[:, 0] = True
-        batch = batch | dict(xt=None, t=None, masked=None, scored=batch['scored'] & ~first)
+        scored = scored.clone()
+        scored[:, 0] = False
     else:
-        xt = corrupt(batch['x0'], t, config.mask_id, schedule, torch.Generator().manual_seed(key), batch['maskable'])
-        masked = batch['scored'] if visible else (xt == config.mask_id) & batch['scored']
-        batch = batch | dict(xt=xt, t=t, masked=masked.flatten().nonzero().squeeze(1))
-    if batch['attended'].all():
-        batch['attended'] = None  # attention is faster without a mask
+        xt = corrupt(x0, t, config.mask_id, schedule, torch.Generator().manual_seed(key), batch['maskable'])
+        masked = (scored if visible else (xt == config.mask_id) & scored).flatten().nonzero().squeeze(1)
+    noised = dict(x0=x0, xt=xt, t=t, masked=masked, scored=scored, attended=None if attended.all() else attended)  # attention is faster without a mask
     move = lambda x: x if x is None else x.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else x.to(device)
-    return {name: move(x) for name, x in batch.items()}
+    return {name: move(x) for name, x in noised.items()}
 
 
 def stratified_times(u, index, n, eps=1e-3):
@@ -747,10 +755,12 @@ def read_checkpoint(path):
         raise ValueError(f'{path} is truncated or damaged ({damaged}): use another checkpoint')
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError:
+    except Exception:  # a zip of something else, or with something else than tensors in it
         checkpoint = None
-    if not isinstance(checkpoint, dict) or not {'model', 'ema', 'model_config'} <= checkpoint.keys():
-        raise ValueError(f'{path} is not a checkpoint of train.py')
+    sections = dict(model=dict, ema=dict, optimizer=list, iter=int, tokens_seen=int, best_val_loss=float, model_config=dict, constants=dict, tokenizer=dict)
+    for key, kind in sections.items():
+        if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), kind):
+            raise ValueError(f'{path} is not a checkpoint of train.py (no {key})')
     return checkpoint
 
 
@@ -869,7 +879,8 @@ def load_state(net, tensors, source, assign=False):
         if names:
             raise ValueError(f"{source} {what} {', '.join(sorted(names)[:5])}{' ...' if len(names) > 5 else ''}")
     for name, tensor in tensors.items():
-        if tensor.shape != own[name].shape:
+        if not isinstance(tensor, torch.Tensor) or tensor.shape != own[name].shape:
+            tensor = torch.as_tensor(0) if not isinstance(tensor, torch.Tensor) else tensor
             raise ValueError(f'{source}: {name} has shape {tuple(tensor.shape)}, the model {tuple(own[name].shape)}')
     net.load_state_dict(tensors, assign=assign)
 
@@ -891,7 +902,7 @@ def load_pretrained(source, ema=True, device='cpu', **overrides):
         path = path if path.endswith('.pt') else os.path.join(path, 'ckpt.pt')
         checkpoint = read_checkpoint(path)
         net = build(checkpoint['model_config'], overrides, checkpoint['ema' if ema else 'model'], source)
-        net.tokenizer, net.constants = dict(name=checkpoint['tokenizer']['name'], folder=os.path.dirname(path)), checkpoint['constants']
+        net.tokenizer, net.constants = dict(name=str(checkpoint['tokenizer'].get('name')), folder=os.path.dirname(path)), checkpoint['constants']
         net.extra = {}
     elif not os.path.exists(path):
         raise FileNotFoundError(f'{source} is not there')

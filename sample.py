@@ -8,6 +8,7 @@ Row i of a call is a function of (seed, first_row + i) alone: the batch size cha
 float64: in float32 the tail of the uniform is cut off, which lowers the temperature without saying so.
 """
 import json
+import math
 import os
 from dataclasses import dataclass
 
@@ -65,7 +66,7 @@ def draw(logits, u, mask_id, temperature=1.0, top_k=0, top_p=1.0):
     cdf = probs.cumsum(dim=-1)
     ids = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).squeeze(1)
     last = probs.size(1) - 1 - (probs.flip(1) > 0).int().argmax(dim=-1)                        # u -> 1 may round up to the end
-    return torch.minimum(ids, last)
+    return torch.where(cdf[:, -1].isnan(), mask_id, torch.minimum(ids, last))                  # generate() refuses what is left masked
 
 
 def reveal(net, x, sigma, rows, cols, u, unprompted=None, cfg_scale=0.0, **draw_options):
@@ -76,13 +77,13 @@ def reveal(net, x, sigma, rows, cols, u, unprompted=None, cfg_scale=0.0, **draw_
     else:
         h = net.trunk(torch.cat((x, unprompted)), torch.cat((sigma, sigma)))
         h, h_un = h[rows, cols], h[rows + len(x), cols]
-    ids = []
-    for some in torch.arange(len(rows), device=x.device).split(max(1, 2 ** 25 // net.config.vocab_size)):  # (some, V) float64 is large
-        logits = net.head(h[some])
+    ids, size = [], max(1, 2 ** 25 // net.config.vocab_size)                                   # (size, V) float64 is large
+    for i in range(0, len(rows), size):
+        logits = net.head(h[i:i + size])
         if unprompted is not None:
-            un = net.head(h_un[some])
+            un = net.head(h_un[i:i + size])
             logits = un + (1 + cfg_scale) * (logits - un)
-        ids.append(draw(logits, u[some], net.config.mask_id, **draw_options))
+        ids.append(draw(logits, u[i:i + size], net.config.mask_id, **draw_options))
     return torch.cat(ids).to(x.device)
 
 
@@ -131,7 +132,10 @@ def prompt_ids(prompt, net, num_samples, length):
         if net.tokenizer is None:
             raise ValueError('the source of the weights names no tokenizer: give the prompt as ids')
         prompt = get_tokenizer(**net.tokenizer).encode(prompt)
-    ids = torch.as_tensor([] if prompt is None else prompt, dtype=torch.int64).cpu()
+    ids = torch.as_tensor([] if prompt is None or len(prompt) == 0 else prompt)
+    if ids.numel() and (ids.is_floating_point() or ids.dtype == torch.bool):
+        raise ValueError(f'prompt holds {ids.dtype}, not ids')
+    ids = ids.to('cpu', torch.int64)
     ids = ids.expand(num_samples, -1) if ids.dim() == 1 else ids
     if ids.dim() != 2 or len(ids) != num_samples:
         raise ValueError(f'prompt has shape {tuple(ids.shape)}: ids (P,) for all rows or (n, P) with n = num_samples = {num_samples} are needed')
@@ -150,6 +154,9 @@ def generate(net, num_samples, length, steps, sampler='ancestral', prompt=None, 
     prompt: text, ids (P,) for all rows, or ids (n, P); it is kept as it is. Row i is seeded by (seed, first_row + i), whatever the
     batch_size. For the rest see the constants above. Raises ValueError where an option is impossible."""
     config = net.config
+    for name, value in (('num_samples', num_samples), ('length', length), ('steps', steps), ('top_k', top_k), ('batch_size', batch_size)):
+        if type(value) is not int:
+            raise ValueError(f'{name}={value!r}: it must be a whole number')
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler '{sampler}' is not known: choose from {', '.join(SAMPLERS)}")
     if config.objective not in ('subs', 'mlm'):
@@ -157,8 +164,8 @@ def generate(net, num_samples, length, steps, sampler='ancestral', prompt=None, 
     for name, value, fits, needed in (
             ('num_samples', num_samples, num_samples >= 1, 'at least 1'), ('batch_size', batch_size, batch_size >= 1, 'at least 1'),
             ('steps', steps, steps >= 1, 'at least 1'), ('length', length, 1 <= length <= config.block_size, f"1 to {config.block_size}, the net's block_size"),
-            ('temperature', temperature, temperature >= 0, '0 or more'), ('top_p', top_p, 0 < top_p <= 1, 'above 0 and at most 1'),
-            ('top_k', top_k, top_k >= 0, '0 (all tokens) or more'), ('cfg_scale', cfg_scale, cfg_scale >= -1, '-1 or more')):
+            ('temperature', temperature, 0 <= temperature < math.inf, '0 or more, and finite'), ('top_p', top_p, 0 < top_p <= 1, 'above 0 and at most 1'),
+            ('top_k', top_k, top_k >= 0, '0 (all tokens) or more'), ('cfg_scale', cfg_scale, -1 <= cfg_scale < math.inf, '-1 or more, and finite')):
         if not fits:
             raise ValueError(f'{name}={value}: it must be {needed}')
     ids = prompt_ids(prompt, net, num_samples, length)
@@ -176,6 +183,8 @@ def generate(net, num_samples, length, steps, sampler='ancestral', prompt=None, 
                                                       temperature=temperature, top_p=top_p, top_k=top_k), (nfe, reveal_step)):
                 kept.append(result)
             x[rows] = xt.cpu()
+    if (x == config.mask_id).any():
+        raise ValueError('the logits of the net, or what the options make of them, are not numbers: nothing can be drawn from them')
     return Samples(x, torch.cat(nfe), torch.cat(reveal_step))
 
 
@@ -184,11 +193,12 @@ def generate(net, num_samples, length, steps, sampler='ancestral', prompt=None, 
 if __name__ == '__main__':
     from configurator import configure
     constants = configure(globals())
-    if out and not os.path.isdir(os.path.dirname(out) or '.'):
-        raise FileNotFoundError(f'out={out}: there is no folder {os.path.dirname(out)}')
-    net = load_pretrained(init_from or out_dir, ema=ema, device=pick_device(device))
+    out = out and str(out)
+    if out and (os.path.isdir(out) or not os.path.isdir(os.path.dirname(out) or '.')):
+        raise ValueError(f'out={out} is a folder' if os.path.isdir(out) else f'out={out}: there is no folder {os.path.dirname(out)}')
+    net = load_pretrained(str(init_from or out_dir), ema=ema, device=pick_device(device))
     if tokenizer:
-        net.tokenizer = dict(name=tokenizer)
+        net.tokenizer = (net.tokenizer or {}) | dict(name=tokenizer)
     tok = get_tokenizer(**net.tokenizer) if net.tokenizer else None
     if tok and tok.vocab_size != net.config.vocab_size:
         raise ValueError(f"tokenizer '{tok.name}' has {tok.vocab_size} ids, the net {net.config.vocab_size}: give the one it was trained with")

@@ -12,9 +12,11 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import gc
 import json
 import math
 import os
+import re
 import shutil
 import time
 
@@ -92,7 +94,7 @@ decay_all = False           # decay every parameter; False: matrices only
 beta1 = 0.9
 beta2 = 0.999
 grad_clip = 1.0             # largest norm of the gradient; 0: no limit
-ema = 0.9999                # decay of the averaged weights, min(ema, (1 + n) / (10 + n)) at step n
+ema = 0.9999                # decay of the averaged weights, min(ema, (1 + n) / (10 + n)) at the n-th step
 # system
 device = 'auto'             # 'auto' (cuda, mps or cpu, whichever is there), 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto'              # 'float32', 'bfloat16' (autocast), or 'auto': bfloat16 where the device multiplies it natively
@@ -108,9 +110,17 @@ master = rank == 0
 device = pick_device(device, local_rank)
 amp = autocast(device, dtype)
 
-for key in ('batch_size', 'global_batch_size', 'eval_interval', 'eval_iters', 'log_interval', 'ckpt_interval', 'learning_rate'):
-    if constants[key] <= 0:
+for key in ('batch_size', 'global_batch_size', 'eval_interval', 'eval_iters', 'log_interval', 'ckpt_interval', 'max_iters', 'learning_rate'):
+    if not 0 < constants[key] < math.inf:
         raise ValueError(f'{key}={constants[key]}: it must be positive')
+for key in ('keep_interval', 'sample_interval', 'warmup_iters', 'min_lr', 'weight_decay', 'grad_clip'):
+    if not 0 <= constants[key] < math.inf:
+        raise ValueError(f'{key}={constants[key]}: it must be 0 or more')
+for key in ('beta1', 'beta2', 'ema', 'ssl_ratio', 'warmup_share'):
+    if not 0 <= constants[key] <= (1 if key == 'ssl_ratio' else 1 - 1e-9):
+        raise ValueError(f'{key}={constants[key]}: it must be a share of 1')
+if compile not in (None, True, False) or flops is not None and type(flops) not in (int, float):
+    raise ValueError(f'compile={compile!r}, flops={flops!r}: the one is True, False or None, the other a number or None')
 for key, known in (('optimizer', ('adamw', 'muon')), ('lr_schedule', ('constant', 'cosine'))):
     if constants[key] not in known:
         raise ValueError(f"{key}='{constants[key]}' is not known: choose from {', '.join(known)}")
@@ -119,8 +129,6 @@ if global_batch_size % (batch_size * world_size):
                      f'{world_size} processes: make it a multiple of {batch_size * world_size}')
 if size is not None and size not in SIZES:
     raise ValueError(f"size='{size}' is not known: choose from {', '.join(SIZES)}")
-if not 0 <= ssl_ratio <= 1:
-    raise ValueError(f'ssl_ratio={ssl_ratio}: it must be a share between 0 and 1')
 if objective != 'mlm' and (use_num_masked_factor or loss_on_visible_tokens):
     raise ValueError(f"use_num_masked_factor and loss_on_visible_tokens go with objective mlm, not '{objective}'")
 check_objective(objective, T, subs_masking, importance, causal)
@@ -164,6 +172,8 @@ if init == 'xlm' and tokenizer_meta['pad_id'] != tokenizer_meta['eos_id']:
     shape['pad_id'] = tokenizer_meta['pad_id']
 
 step, tokens_seen, best_val_loss, checkpoint = 0, 0, math.inf, None
+if not init_from:
+    raise ValueError("init_from='': give 'scratch', 'resume' or a source of weights")
 if init_from in ('scratch', 'resume'):
     net = DiT(ModelConfig(**shape))
 else:
@@ -179,6 +189,11 @@ if init_from == 'resume':
             raise ValueError(f"{out_dir}/ckpt.pt has {key}={checkpoint['model_config'].get(key)!r}, the run {key}={ours!r}: they must agree to resume")
     if checkpoint['tokenizer'] != tokenizer_meta:
         raise ValueError(f"{out_dir}/ckpt.pt was trained with another tokenizer ({checkpoint['tokenizer']}) than {folder} ({tokenizer_meta})")
+    if len(checkpoint['optimizer']) != (2 if optimizer == 'muon' else 1):
+        raise ValueError(f"{out_dir}/ckpt.pt has the state of optimizer='{checkpoint['constants'].get('optimizer')}', the run '{optimizer}': they must agree to resume")
+    changed = {key: value for key, value in constants.items() if checkpoint['constants'].get(key) != value and key != 'init_from'}
+    if master:
+        print(f"resuming at step {checkpoint['iter']:,}", *(f"{key}={value!r} (was {checkpoint['constants'].get(key)!r})" for key, value in changed.items()), sep=', ', flush=True)
     load_state(net, checkpoint['model'], out_dir)
     step, tokens_seen, best_val_loss = (checkpoint[key] for key in ('iter', 'tokens_seen', 'best_val_loss'))
 mean_length = block_size * (1 - ssl_ratio) + ssl_ratio * (1 + block_size) / 2
@@ -202,7 +217,10 @@ if for_muon:
                                        weight_decay=weight_decay, adjust_lr_fn='match_rms_adamw'))
 if checkpoint:
     for opt, state in zip(optimizers, checkpoint['optimizer'], strict=True):
+        settings = [{key: value for key, value in group.items() if key != 'params'} for group in opt.param_groups]
         opt.load_state_dict(state)
+        for group, setting in zip(opt.param_groups, settings):
+            group.update(setting)                     # decay, betas: those of this run
 
 if compile or compile is None and device.type == 'cuda':
     net.trunk = torch.compile(net.trunk)              # the trunk itself: torch.compile(net).trunk would run eagerly
@@ -221,8 +239,9 @@ class Loss(nn.Module):
             loss = loss + reconstruction_loss(self.net, batch['x0'], schedule)
         if use_num_masked_factor:
             loss = loss / (1 + (batch['xt'] == mask_id).sum(dim=1, keepdim=True))
-        count = batch['masked'].numel() if objective == 'mlm' else batch['scored'].sum()
-        return (loss * batch['scored']).sum() / max(count, 1)
+        if objective == 'mlm':
+            return (loss * batch['scored']).sum() / max(batch['masked'].numel(), 1)
+        return (loss * batch['scored']).sum() / batch['scored'].sum().clamp(min=1)  # on the device: no waiting for it
 
 
 loss_module = Loss(net)
@@ -258,19 +277,22 @@ def evaluate():
     """NELBO of the averaged weights (of an 'ar' net, the likelihood itself) on the first rows of val_split: nats a scored token, bits a
     byte. Rows, times and masks are the same each time, and so are the figures on any number of processes."""
     n = min(len(val_rows), eval_iters * global_batch_size)
-    sums = torch.zeros(4, dtype=torch.float64, device='cpu' if device.type == 'mps' else device)
+    sums = torch.zeros(4, dtype=torch.float64)
     for start in range(rank * batch_size, n, world_size * batch_size):
         indices = np.arange(start, min(start + batch_size, n))
         t = stratified_times(0.5, torch.from_numpy(permute(indices, n, 0)), n)
-        batch = corrupt_batch(val_rows[indices], on_grid(t, T) if T else t, net.config, schedule, key_of(start), device)
+        rows = val_rows[indices]
+        batch = corrupt_batch(rows, on_grid(t, T) if T else t, net.config, schedule, key_of(start), device)
         with amp:
             loss = per_token_loss(ema_net, batch['x0'], batch['xt'], batch['t'], 'subs' if objective == 'mlm' else objective, schedule, T, subs_masking,
                                   masked=batch['masked'], attended=batch['attended'])
             if objective == 'd3pm':
                 loss = loss + reconstruction_loss(ema_net, batch['x0'], schedule)
-        known = batch['scored'] & batch['document']
-        sums += torch.stack([x.double().sum() for x in (loss * batch['scored'], batch['scored'], loss * known, known)]).to(sums.device)
+        loss, scored = loss.cpu().double(), batch['scored'].cpu()
+        known = scored & rows['document']
+        sums += torch.stack([x.sum() for x in (loss * scored, scored, loss * known, known)])
     if world_size > 1:
+        sums = sums.to(device)
         dist.all_reduce(sums)
     loss, scored, document_loss, document_tokens = sums.tolist()
     counts = val_rows.counts
@@ -314,8 +336,8 @@ if master:
     path = os.path.join(out_dir, 'metrics.jsonl')
     kept = []
     if checkpoint and os.path.exists(path):           # what came after the checkpoint is going to be done again
-        with open(path) as f:
-            kept = [line for line in f if line.endswith('\n') and json.loads(line)['iter'] <= step]
+        with open(path, errors='replace') as f:
+            kept = [line for line in f if (match := re.match(r'\{"iter": (\d+), .*\}\n', line)) and int(match.group(1)) <= step]
     with open(path, 'w') as f:
         f.writelines(kept)
     metrics = open(path, 'a', buffering=1)
@@ -377,8 +399,8 @@ while True:
     for opt in optimizers:
         opt.step()
         opt.zero_grad(set_to_none=True)
-    decay = min(ema, (1 + step) / (10 + step))
-    torch._foreach_lerp_(ema_parameters, parameters, 1 - decay)
+    with torch.no_grad():                             # step + 1 updates with this one
+        torch._foreach_lerp_(ema_parameters, parameters, 1 - min(ema, (2 + step) / (11 + step)))
     tokens_seen += sum(batch_size * row_length_of(step, micro) for micro in range(micro_batches)) - global_batch_size * (row_length - block_size)
     step += 1
 
@@ -396,7 +418,10 @@ while True:
             print(f'step {step}: loss {loss:.3f}, lr {lr:.2e}, grad norm {grad_norm:.2f}, {rate:,.0f} tokens/s{mfu}, {left} left', flush=True)
             log(iter=step, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=rate)
 
-if world_size > 1:
-    dist.destroy_process_group()
 if master and sample_at_end:
     print_samples(4)
+if world_size > 1:
+    dist.barrier()                                    # the others wait for the last checkpoint and the samples
+    del loss_module, micro_loss, loss                 # gloo's threads end with what DDP holds: an exit before that aborts now and then
+    gc.collect()
+    dist.destroy_process_group()

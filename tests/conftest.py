@@ -1,4 +1,5 @@
 import os
+import runpy
 import subprocess
 import sys
 
@@ -42,6 +43,17 @@ def tiny_net():
         net.tokenizer, net.constants = None, {}
         return net.eval()
     return make
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """A function that runs a script of the repository in this process and folder, which is quicker; returns its globals, lets errors through."""
+    def call(script, *arguments):
+        path = os.path.join(ROOT, script)
+        monkeypatch.setattr(sys, 'argv', [path, *map(str, arguments)])
+        monkeypatch.setattr(sys, 'excepthook', sys.excepthook)  # configure() sets its own
+        return runpy.run_path(path, run_name='__main__')
+    return call
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ def test_constants_are_the_literals_above_configure(tmp_path):
 def test_files_and_keys_are_taken_in_order(script, tmp_path):
     one, two = tmp_path / 'one.py', tmp_path / 'two.py'
     one.write_text('width = 1\nrate = 1\n')
-    two.write_text('width = width + 10  # computes with what is known so far\n')
+    two.write_text('import math\n_ten = math.floor(10.5)\nwidth = width + _ten  # computes with what is known so far\n')
     assert script(str(one), str(two), '--width=5') == dict(width=5, rate=1.0, name='x', flag=False, limit=None, shape=(1, 2))
     assert script('--width=5', str(one))['width'] == 1
     assert script('--width=5', str(two))['width'] == 15
@@ -60,7 +60,7 @@ def test_values_have_the_type_of_the_default(script, argument, key, value):
 
 
 @pytest.mark.parametrize('argument, message', [
-    ('--widht=7', "no constant 'widht'; the nearest is 'width'"), ('--width=1.5', 'width=1.5: width takes an int'), ('--width=abc', 'takes an int'),
+    ('--widht=7', "no constant 'widht' in this script; the nearest is 'width'"), ('--width=1.5', 'width=1.5: width takes an int'), ('--width=abc', 'takes an int'),
     ('--width=True', 'takes an int'), ('--flag=1', 'takes a bool'), ('--flag=yes', 'takes a bool'), ('--rate=x', 'takes a float'),
     ('--rate=None', 'takes a float'), ('--width', 'write --width=VALUE'), ('width=3', 'neither a config file'), ('--later=4', "no constant 'later'"),
     ('--width=', 'takes an int'), ('--width=__import__("os")', 'takes an int')])
@@ -73,7 +73,7 @@ def test_bad_files_are_refused(script, tmp_path):
     with pytest.raises(FileNotFoundError, match='no config file'):
         script('missing.py')
     (tmp_path / 'bad.py').write_text('wdith = 3\n')
-    with pytest.raises(ValueError, match="bad.py: there is no constant 'wdith'; the nearest is 'width'"):
+    with pytest.raises(ValueError, match="bad.py: there is no constant 'wdith' in this script; the nearest is 'width'"):
         script(str(tmp_path / 'bad.py'))
     (tmp_path / 'bad.py').write_text('width = "3"\n')
     with pytest.raises(ValueError, match='takes an int'):

@@ -301,7 +301,21 @@ def test_hub_without_a_network_says_so(run):
     assert error.startswith("error: Skylion007/openwebtext, split 'train', cannot be read") and '--input=FOLDER' in error
 
 
+def test_lm1b_is_joined_as_the_release_does():
+    for folder in (GOLDEN, os.path.join(SHARED, 'fixtures')):
+        if os.path.isdir(folder):
+            pairs = json.load(open(os.path.join(folder, 'text_expected.json')))['detokenize']['lm1b']
+            assert [data.detokenize('lm1b', text) for text, _ in pairs] == [joined for _, joined in pairs]
+
+
 def test_what_is_not_there_is_refused():
+    with pytest.raises(ValueError, match='empty.txt holds no document'):
+        prepare('text:' + write('empty.txt', ' \n\n'), 'bytes')
+    assert not os.path.exists('data/empty-bytes')
+    with pytest.raises(ValueError, match='takes the place of the hub'):
+        prepare('stdlib', 'bytes', input='x.jsonl')
+    with pytest.raises(ValueError, match="name='a/b'"):
+        prepare('stdlib', 'bytes', 'a/b')
     with pytest.raises(ValueError, match="dataset 'openwebtex' is not known; the nearest is 'openwebtext'"):
         prepare('openwebtex', 'bytes')
     with pytest.raises(FileNotFoundError, match='make it with python data.py --dataset=openwebtext --tokenizer=gpt2'):
@@ -391,6 +405,30 @@ def test_rows_are_taken_in_the_order_asked_for(folder):
     for bad in ([len(rows)], [-1]):
         with pytest.raises(IndexError):
             rows[bad]
+
+
+def test_sentence_rows(folder):
+    documents = documents_of(folder)
+    rows = TokenRows(folder, 'train', 64, 'sentence')
+    batch = rows[:]
+    for document, ids, known, scored in zip(documents, *(batch[key].tolist() for key in ('x0', 'document', 'scored'))):
+        text = document[:-1][:62]
+        assert ids == [256, *text, 256] + [256] * (62 - len(text))
+        assert scored == [True] * (len(text) + 2) + [False] * (62 - len(text)) and known == [False] + [True] * (len(text) + 1) + [False] * (62 - len(text))
+    assert batch['maskable'].all() and batch['attended'].all()
+
+
+def test_rows_that_hold_nonsense_are_refused(folder):
+    tokens = np.fromfile(f'{folder}/train.bin', '<u2')
+    tokens[3] = 60000
+    tokens.tofile(f'{folder}/train.bin')
+    with pytest.raises(ValueError, match='holds the id 60000, outside of the 258 ids of its tokenizer: rebuild it with python data.py'):
+        TokenRows(folder, 'train', 16, 'concat')[[0]]
+    offsets = np.fromfile(f'{folder}/train.idx', '<i8')
+    offsets[5] = 10 ** 12
+    offsets.tofile(f'{folder}/train.idx')
+    with pytest.raises(ValueError, match='do not rise at document 5'):
+        TokenRows(folder, 'train', 16, 'pad')[[5]]
 
 
 def test_impossible_rows_are_refused(folder):

@@ -56,6 +56,18 @@ def test_uniform_net_has_log_v_nats_and_known_bits_per_byte(tiny_net, rows):
     assert nelbo(net, scored)['tokens'] == nelbo(net, scored)['document_tokens'] == int(scored[:]['document'].sum())
 
 
+def test_every_objective_is_measured_by_its_own_bound(tiny_net, rows):
+    some, uniform = rows(), math.log(257)
+    for options, T in ((dict(objective='sedd', time_conditioning=True), 0), (dict(objective='ar', causal=True, cond_dim=0), 0), (dict(), 50)):
+        net = tiny_net(vocab_size=258, mask_id=257, scale=0.0, **options)      # uniform: every bound is log(V - 1), but for eps
+        result = nelbo(net, some, num_mc=50, batch_size=64, T=T)
+        assert abs(result['nats_per_token'] - uniform) < 4 * result['nats_per_token_se'] + 2e-3 * uniform
+        assert result['tokens'] == len(some) * (15 if options.get('causal') else 16)
+    net = tiny_net(vocab_size=258, mask_id=257, scale=0.0, objective='d3pm')   # over 258 ids; a token is revealed at the cost of log 258, ...
+    result = nelbo(net, some, num_mc=50, batch_size=64, T=50)
+    assert result['nats_per_token'] > uniform                                  # ... and the chance of the mask and the last term cost more
+
+
 def test_figures_are_a_function_of_the_seed(tiny_net, rows):
     net, some = tiny_net(vocab_size=258, mask_id=257), rows()
     a, b, c = nelbo(net, some), nelbo(net, some), nelbo(net, some, seed=1)
@@ -66,7 +78,7 @@ def test_figures_are_a_function_of_the_seed(tiny_net, rows):
 
 def save_net(net, folder):
     torch.save(dict(model=net.state_dict(), ema=net.state_dict(), model_config=dataclasses.asdict(net.config), tokenizer=dict(name='bytes'),
-                    constants=dict(dataset='c-bytes', packing='wrap', loss_on_padding=True)), folder / 'ckpt.pt')
+                    constants=dict(dataset='c-bytes', packing='wrap', loss_on_padding=True), optimizer=[], iter=1, tokens_seen=1, best_val_loss=1.0), folder / 'ckpt.pt')
 
 
 def test_eval_py_prints_the_same_figures_on_one_process_and_two(tiny_net, rows, run, tmp_path):

@@ -238,7 +238,7 @@ def test_devices_and_dtypes_that_are_not_there_are_refused():
 
 def save_own(net, path, **changes):
     torch.save(dict(model=net.state_dict(), ema={k: v + 1 for k, v in net.state_dict().items()}, model_config=dataclasses.asdict(net.config),
-                    constants={}, tokenizer=dict(name='bytes')) | changes, path)
+                    constants={}, tokenizer=dict(name='bytes'), optimizer=[], iter=1, tokens_seen=1, best_val_loss=1.0) | changes, path)
 
 
 def test_load_pretrained_reads_our_checkpoints(tiny_net, tmp_path):

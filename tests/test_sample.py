@@ -123,6 +123,14 @@ def test_top_k_keeps_exactly_k_of_equal_tokens():
     assert len(set(draw(torch.zeros(100, 10), grid, 9, top_k=3).tolist())) == 3
 
 
+def test_a_net_that_gives_no_numbers_is_refused(tiny_net):
+    net = tiny_net()
+    with torch.no_grad():
+        net.lm_head.bias[3] = math.nan
+    with pytest.raises(ValueError, match='are not numbers'):
+        generate(net, 2, 8, 4)
+
+
 # --- what a caller relies on
 
 
@@ -178,7 +186,7 @@ def test_only_positions_being_revealed_are_projected(tiny_net, monkeypatch):
     (dict(temperature=-1.0), 'temperature=-1.0'), (dict(sampler='magic'), "sampler 'magic' is not known: choose from ancestral"), (dict(length=17), 'length=17'),
     (dict(length=0), 'length=0'), (dict(num_samples=0), 'num_samples=0'), (dict(cfg_scale=-2.0), 'cfg_scale=-2.0'), (dict(prompt=[1] * 9), 'has 9 tokens, more than'),
     (dict(prompt=[11]), 'an id that is not a token'), (dict(prompt=[10]), 'an id that is not a token'), (dict(prompt=[-1]), 'an id that is not a token'),
-    (dict(prompt=[[1], [2], [3]]), 'prompt has shape'), (dict(top_p=math.nan), 'top_p=nan')])
+    (dict(prompt=[[1], [2], [3]]), 'prompt has shape'), (dict(prompt=[1.5]), 'prompt holds torch.float32'), (dict(steps=2.5), 'steps=2.5'), (dict(temperature=math.inf), 'temperature=inf'), (dict(top_p=math.nan), 'top_p=nan')])
 def test_impossible_options_are_refused(tiny_net, options, message):
     with pytest.raises(ValueError, match=message):
         generate(tiny_net(), **dict(num_samples=2, length=8, steps=4) | options)
@@ -189,7 +197,8 @@ def test_impossible_options_are_refused(tiny_net, options, message):
 
 def save_net(net, folder):
     import dataclasses
-    torch.save(dict(model=net.state_dict(), ema=net.state_dict(), model_config=dataclasses.asdict(net.config), constants={}, tokenizer=dict(name='bytes')),
+    torch.save(dict(model=net.state_dict(), ema=net.state_dict(), model_config=dataclasses.asdict(net.config), constants={}, tokenizer=dict(name='bytes'),
+                    optimizer=[], iter=1, tokens_seen=1, best_val_loss=1.0),
                folder / 'ckpt.pt')
 
 
