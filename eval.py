@@ -23,6 +23,7 @@ from model import (autocast, corrupt_batch, get_schedule, load_pretrained, logli
 metric = 'ppl'          # 'ppl': the NELBO of a split
 out_dir = 'out'         # where train.py left ckpt.pt
 init_from = None        # another source of weights for load_pretrained; None: out_dir
+overrides = None        # fields of ModelConfig that the source cannot tell, such as "{'objective': 'sedd', 'time_conditioning': True}"
 ema = True              # the averaged weights; False: the last ones
 device = 'auto'         # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'float32'       # 'bfloat16' (autocast) is faster and reads a little differently
@@ -97,10 +98,12 @@ def nelbo(net, rows, num_mc=1, batch_size=16, seed=0, max_rows=None, schedule=lo
 if __name__ == '__main__':
     from configurator import configure
     configure(globals())
+    if not isinstance(overrides, (dict, type(None))):
+        raise ValueError(f'overrides={overrides!r}: a dict of fields of ModelConfig is needed')
     if metric != 'ppl':
         raise ValueError(f"metric '{metric}' is not known: choose from ppl")
     device = pick_device(device, int(os.environ.get('LOCAL_RANK', 0)))
-    net = load_pretrained(str(init_from or out_dir), ema=ema, device=device)
+    net = load_pretrained(str(init_from or out_dir), ema, device, **(overrides or {}))
     if tokenizer or net.tokenizer is None:
         net.tokenizer = (net.tokenizer or {}) | dict(name=tokenizer or 'gpt2')
     tok = get_tokenizer(**net.tokenizer)

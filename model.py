@@ -955,6 +955,7 @@ def save_pretrained(net, folder):
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, 'model.safetensors')
     save_file(tensors | extra, path + '.unfinished', metadata=dict(format='pt'))
+    os.chmod(path + '.unfinished', 0o644)  # safetensors writes for its owner alone
     os.replace(path + '.unfinished', path)
     with open(os.path.join(folder, 'config.json'), 'w') as f:
         json.dump(described, f, indent=1)

@@ -20,6 +20,7 @@ from model import autocast, load_pretrained, loglinear, pick_device
 
 out_dir = 'out'         # where train.py left ckpt.pt
 init_from = None        # another source of weights for load_pretrained; None: out_dir
+overrides = None        # fields of ModelConfig that the source cannot tell, such as "{'objective': 'sedd', 'time_conditioning': True}"
 ema = True              # the averaged weights; False: the last ones
 tokenizer = None        # None: the one the checkpoint names
 device = 'auto'         # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
@@ -193,10 +194,12 @@ def generate(net, num_samples, length, steps, sampler='ancestral', prompt=None, 
 if __name__ == '__main__':
     from configurator import configure
     constants = configure(globals())
+    if not isinstance(overrides, (dict, type(None))):
+        raise ValueError(f'overrides={overrides!r}: a dict of fields of ModelConfig is needed')
     out = out and str(out)
     if out and (os.path.isdir(out) or not os.path.isdir(os.path.dirname(out) or '.')):
         raise ValueError(f'out={out} is a folder' if os.path.isdir(out) else f'out={out}: there is no folder {os.path.dirname(out)}')
-    net = load_pretrained(str(init_from or out_dir), ema=ema, device=pick_device(device))
+    net = load_pretrained(str(init_from or out_dir), ema, pick_device(device), **(overrides or {}))
     if tokenizer:
         net.tokenizer = (net.tokenizer or {}) | dict(name=tokenizer)
     tok = get_tokenizer(**net.tokenizer) if net.tokenizer else None

@@ -35,6 +35,7 @@ from sample import generate
 # input and output
 out_dir = 'out'             # checkpoints and metrics.jsonl
 init_from = 'scratch'       # 'scratch', 'resume' (out_dir/ckpt.pt), or a source for load_pretrained: its weights and its architecture
+overrides = None            # fields of ModelConfig that this source cannot tell, such as "{'n_head': 4}"
 eval_interval = 2000        # steps
 eval_iters = 20             # global batches of an evaluation, at most
 log_interval = 10           # steps
@@ -172,12 +173,14 @@ if init == 'xlm' and tokenizer_meta['pad_id'] != tokenizer_meta['eos_id']:
     shape['pad_id'] = tokenizer_meta['pad_id']
 
 step, tokens_seen, best_val_loss, checkpoint = 0, 0, math.inf, None
+if not isinstance(overrides, (dict, type(None))):
+    raise ValueError(f'overrides={overrides!r}: a dict of fields of ModelConfig is needed')
 if not init_from:
     raise ValueError("init_from='': give 'scratch', 'resume' or a source of weights")
 if init_from in ('scratch', 'resume'):
     net = DiT(ModelConfig(**shape))
 else:
-    net = load_pretrained(init_from, dropout=dropout, attn_dropout=attn_dropout, block_size=block_size, objective=objective)
+    net = load_pretrained(init_from, **dict(dropout=dropout, attn_dropout=attn_dropout, block_size=block_size, objective=objective) | (overrides or {}))
     check_objective(objective, T, subs_masking, importance, net.config.causal)
     theirs = get_tokenizer(**net.tokenizer).meta() if net.tokenizer else dict(vocab_size=net.config.vocab_size, mask_id=net.config.mask_id)
     if any(theirs[key] != tokenizer_meta[key] for key in theirs) and not (net.config.mask_id is None and net.config.vocab_size == mask_id):

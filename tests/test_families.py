@@ -168,6 +168,35 @@ def test_broken_and_absent_sources_are_refused(tmp_path):
         load_pretrained('kuleshov-group/mdlm-owt@main')
 
 
+def test_the_command_line_reads_published_weights(folder, run, tmp_path):
+    shown = run('sample.py', f'--init_from={folder}/mdlm_hf', '--num_samples=1', '--steps=4').stdout
+    assert shown.startswith('--- sample 0') and shown.count('[') == 1           # no tokenizer has its 58 ids: the ids themselves
+    assert 'give n_head=' in run('sample.py', f'--init_from={folder}/smdm.safetensors', status=1).stderr
+    run('sample.py', f'--init_from={folder}/smdm.safetensors', "--overrides={'n_head': 4}", '--num_samples=1', '--steps=4', '--length=8')
+    assert 'nets of the objectives subs and mlm, not ar' in run('sample.py', f'--init_from={folder}/mdlm_ar.safetensors', status=1).stderr
+
+
+def test_fine_tuning_and_measuring_published_weights(folder, here, tmp_path, monkeypatch, capsys):
+    import random
+    import tokenizers
+    import transformers
+    monkeypatch.chdir(tmp_path)
+    vocabulary = [f'w{i}' for i in range(55)] + ['[UNK]']                       # with EOS and the mask: 58 ids
+    base = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token='[UNK]'))
+    base.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=base, unk_token='[UNK]').save_pretrained('tok58')
+    rng = random.Random(0)
+    with open('t.txt', 'w') as f:
+        f.write('\n\n'.join(' '.join(rng.choice(vocabulary[:55]) for _ in range(40)) for _ in range(200)))
+    here('data.py', '--dataset=text:t.txt', '--tokenizer=tok58', '--name=t58')
+    here('eval.py', f'--init_from={folder}/mdlm_hf', '--dataset=t58', '--tokenizer=tok58', '--device=cpu')
+    assert 'bits/byte' in capsys.readouterr().out
+    for source, overrides, options in ((f'{folder}/mdlm_hf', '{}', []), (f'{folder}/mdlm_ar.safetensors', '{}', ['--objective=ar', '--causal=True'])):
+        ran = here('train.py', f'--init_from={source}', f'--overrides={overrides}', '--dataset=t58', '--tokenizer=tok58', '--block_size=24', '--batch_size=4', '--device=cpu',
+                   '--global_batch_size=8', '--max_iters=2', '--learning_rate=1e-9', '--dropout=0.0', '--out_dir=out', '--sample_at_end=False', *options)
+        assert torch.allclose(ran['net'].wte.weight, load_pretrained(source).wte.weight, atol=1e-6)
+
+
 def test_a_lightning_checkpoint_with_code_in_it_gives_an_error_and_does_nothing(folder, tmp_path):
     class Attack:
         def __reduce__(self):
