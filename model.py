@@ -813,6 +813,7 @@ def read_lightning(path, ema):
 
 def find_source(source):
     """A local path for a source: itself, or what is downloaded (or already cached) from the hub for org/name[@revision][:file]."""
+    source = os.fspath(source)
     path = os.path.expanduser(source)
     match = re.fullmatch(r'([\w.-]+/[\w.-]+)(?:@([\w./-]+))?(?::([\w./-]+))?', source)
     if os.path.exists(path) or not match or path.endswith('.pt'):

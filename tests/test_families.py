@@ -168,12 +168,14 @@ def test_broken_and_absent_sources_are_refused(tmp_path):
         load_pretrained('kuleshov-group/mdlm-owt@main')
 
 
-def test_the_command_line_reads_published_weights(folder, run, tmp_path):
-    shown = run('sample.py', f'--init_from={folder}/mdlm_hf', '--num_samples=1', '--steps=4').stdout
+def test_the_command_line_reads_published_weights(folder, here, capsys):
+    here('sample.py', f'--init_from={folder}/mdlm_hf', '--num_samples=1', '--steps=4', '--device=cpu')
+    shown = capsys.readouterr().out
     assert shown.startswith('--- sample 0') and shown.count('[') == 1           # no tokenizer has its 58 ids: the ids themselves
-    assert 'give n_head=' in run('sample.py', f'--init_from={folder}/smdm.safetensors', status=1).stderr
-    run('sample.py', f'--init_from={folder}/smdm.safetensors', "--overrides={'n_head': 4}", '--num_samples=1', '--steps=4', '--length=8')
-    assert 'nets of the objectives subs and mlm, not ar' in run('sample.py', f'--init_from={folder}/mdlm_ar.safetensors', status=1).stderr
+    here('sample.py', f'--init_from={folder}/smdm.safetensors', "--overrides={'n_head': 4}", '--num_samples=1', '--steps=4', '--length=8', '--device=cpu')
+    for source, message in (('smdm.safetensors', 'give n_head='), ('mdlm_ar.safetensors', 'nets of the objectives subs and mlm, not ar')):
+        with pytest.raises(ValueError, match=message):
+            here('sample.py', f'--init_from={folder}/{source}', '--device=cpu')
 
 
 def test_fine_tuning_and_measuring_published_weights(folder, here, tmp_path, monkeypatch, capsys):
