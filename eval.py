@@ -103,7 +103,7 @@ if __name__ == '__main__':
     if metric != 'ppl':
         raise ValueError(f"metric '{metric}' is not known: choose from ppl")
     device = pick_device(device, int(os.environ.get('LOCAL_RANK', 0)))
-    net = load_pretrained(str(init_from or out_dir), ema, device, **(overrides or {}))
+    net = load_pretrained(str(init_from or os.path.join(out_dir, 'ckpt.pt')), ema, device, **(overrides or {}))
     if tokenizer or net.tokenizer is None:
         net.tokenizer = (net.tokenizer or {}) | dict(name=tokenizer or 'gpt2')
     tok = get_tokenizer(**net.tokenizer)

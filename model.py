@@ -6,7 +6,7 @@ What is unusual here, for a reader who knows nanoGPT:
 - the conditioning is adaLN-zero (DiT); most masked diffusion models always feed it sigma = 0, so that it is one vector
   for the whole batch and folds into the weight and bias of the norms
 - trunk and head are apart: a loss or a sampler projects to the vocabulary only the positions it needs, and the cross
-  entropy keeps one (N, V) buffer for its N masked positions; nothing of shape (B, L, V) is ever built
+  entropy keeps one (N, V) buffer for the N positions that have a loss, half of them or so in diffusion
 - one class for every family: an architecture is a ModelConfig
 
 References: MDLM (Sahoo et al. 2024, arXiv 2406.07524), DiT (Peebles & Xie 2022, arXiv 2212.09748),
@@ -527,7 +527,7 @@ def on_grid(t, T):
 
 
 # -----------------------------------------------------------------------------
-# objectives: the loss of each position
+# objectives: the loss of each position, named after their papers
 
 
 # Each takes Masked, what the trunk gives at the N masked positions, with t and sigma there, and returns the loss of each, (N,).

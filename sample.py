@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from data import get_tokenizer, key_of
-from model import autocast, load_pretrained, loglinear, pick_device
+from model import autocast, get_schedule, load_pretrained, loglinear, pick_device
 
 out_dir = 'out'         # where train.py left ckpt.pt
 init_from = None        # another source of weights for load_pretrained; None: out_dir
@@ -116,7 +116,7 @@ def ancestral(net, x, given, steps, u_when, u_what, schedule, cfg_scale, progres
         active, row = rows.unique(return_inverse=True)                                         # (A,), (N,) into them
         step = torch.empty_like(active).index_copy_(0, row, reveal_step[rows, cols])
         u = u_what[rows, cols].to('cpu' if device.type == 'mps' else device)                   # MPS has no float64
-        sigma, hidden = schedule.sigma(times[step]).float().to(device), given[active].to(device)
+        sigma, hidden = schedule.conditioning(times[step]).float().to(device), given[active].to(device)
         active, rows, cols, row = (index.to(device) for index in (active, rows, cols, row))    # all known here: the device is never asked
         xt = x[active]
         x[rows, cols] = reveal(net, xt, sigma, row, cols, u, torch.where(hidden, mask_id, xt) if guided else None, cfg_scale, **draw_options)
@@ -153,7 +153,7 @@ def generate(net, num_samples, length, steps, sampler='ancestral', prompt=None, 
     """Draw num_samples rows of `length` tokens, the prompt included -> Samples.
 
     prompt: text, ids (P,) for all rows, or ids (n, P); it is kept as it is. Row i is seeded by (seed, first_row + i), whatever the
-    batch_size. For the rest see the constants above. Raises ValueError where an option is impossible."""
+    batch_size; schedule is the one the net was trained with. For the rest see the constants above. Raises ValueError where an option is impossible."""
     config = net.config
     for name, value in (('num_samples', num_samples), ('length', length), ('steps', steps), ('top_k', top_k), ('batch_size', batch_size)):
         if type(value) is not int:
@@ -199,7 +199,7 @@ if __name__ == '__main__':
     out = out and str(out)
     if out and (os.path.isdir(out) or not os.path.isdir(os.path.dirname(out) or '.')):
         raise ValueError(f'out={out} is a folder' if os.path.isdir(out) else f'out={out}: there is no folder {os.path.dirname(out)}')
-    net = load_pretrained(str(init_from or out_dir), ema, pick_device(device), **(overrides or {}))
+    net = load_pretrained(str(init_from or os.path.join(out_dir, 'ckpt.pt')), ema, pick_device(device), **(overrides or {}))
     if tokenizer:
         net.tokenizer = (net.tokenizer or {}) | dict(name=tokenizer)
     tok = get_tokenizer(**net.tokenizer) if net.tokenizer else None
@@ -207,7 +207,7 @@ if __name__ == '__main__':
         raise ValueError(f"tokenizer '{tok.name}' has {tok.vocab_size} ids, the net {net.config.vocab_size}: give the one it was trained with")
     with autocast(pick_device(device), dtype):
         samples = generate(net, num_samples, net.config.block_size if length is None else length, steps, sampler, prompt or None, cfg_scale, temperature,
-                           top_p, top_k, seed, batch_size=batch_size, progress=True)
+                           top_p, top_k, seed, batch_size=batch_size, progress=True, schedule=get_schedule(net.constants.get('schedule', 'loglinear')))
     texts = [tok and tok.decode([i for i in ids if i != tok.pad_id or i == tok.eos_id]) for ids in samples.tokens.tolist()]
     if out:
         with open(out + '.unfinished', 'w') as f:

@@ -330,7 +330,7 @@ def log(**line):
 def print_samples(n):
     tok = get_tokenizer(tokenizer_meta['name'], folder)
     with amp:
-        out = generate(ema_net, n, block_size, steps=block_size, top_p=0.9, seed=seed)
+        out = generate(ema_net, n, block_size, steps=block_size, top_p=0.9, seed=seed, schedule=schedule)
     for i, ids in enumerate(out.tokens.tolist()):
         print(f'--- sample {i} (top_p 0.9, {out.nfe[i]} network evaluations)\n{tok.decode(ids)}')
 

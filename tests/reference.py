@@ -34,7 +34,7 @@ def reverse_probs(net, xt, t, s, schedule):
     """q(xs | xt, x0 = p(x0 | xt)), (B, L, V), equation 7, for scalars s < t: (alpha_s - alpha_t) p(x0 | xt) / (1 - alpha_t), the mask
     (1 - alpha_s) / (1 - alpha_t); what is seen stays."""
     alpha_t, alpha_s = schedule.alpha(t), schedule.alpha(s)
-    sigma = schedule.sigma(t).expand(len(xt)).to(torch.float32)
+    sigma = schedule.conditioning(t).expand(len(xt)).to(torch.float32)
     p = subs_log_probs(net, xt, sigma).exp()
     stay = (1 - alpha_s) / (1 - alpha_t) if s > 0 else torch.zeros(())  # the last step reveals all that is left
     hidden = (xt == net.config.mask_id)[:, :, None]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import reference
-from model import loglinear
+from model import get_schedule, loglinear
 from sample import draw, generate
 
 TINY = dict(block_size=8, vocab_size=4, mask_id=3, n_layer=1, n_head=1, n_embd=8, cond_dim=4, scale=1.5)
@@ -43,6 +43,13 @@ def test_ancestral_sampler_matches_enumerated_distribution(tiny_net, steps, net_
     assert abs(sum(exact.values()) - 1) < 1e-5
     out = generate(net, n, 3, steps, seed=1, batch_size=10_000)
     assert chi_square_p(counts_of(out.tokens), exact, n) > 1e-3
+
+
+def test_other_schedules_and_what_they_condition_on(tiny_net):
+    for name, steps in (('cosine', 3), ('change_of_variables', 3)):
+        net, schedule = tiny_net(**TINY, time_conditioning=True), get_schedule(name)
+        out = generate(net, 20_000, 3, steps, batch_size=10_000, schedule=schedule)
+        assert chi_square_p(counts_of(out.tokens), reference.ancestral_distribution(net, 3, steps, schedule), 20_000) > 1e-3
 
 
 def test_enumeration_tells_one_number_of_steps_from_another(tiny_net):
