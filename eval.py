@@ -17,8 +17,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import TokenRows, find_or_prepare, get_tokenizer, key_of, permute
-from model import (autocast, corrupt_batch, get_schedule, load_pretrained, loglinear, on_grid, per_token_loss, pick_device, reconstruction_loss,
-                   stratified_times)
+from model import (autocast, corrupt_batch, get_schedule, load_pretrained, loglinear, nelbo_per_token, on_grid, pick_device, stratified_times)
 
 metric = 'ppl'          # 'ppl': the NELBO of a split
 out_dir = 'out'         # where train.py left ckpt.pt
@@ -49,7 +48,7 @@ def ratio_with_error(sums, counts):
 
 
 @torch.no_grad()
-def nelbo(net, rows, num_mc=1, batch_size=16, seed=0, max_rows=None, schedule=loglinear, T=0, progress=False):
+def nelbo(net, rows, num_mc=1, batch_size=16, seed=0, max_rows=None, schedule=loglinear, T=0, subs_masking=False, progress=False):
     """The negative evidence lower bound of rows (data.TokenRows) by the net's own objective ('mlm' nets: by MDLM's equation 10; 'ar' nets:
     the likelihood itself), in continuous time or in T steps, with num_mc times a row, stratified within the row and over the rows.
     Under torch.distributed the rows are shared, and every process returns the same dict:
@@ -58,8 +57,8 @@ def nelbo(net, rows, num_mc=1, batch_size=16, seed=0, max_rows=None, schedule=lo
     documents alone, times tokens/bytes of the split; each with its standard error (.._se); tokens, document_tokens, rows, num_mc.
     The errors are those of independent rows: stratification makes the true ones a little smaller."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    device, objective = next(net.parameters()).device, 'subs' if net.config.objective == 'mlm' else net.config.objective
-    num_mc = 1 if objective == 'ar' else num_mc               # nothing is drawn
+    device = next(net.parameters()).device
+    num_mc = 1 if net.config.causal else num_mc               # nothing is drawn
     for name, value in (('num_mc', num_mc), ('batch_size', batch_size), ('max_rows', len(rows) if max_rows is None else max_rows)):
         if type(value) is not int or value < 1:
             raise ValueError(f'{name}={value!r}: it must be a whole number of at least 1')
@@ -74,10 +73,7 @@ def nelbo(net, rows, num_mc=1, batch_size=16, seed=0, max_rows=None, schedule=lo
             t = stratified_times(u, torch.from_numpy(permute(here, n, seed)) + j * n, num_mc * n)
             t = on_grid(t, T) if T else t
             noised = corrupt_batch(batch, t, net.config, schedule, key_of(seed, start, j), device)
-            loss = per_token_loss(net, noised['x0'], noised['xt'], noised['t'], objective, schedule, T, masked=noised['masked'], attended=noised['attended'])
-            if objective == 'd3pm':
-                loss = loss + reconstruction_loss(net, noised['x0'], schedule)
-            loss = loss.cpu()
+            loss = nelbo_per_token(net, noised, schedule, T, subs_masking).cpu()
             scored = noised['scored'].cpu()
             document = scored & batch['document']
             sums[:, here] += torch.stack([x.double().sum(dim=1) for x in (loss * scored, scored, loss * document, document)]) / num_mc
@@ -123,7 +119,8 @@ if __name__ == '__main__':
             torch.cuda.set_device(device)
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', device_id=device if device.type == 'cuda' else None)
     with autocast(device, dtype):
-        result = nelbo(net, rows, num_mc, batch_size, seed, max_rows, get_schedule(net.constants.get('schedule', 'loglinear')), T, progress=True)
+        result = nelbo(net, rows, num_mc, batch_size, seed, max_rows, get_schedule(net.constants.get('schedule', 'loglinear')), T,
+                       net.constants.get('subs_masking', False), progress=True)
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(f"{'NLL' if net.config.causal else 'NELBO'} of {init_from or out_dir} on {dataset}/{split}, {result['rows']:,} rows x {result['num_mc']} times, {result['tokens']:,} tokens "
               f"({result['document_tokens']:,} of documents)")

@@ -527,14 +527,12 @@ def on_grid(t, T):
 
 
 # -----------------------------------------------------------------------------
-# objectives: the loss of each position, named after their papers
-
-
-# Each takes Masked, what the trunk gives at the N masked positions, with t and sigma there, and returns the loss of each, (N,).
+# objectives: the loss of each position, named after their papers. Each takes Masked and returns the loss of its N positions, (N,)
 
 
 @dataclass
 class Masked:
+    """The N masked positions of a batch, as the trunk leaves them."""
     net: DiT
     h: torch.Tensor       # (N, n_embd)
     x0: torch.Tensor      # (N,) the tokens behind the masks
@@ -635,10 +633,20 @@ def per_token_loss(net, x0, xt, t, objective=None, schedule=loglinear, T=0, subs
     return torch.zeros(x0.numel(), device=x0.device, dtype=loss.dtype).index_copy(0, masked, loss).view(x0.shape)
 
 
-def reconstruction_loss(net, x0, schedule=loglinear):
+def reconstruction_loss(net, x0, schedule=loglinear, subs_masking=False, attended=None):
     """D3PM's term at t = 0, -log p(x0 | x0) at every position, (B, L): its T-step diffusion term leaves it out."""
-    h = net.trunk(x0, schedule.conditioning(torch.zeros(len(x0), device=x0.device)))
-    return net.nll(h.flatten(0, 1), x0.flatten()).view(x0.shape)
+    h = net.trunk(x0, schedule.conditioning(torch.zeros(len(x0), device=x0.device)), attended)
+    return net.nll(h.flatten(0, 1), x0.flatten(), net.config.mask_id if subs_masking else None).view(x0.shape)
+
+
+def nelbo_per_token(net, batch, schedule=loglinear, T=0, subs_masking=False):
+    """The bound on -log p(x0) of each position, (B, L), for a batch of corrupt_batch: the net's own objective with all its terms; of an
+    'mlm' net MDLM's NELBO, of an 'ar' net the likelihood itself."""
+    objective = 'subs' if net.config.objective == 'mlm' else net.config.objective
+    loss = per_token_loss(net, batch['x0'], batch['xt'], batch['t'], objective, schedule, T, subs_masking, masked=batch['masked'], attended=batch['attended'])
+    if objective == 'd3pm':
+        loss = loss + reconstruction_loss(net, batch['x0'], schedule, subs_masking, batch['attended'])
+    return loss
 
 
 # -----------------------------------------------------------------------------

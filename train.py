@@ -28,8 +28,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from configurator import configure
 from data import TokenRows, find_or_prepare, get_tokenizer, key_of, permute
-from model import (SIZES, DiT, ModelConfig, autocast, check_objective, corrupt_batch, get_schedule, load_pretrained, load_state, on_grid,
-                   per_token_loss, pick_device, read_checkpoint, reconstruction_loss, stratified_times)
+from model import (SIZES, DiT, ModelConfig, autocast, check_objective, corrupt_batch, get_schedule, load_pretrained, load_state,
+                   nelbo_per_token, on_grid, per_token_loss, pick_device, read_checkpoint, stratified_times)
 from sample import generate
 
 # input and output
@@ -237,9 +237,11 @@ class Loss(nn.Module):
         self.net = net
 
     def forward(self, batch):
-        loss = per_token_loss(self.net, batch['x0'], batch['xt'], batch['t'], None, schedule, T, subs_masking, importance, batch['masked'], batch['attended'])
-        if objective == 'd3pm':
-            loss = loss + reconstruction_loss(self.net, batch['x0'], schedule)
+        if objective in ('subs', 'mlm'):
+            loss = per_token_loss(self.net, batch['x0'], batch['xt'], batch['t'], objective, schedule, T, importance=importance, masked=batch['masked'],
+                                  attended=batch['attended'])
+        else:
+            loss = nelbo_per_token(self.net, batch, schedule, T, subs_masking)
         if use_num_masked_factor:
             loss = loss / (1 + (batch['xt'] == mask_id).sum(dim=1, keepdim=True))
         if objective == 'mlm':
@@ -287,10 +289,7 @@ def evaluate():
         rows = val_rows[indices]
         batch = corrupt_batch(rows, on_grid(t, T) if T else t, net.config, schedule, key_of(start), device)
         with amp:
-            loss = per_token_loss(ema_net, batch['x0'], batch['xt'], batch['t'], 'subs' if objective == 'mlm' else objective, schedule, T, subs_masking,
-                                  masked=batch['masked'], attended=batch['attended'])
-            if objective == 'd3pm':
-                loss = loss + reconstruction_loss(ema_net, batch['x0'], schedule)
+            loss = nelbo_per_token(ema_net, batch, schedule, T, subs_masking)
         loss, scored = loss.cpu().double(), batch['scored'].cpu()
         known = scored & rows['document']
         sums += torch.stack([x.sum() for x in (loss * scored, scored, loss * known, known)])
@@ -328,6 +327,9 @@ def log(**line):
 
 
 def print_samples(n):
+    if objective not in ('subs', 'mlm'):
+        print(f"no samples: sample.py has no sampler for '{objective}' nets yet")
+        return
     tok = get_tokenizer(tokenizer_meta['name'], folder)
     with amp:
         out = generate(ema_net, n, block_size, steps=block_size, top_p=0.9, seed=seed, schedule=schedule)
@@ -363,6 +365,7 @@ step_flops = net.train_flops(global_batch_size, block_size, global_batch_size * 
 parameters, ema_parameters = list(net.parameters()), list(ema_net.parameters())
 del checkpoint
 start, timer, timed_from = step, time.time(), step
+loss = micro_loss = None
 while True:
 
     if step > start and (step % eval_interval == 0 or step == max_iters):
@@ -391,7 +394,7 @@ while True:
     loss = 0.0
     for micro in my_micro_batches:
         batch = training_batch(step, micro)
-        torch.manual_seed(key_of(seed, step, micro))  # dropout
+        torch.manual_seed(key_of(seed, step, micro, 2))  # dropout: a stream of its own, not that of the masks
         last = micro == my_micro_batches[-1]
         with contextlib.nullcontext() if last or world_size == 1 else loss_module.no_sync():
             with amp:

@@ -303,6 +303,18 @@ def test_d3pm_with_subs_masking_is_subs_and_many_steps_are_continuous(tiny_net):
     assert errors[1] < errors[0] / 5 and errors[2] < errors[1] / 5
 
 
+@torch.no_grad()
+def test_reconstruction_excludes_the_mask_where_the_objective_does_and_padding_where_it_is_not_attended(tiny_net):
+    net, x0 = tiny_net(objective='d3pm'), torch.randint(10, (3, 16))
+    logits = net(x0)
+    for subs_masking, V in ((False, 11), (True, 10)):
+        expected = -logits[:, :, :V].log_softmax(dim=-1).gather(2, x0[:, :, None]).squeeze(2)
+        torch.testing.assert_close(reconstruction_loss(net, x0, subs_masking=subs_masking), expected)
+    attended = torch.ones(3, 16, dtype=torch.bool)
+    attended[:, 9:] = False
+    torch.testing.assert_close(reconstruction_loss(net, x0, attended=attended)[:, :9], reconstruction_loss(net, x0[:, :9]))
+
+
 def test_score_entropy_is_the_nelbo_when_the_score_comes_from_subs(tiny_net, monkeypatch):
     # the score of SUBS at a masked position is p(x0 | xt) / (e^sigma - 1): positive - negative + constant is then q (-log p)
     net = tiny_net().double()

@@ -92,6 +92,7 @@ def test_two_processes_equal_one(mine, run):
     # and back on one process
     run('train.py', *SMALL, '--dropout=0.1', '--out_dir=two', '--init_from=resume', '--max_iters=12')
     assert sorted(metrics('two')[0]) == list(range(1, 13))
+    run('train.py', *SMALL, '--dropout=0.1', '--out_dir=two', '--init_from=resume', '--max_iters=12', processes=2)  # nothing left to do
 
 
 def test_micro_batches_are_an_accounting_matter(mine, here):
@@ -113,6 +114,14 @@ def test_every_setting_trains(mine, here, options):
     here('train.py', *SMALL, *options, '--max_iters=30', '--eval_interval=15')
     losses, validation = metrics()
     assert validation[30]['val_loss'] < 4.5 < math.log(257) and all(math.isfinite(line['loss']) for line in losses.values())
+
+
+def test_dropout_and_masks_come_from_streams_of_their_own(mine, here, monkeypatch):
+    seeds, manual_seed = [], torch.manual_seed
+    monkeypatch.setattr(torch, 'manual_seed', lambda seed: (seeds.append(seed), manual_seed(seed))[1])
+    ran = here('train.py', *SMALL, '--max_iters=2')
+    used = {ran['key_of'](0, step, micro) for step in range(2) for micro in range(4)}
+    assert len(set(seeds)) == 1 + 8 and not used & set(seeds)
 
 
 def test_a_flop_budget_sets_the_number_of_steps(mine, here):
