@@ -108,10 +108,10 @@ SIZES = {
     1233: (24, 14, 1792, 7168), 1476: (22, 16, 2048, 8192), 1678: (25, 16, 2048, 8192), 2121: (28, 17, 2176, 8704)}.items()}
 
 
-def rotary_table(length, head_dim, device, bf16=False):
-    """cos and sin (L, 1, 1, head_dim/2) of the rotary angles, base 10,000, float32; bf16: rounded to bfloat16."""
-    inv_freq = 1.0 / 10_000 ** (torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
-    angle = torch.arange(length, device=device, dtype=torch.float32)[:, None, None, None] * inv_freq
+def rotary_table(position, head_dim, bf16=False):
+    """cos and sin (..., 1, 1, head_dim/2) of the rotary angles at positions (...), base 10,000, float32; bf16: rounded to bfloat16."""
+    inv_freq = 1.0 / 10_000 ** (torch.arange(0, head_dim, 2, device=position.device, dtype=torch.float32) / head_dim)
+    angle = position[..., None, None, None] * inv_freq
     return (angle.cos().bfloat16().float(), angle.sin().bfloat16().float()) if bf16 else (angle.cos(), angle.sin())
 
 
@@ -154,27 +154,62 @@ class Block(nn.Module):
         self.mlp_out = nn.Linear(config.n_mlp, config.n_embd, bias=config.mlp_bias)
         self.adaLN = nn.Linear(config.cond_dim, 6 * config.n_embd) if config.cond_dim else None
 
-    def attention(self, x, cos, sin, attn_mask):
+    def attention(self, x, cos, sin, attn_mask, cache):
         B, L, C = x.shape
         qkv = self.attn_qkv(x).view(B, L, 3, self.config.n_head, C // self.config.n_head)  # (B, L, 3, H, C/H)
         q, k = apply_rotary(qkv[:, :, :2], cos, sin).permute(2, 0, 3, 1, 4)                # 2 x (B, H, L, C/H)
         v = qkv[:, :, 2].transpose(1, 2)
+        is_causal = self.config.causal
+        if cache is not None:
+            k, v = cache.extend(self, k, v)
+            is_causal = L > 1                                                              # one token looks at all that is cached
         dropout = self.config.attn_dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=self.config.causal)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal)
         return self.attn_out(y.transpose(1, 2).reshape(B, L, C))
 
     def mlp(self, x):
         activation = ACTIVATIONS[self.config.mlp]
         return self.mlp_out(activation(self.mlp_in(x)) if self.mlp_gate is None else activation(self.mlp_gate(x)) * self.mlp_in(x))
 
-    def forward(self, x, c, rotary, attn_mask=None):
+    def forward(self, x, c, rotary, attn_mask=None, cache=None):
         drop = lambda branch: F.dropout(branch, self.config.dropout, self.training)
         if c is None:
-            x = x + drop(self.attention(self.norm1(x), *rotary, attn_mask))
+            x = x + drop(self.attention(self.norm1(x), *rotary, attn_mask, cache))
             return x + drop(self.mlp(self.norm2(x)))
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN(c)[:, None].chunk(6, dim=2)  # (1 or B, 1, C) each
-        x = x + gate1 * drop(self.attention(self.norm1(x, shift1, scale1), *rotary, attn_mask))
+        x = x + gate1 * drop(self.attention(self.norm1(x, shift1, scale1), *rotary, attn_mask, cache))
         return x + gate2 * drop(self.mlp(self.norm2(x, shift2, scale2)))
+
+
+class KVCache:
+    """The keys and values that a causal net has computed, (2, rows, H, length, C/H) for each block. A call of the trunk with it is given
+    either the first P > 1 tokens, (n, P), of the rows `slots`, or one token of every row, (rows, 1), at `position` (rows,), which is on
+    the CPU, so that a GPU need not be asked how far to look."""
+
+    def __init__(self, rows, length):
+        self.rows, self.length, self.kept, self.slots, self.position = rows, length, {}, slice(None), None
+
+    def extend(self, block, k, v):
+        """Keys and values (n, H, P or 1, C/H) of a block's new tokens -> those to attend to."""
+        if block not in self.kept:
+            self.kept[block] = k.new_zeros(2, self.rows, k.size(1), self.length, k.size(3))
+        kv = self.kept[block]
+        if k.size(2) > 1:
+            kv[0, self.slots, :, :k.size(2)], kv[1, self.slots, :, :k.size(2)] = k, v
+            return k, v
+        every, position = torch.arange(self.rows, device=k.device), self.position.to(k.device)
+        kv[0, every, :, position], kv[1, every, :, position] = k[:, :, 0], v[:, :, 0]
+        return kv[:, :, :, :int(self.position.max()) + 1].unbind()
+
+    def seen(self, device):
+        """(n, 1, 1, reach) bool: what each row may look at; None where all may look at everything."""
+        reach = torch.arange(int(self.position.max()) + 1)
+        seen = reach <= self.position[:, None]
+        return None if seen.all() else seen[:, None, None].to(device)
+
+    def keep(self, slots):
+        """Drop all rows but these."""
+        self.rows, self.kept = len(slots), {block: kv[:, slots.to(kv.device)] for block, kv in self.kept.items()}
 
 
 class SigmaMap(nn.Module):
@@ -215,9 +250,10 @@ class DiT(nn.Module):
                     out = name.endswith(('attn_out.weight', 'mlp_out.weight'))
                     nn.init.normal_(p, std=1 / math.sqrt(config.n_embd) / config.n_layer if out else math.sqrt(2 / (5 * config.n_embd)))
 
-    def trunk(self, x, sigma=None, attended=None):
+    def trunk(self, x, sigma=None, attended=None, cache=None):
         """ids x (B, L), sigma (B,) total noise -> (B, L, n_embd), all that is before the vocabulary projection.
-        attended (B, L) bool: False where nothing may look at (padding); None: everything is seen."""
+        attended (B, L) bool: False where nothing may look at (padding); None: everything is seen.
+        cache: a KVCache that holds what a causal net has seen before x."""
         config, c = self.config, None
         if config.cond_dim:
             if not config.time_conditioning:
@@ -225,12 +261,15 @@ class DiT(nn.Module):
             elif sigma is None:
                 raise ValueError('this net is time-conditioned: give sigma (B,), the total noise of each row')
             c = self.sigma_map(sigma)                                                          # (1 or B, cond_dim)
-        rotary = rotary_table(x.size(1), config.n_embd // config.n_head, x.device, config.rotary_bf16)
+        position = torch.arange(x.size(1), device=x.device) if cache is None or x.size(1) > 1 else cache.position[:, None].to(x.device)
+        rotary = rotary_table(position, config.n_embd // config.n_head, config.rotary_bf16)
         # (B, 1, 1, L); a causal net does not look at padding on the right anyway
         attn_mask = None if attended is None or config.causal else attended[:, None, None, :]
+        if cache is not None and x.size(1) == 1:
+            attn_mask = cache.seen(x.device)
         h = self.wte(x)
         for block in self.blocks:
-            h = block(h, c, rotary, attn_mask)
+            h = block(h, c, rotary, attn_mask, cache)
         if c is None:
             return self.norm_f(h)
         shift, scale = self.adaLN_f(c)[:, None].chunk(2, dim=2)
@@ -359,6 +398,10 @@ class Schedule:
     def conditioning(self, t):
         return self.sigma(t)
 
+    def conditioning_at(self, masked):
+        """What a time-conditioned net is fed when a position is masked with probability `masked`, at most that of t = 1."""
+        return -torch.log1p(-masked.clamp(max=1 - float(self.alpha(torch.ones((), dtype=torch.float64)))))
+
     def sigma_range(self):
         """The noise between which time is importance-sampled."""
         raise ValueError(f'importance-sampled time is not defined for the schedule {type(self).__name__}: choose loglinear or linear')
@@ -472,6 +515,9 @@ class ChangeOfVariables(Schedule):
 
     def conditioning(self, t):
         return t
+
+    def conditioning_at(self, masked):
+        return ((masked.log() - self.low) / (self.high - self.low)).clamp(0, 1)
 
 
 SCHEDULES = {'loglinear': LogLinear, 'linear': Linear, 'geometric': Geometric, 'cosine': Cosine, 'cosinesqr': CosineSqr,

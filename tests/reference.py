@@ -2,6 +2,7 @@
 The textbook: dense, slow versions of the loss and the sampler, written from the MDLM paper (arXiv 2406.07524), full
 log-probabilities at every position of every step. They are the oracle of the tests and the baseline of tests/bench.py.
 """
+import collections
 import itertools
 
 import torch
@@ -73,3 +74,104 @@ def ancestral_distribution(net, length, steps, schedule):
             step *= q[:, position][:, states[:, position]]                                     # from state -> to state
         p = p @ step
     return {tuple(state.tolist()): float(mass) for state, mass in zip(states, p) if (state != mask_id).all()}
+
+
+# -----------------------------------------------------------------------------
+# the samplers by enumeration: exact distributions on tiny vocabularies, in plain Python. A state is a tuple of ids; a rule maps
+# (step, state) to what may come next, (state, probability) pairs
+
+
+def chain(start, steps, rule):
+    """The distribution after `steps` steps, dict of state -> probability."""
+    p = {start: 1.0}
+    for i in range(steps):
+        q = collections.defaultdict(float)
+        for state, mass in p.items():
+            for following, probability in rule(i, state):
+                q[following] += mass * probability
+        p = q
+    return dict(p)
+
+
+class Says:
+    """What a net says of a state: belief(state) -> for each position the softmax over the tokens without the mask, with guidance;
+    tokens(state): the same with temperature, top_k, top_p, which tokens are drawn from. Lists of V floats."""
+
+    def __init__(self, net, temperature=1.0, top_k=0, top_p=1.0, cfg_scale=0.0, given=()):
+        self.net, self.temperature, self.top_k, self.top_p, self.cfg_scale, self.given = net, temperature, top_k, top_p, cfg_scale, set(given)
+        self.mask_id, self.known = net.config.mask_id, {}
+
+    @torch.no_grad()
+    def logits(self, state, sigma=None):
+        if (state, sigma) not in self.known:
+            noise = None if sigma is None else torch.tensor([sigma])
+            cond = self.net(torch.tensor([state]), noise)[0].double()
+            if self.cfg_scale:
+                hidden = [self.mask_id if i in self.given else token for i, token in enumerate(state)]
+                un = self.net(torch.tensor([hidden]), noise)[0].double()
+                cond = un + (1 + self.cfg_scale) * (cond - un)
+            self.known[state, sigma] = cond
+        return self.known[state, sigma].clone()
+
+    def belief(self, state, sigma=None):
+        logits = self.logits(state, sigma)
+        logits[:, self.mask_id] = -torch.inf
+        return logits.softmax(dim=-1).tolist()
+
+    def tokens(self, state, sigma=None):
+        if self.temperature == 0:
+            return [[float(v == max(range(len(p)), key=p.__getitem__)) for v in range(len(p))] for p in self.belief(state, sigma)]
+        logits = self.logits(state, sigma) / self.temperature
+        logits[:, self.mask_id] = -torch.inf
+        out = []
+        for p in logits.softmax(dim=-1).tolist():
+            order = sorted(range(len(p)), key=lambda v: -p[v])[:self.top_k or None]
+            total, running, kept = sum(p[v] for v in order), 0.0, []
+            for v in order:
+                running += p[v] / total
+                if not kept or running <= self.top_p or self.top_p == 1:
+                    kept.append(v)
+            total = sum(p[v] for v in kept)
+            out.append([p[v] / total if v in kept else 0.0 for v in range(len(p))])
+        return out
+
+
+def independently(state, choices):
+    """Every way to change positions independently. choices: position -> [(token, probability)]."""
+    for picks in itertools.product(*choices.values()):
+        following, mass = list(state), 1.0
+        for position, (token, probability) in zip(choices, picks):
+            following[position], mass = token, mass * probability
+        if mass:
+            yield tuple(following), mass
+
+
+def masked_positions(state, mask_id):
+    return [i for i, token in enumerate(state) if token == mask_id]
+
+
+def revealing(state, positions, tokens):
+    """Tokens drawn independently at these positions."""
+    return independently(state, {i: list(enumerate(tokens[i])) for i in positions})
+
+
+def reveal_each_with(chance, says, sigma=None, window=None):
+    """A rule: each masked position is revealed with probability chance(i), sigma(i) what the net is told; window(i): what it sees."""
+    def rule(i, state):
+        begin, end = window(i) if window else (0, len(state))
+        tokens, c = says.tokens(state[begin:end], sigma and sigma(i)), chance(i)
+        return independently(state, {j: [(says.mask_id, 1 - c)] + [(v, c * p) for v, p in enumerate(tokens[j - begin]) if p]
+                                     for j in masked_positions(state, says.mask_id) if begin <= j < end})
+    return rule
+
+
+def subsets(positions, count, weights=None):
+    """Sets of `count` positions and their probabilities: uniform, or drawn one after another without replacement by weight."""
+    found = collections.defaultdict(float)
+    for order in itertools.permutations(positions, count):
+        mass, left = 1.0, {i: 1.0 if weights is None else weights[i] for i in positions}
+        for i in order:
+            mass *= left[i] / sum(left.values())
+            del left[i]
+        found[frozenset(order)] += mass
+    return found.items()

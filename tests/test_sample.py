@@ -24,7 +24,7 @@ def chi_square_p(counts, probabilities, n):
             rest = [rest[0] + counts.get(outcome, 0), rest[1] + p * n]
     cells += [tuple(rest)] if rest[1] >= 1 else []
     statistic = sum((seen - expected) ** 2 / expected for seen, expected in cells)
-    assert len(cells) > 3
+    assert len(cells) > 1
     return torch.special.gammaincc(torch.tensor((len(cells) - 1) / 2), torch.tensor(statistic / 2)).item()
 
 
@@ -106,20 +106,20 @@ def test_draw_is_the_inverse_cdf_without_the_mask():
     logits = torch.tensor([0.2, 0.5, 0.0, 0.3]).log().repeat(5, 1)
     logits[:, 2] = 7.0
     u = torch.tensor([0.0, 0.199, 0.201, 0.699, 0.701], dtype=torch.float64)
-    assert draw(logits, u, mask_id=2).tolist() == [0, 0, 1, 1, 3]
-    assert draw(logits, u, mask_id=2, temperature=0).tolist() == [1] * 5
+    assert draw(logits, u, mask_id=2)[0].tolist() == [0, 0, 1, 1, 3]
+    assert draw(logits, u, mask_id=2, temperature=0)[0].tolist() == [1] * 5
 
 
 def test_draw_reaches_the_tail_that_float32_cuts_off():
     logits = torch.tensor([[0.0, -23.0, 0.0]])                                 # the second token: 1e-10
     for u, token in ((1 - 1e-9, 0), (1 - 1e-11, 1), (1 - 2.0 ** -53, 1)):
-        assert draw(logits.clone(), torch.tensor([u], dtype=torch.float64), mask_id=2).item() == token
+        assert draw(logits.clone(), torch.tensor([u], dtype=torch.float64), mask_id=2)[0].item() == token
 
 
 def test_top_p_leaves_out_the_token_that_crosses_it():
     logits = torch.tensor([[0.5, 0.3, 0.2, 0.0]]).log()
     grid = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
-    drawn = lambda **options: set(draw(logits.repeat(1000, 1), grid, 3, **options).tolist())
+    drawn = lambda **options: set(draw(logits.repeat(1000, 1), grid, 3, **options)[0].tolist())
     assert drawn(top_p=0.49) == {0} and drawn(top_p=0.79) == {0} and drawn(top_p=0.81) == {0, 1} and drawn(top_p=1.0) == {0, 1, 2}
     assert drawn(top_k=1) == {0} and drawn(top_k=2) == {0, 1} and drawn(top_k=50) == {0, 1, 2}
     assert drawn(top_k=2, top_p=0.62) == {0}                                   # 0.5 / 0.8 = 0.625: after top_k, renormalised
@@ -127,7 +127,7 @@ def test_top_p_leaves_out_the_token_that_crosses_it():
 
 def test_top_k_keeps_exactly_k_of_equal_tokens():
     grid = (torch.arange(100, dtype=torch.float64) + 0.5) / 100
-    assert len(set(draw(torch.zeros(100, 10), grid, 9, top_k=3).tolist())) == 3
+    assert len(set(draw(torch.zeros(100, 10), grid, 9, top_k=3)[0].tolist())) == 3
 
 
 def test_a_net_that_gives_no_numbers_is_refused(tiny_net):
@@ -173,7 +173,7 @@ def test_text_prompts_go_through_the_nets_tokenizer(tiny_net):
 def test_nfe_counts_the_distinct_steps_and_averages_as_the_formula_says(tiny_net, monkeypatch):
     net, T, L, n = tiny_net(), 40, 16, 400
     calls, trunk = [], net.trunk
-    monkeypatch.setattr(net, 'trunk', lambda x, sigma=None: (calls.append(len(x)), trunk(x, sigma))[1])
+    monkeypatch.setattr(net, 'trunk', lambda x, sigma=None, attended=None: (calls.append(len(x)), trunk(x, sigma, attended))[1])
     out = generate(net, n, L, T, batch_size=50)
     assert out.nfe.tolist() == [len(set(row.tolist())) for row in out.reveal_step]
     assert sum(calls) == out.nfe.sum()                                         # the trunk ran for rows that changed, and no others
@@ -193,7 +193,7 @@ def test_only_positions_being_revealed_are_projected(tiny_net, monkeypatch):
     (dict(temperature=-1.0), 'temperature=-1.0'), (dict(sampler='magic'), "sampler 'magic' is not known: choose from ancestral"), (dict(length=17), 'length=17'),
     (dict(length=0), 'length=0'), (dict(num_samples=0), 'num_samples=0'), (dict(cfg_scale=-2.0), 'cfg_scale=-2.0'), (dict(prompt=[1] * 9), 'has 9 tokens, more than'),
     (dict(prompt=[11]), 'an id that is not a token'), (dict(prompt=[10]), 'an id that is not a token'), (dict(prompt=[-1]), 'an id that is not a token'),
-    (dict(prompt=[[1], [2], [3]]), 'prompt has shape'), (dict(prompt=[1.5]), 'prompt holds torch.float32'), (dict(steps=2.5), 'steps=2.5'), (dict(temperature=math.inf), 'temperature=inf'), (dict(top_p=math.nan), 'top_p=nan')])
+    (dict(prompt=[[1], [2], [3]]), 'prompt has 3 rows'), (dict(prompt=[1.5]), 'prompt holds 1.5, which is no id'), (dict(steps=2.5), 'steps=2.5'), (dict(temperature=math.inf), 'temperature=inf'), (dict(top_p=math.nan), 'top_p=nan')])
 def test_impossible_options_are_refused(tiny_net, options, message):
     with pytest.raises(ValueError, match=message):
         generate(tiny_net(), **dict(num_samples=2, length=8, steps=4) | options)
