@@ -233,6 +233,7 @@ class DiT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.tokenizer, self.constants, self.extra = None, {}, {}  # what load_pretrained knows of where it comes from
         self.wte = nn.Embedding(config.vocab_size, config.n_embd, padding_idx=config.pad_id)
         self.sigma_map = SigmaMap(config.cond_dim) if config.cond_dim else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -958,7 +959,6 @@ def load_pretrained(source, ema=True, device='cpu', **overrides):
         checkpoint = read_checkpoint(path)
         net = build(checkpoint['model_config'], overrides, checkpoint['ema' if ema else 'model'], source)
         net.tokenizer, net.constants = dict(name=str(checkpoint['tokenizer'].get('name')), folder=os.path.dirname(path)), checkpoint['constants']
-        net.extra = {}
     elif not os.path.exists(path):
         raise FileNotFoundError(f'{source} is not there')
     else:
@@ -977,7 +977,7 @@ def load_pretrained(source, ema=True, device='cpu', **overrides):
             ours[key] = tensor
         net = build(fields, overrides, ours, f"{source}, read in the layout '{layout}',")
         name = TOKENIZERS.get((layout, net.config.vocab_size))
-        net.tokenizer, net.constants, net.extra = name and dict(name=name), {}, extra
+        net.tokenizer, net.extra = name and dict(name=name), extra
     return net.to(device).eval()
 
 
@@ -997,7 +997,7 @@ def save_pretrained(net, folder):
     for name, tensor in net.state_dict().items():
         tensor = interleave_heads(tensor, config.n_head) if layout == 'smdm' and name.endswith('attn_qkv.weight') else tensor
         tensors[renamed(name, LAYOUTS[layout])] = tensor.contiguous().cpu()
-    extra = getattr(net, 'extra', {})
+    extra = net.extra
     if not extra and layout != 'smdm':
         inv_freq = 1.0 / 10_000 ** (torch.arange(0, config.n_embd // config.n_head, 2, dtype=torch.float32) / (config.n_embd // config.n_head))
         names = ['backbone.rotary_emb.inv_freq'] if layout == 'mdlm' else [f'encoder.{i}.rotary_emb.inv_freq' for i in range(config.n_layer)]

@@ -63,7 +63,7 @@ eta = None              # remdm: default 0.008 for cap, 0.015 for rescale, 0.02 
 t_on = None             # remdm, loop: the time at which remasking begins; default 0.55
 t_off = None            # remdm, loop: the time at which it ends; default 0.05
 alpha_on = None         # remdm, loop: the share of tokens seen in between; default 0.9
-eos_id = None           # ar: the id that ends a row; default: the tokenizer's
+eos_id = None           # ar: the id that ends a row, -1: none; default: the tokenizer's
 out = None              # write the samples to this .jsonl file instead of the terminal
 watch = False           # show the first sample in the terminal as it fills in
 trace = None            # write a page that plays the sampling to this .html file
@@ -555,7 +555,9 @@ def remdm(b, steps, strategy='cap', eta=None, t_on=0.55, t_off=0.05, alpha_on=0.
 
 
 def ar(b, steps, eos_id=None):
-    """Token after token from a causal net, with a key/value cache; a row ends with its first drawn eos_id (None: at its length)."""
+    """Token after token from a causal net, with a key/value cache; a row ends with the first eos_id it draws (None or -1: at its length)."""
+    if type(eos_id) not in (int, type(None)):
+        raise ValueError(f'eos_id={eos_id!r}: an id is needed, or -1 for none')
     first = torch.where(b.open.any(dim=1), b.open.int().argmax(dim=1), b.length)               # (n,) tokens that are given
     if (first == 0).any():
         raise ValueError('a causal net begins with a token: give a prompt (a net that names its tokenizer begins with its BOS)')
@@ -578,7 +580,7 @@ def ar(b, steps, eos_id=None):
         b.nfe[b.rows] += 1
         b.reveal(b.rows, cols, h)
         b.step[b.rows] += 1
-        if eos_id is not None:
+        if eos_id not in (None, -1):
             ended = (b.x[b.rows.to(b.device), cols.to(b.device)] == eos_id).cpu()
             rows = b.rows[ended]
             b.length[rows], b.left[rows] = cols[ended] + 1, 0
@@ -738,7 +740,7 @@ class Terminal:
 
     def __init__(self, piece):
         self.piece, self.live, self.tokens, self.given = piece, sys.stdout.isatty(), [], 0
-        self.done, self.lines, self.last, self.shown = 0, 0, 0.0, 0
+        self.done, self.lines, self.last, self.shown, self.drawn = 0, 0, 0.0, 0, 0
 
     def __call__(self, events, end=False):
         new = set()
@@ -752,9 +754,9 @@ class Terminal:
         self.done = len(events)
         open, filled = len(self.tokens) - self.given, sum(token is not None for token in self.tokens) - self.given
         eighths = filled * 8 // max(open, 1)
-        if not (end or (time.time() - self.last > 0.05 if self.live else eighths > self.shown)):
+        if end and self.drawn == self.done and not self.live or not (end or (time.time() - self.last > 0.05 if self.live else eighths > self.shown)):
             return
-        self.last, self.shown = time.time(), max(eighths, self.shown)
+        self.last, self.shown, self.drawn = time.time(), max(eighths, self.shown), self.done
         head = f'step {events[-1][0] + 1}, {filled} of {open} tokens'
         if not self.live:
             print(f'--- {head}\n' + ''.join('_' if token is None else token for token in self.tokens), flush=True)
@@ -790,7 +792,7 @@ button { min-width: 5.5rem; background: var(--accent); border-color: var(--accen
 input { width: 100%; margin: .1rem 0 .6rem; accent-color: var(--accent); display: block } svg { width: 100%; height: 44px; display: block; margin-top: .8rem }
 #now { margin-left: auto; font-variant-numeric: tabular-nums }
 #text { font: 1.02rem/1.95 ui-serif, Georgia, serif; white-space: pre-wrap; overflow-wrap: anywhere; margin-top: 1.4rem }
-#text span { border-radius: .25em; padding: .14em 0; transition: background-color .25s }
+#text span { border-radius: .25em; padding: .14em 0 }
 #text .mask { background: var(--mask); color: transparent; margin: 0 1px; user-select: none }
 #text .given { border-bottom: 2px solid var(--accent); border-radius: 0; font-weight: 600 }
 #text .fresh { outline: 2px solid var(--accent) }
@@ -806,13 +808,13 @@ input { width: 100%; margin: .1rem 0 .6rem; accent-color: var(--accent); display
 <script>
 const data = JSON.parse(document.getElementById('data').textContent), el = id => document.getElementById(id)
 const hue = { when: x => `oklch(70% .17 ${285 - 235 * x})`, sure: x => `oklch(70% .17 ${25 + 125 * x})`, none: () => 'transparent' }
-let sample, spans, steps, playing = false, began
+let sample, spans, steps, playing = false, timer
 function choose(k) {
   sample = data.samples[k]
   steps = [...new Set(sample.events.map(e => e[0]))]
   el('at').max = steps.length
   el('text').replaceChildren(...(spans = sample.given.map(() => document.createElement('span'))))
-  let left = sample.given.filter(g => g === null).length, all = Math.max(left, 1), seen = new Set(), i = 0, points = ['0,2']
+  let left = sample.given.filter(g => g === null).length, all = Math.max(left, 1), seen = new Set(), i = 0, points = ['0,42']
   steps.forEach((step, n) => {
     for (; i < sample.events.length && sample.events[i][0] === step; i++) sample.events[i][2] === null ? seen.delete(sample.events[i][1]) : seen.add(sample.events[i][1])
     points.push(`${1000 * (n + 1) / steps.length},${2 + 40 * (1 - seen.size / all)}`)
@@ -844,19 +846,18 @@ function show(n) {
 }
 function play(on) {
   playing = on
+  clearInterval(timer)
   el('play').textContent = on ? 'Pause' : 'Play'
   if (!on) return
   let n = +el('at').value
   if (n >= steps.length) n = 0
-  const duration = Math.min(20000, Math.max(3000, 120 * steps.length)), from = n
-  began = null
-  requestAnimationFrame(function frame(time) {
-    if (!playing) return
-    began ??= time
-    n = Math.min(steps.length, from + Math.floor((time - began) / duration * steps.length))
+  const ticks = Math.min(20000, Math.max(3000, 120 * steps.length)) / 40, from = n
+  let tick = 0
+  timer = setInterval(() => {
+    n = Math.min(steps.length, from + Math.floor(++tick / ticks * steps.length))
     show(n)
-    n < steps.length ? requestAnimationFrame(frame) : play(false)
-  })
+    if (n === steps.length) play(false)
+  }, 40)
 }
 data.samples.forEach((_, k) => el('which').append(new Option(k + 1, k)))
 el('which').onchange = () => { play(false); choose(+el('which').value) }
@@ -866,6 +867,8 @@ el('play').onclick = () => play(!playing)
 onkeydown = e => { if (e.key === ' ' && !['SELECT', 'BUTTON'].includes(e.target.tagName)) { e.preventDefault(); play(!playing) } }
 el('settings').textContent = data.settings
 choose(0)
+if (location.hash === '#play') { show(0); play(true) }
+else if (location.hash) show(Math.min(steps.length, +location.hash.slice(1) || 0))
 </script></html>
 '''
 
@@ -942,6 +945,6 @@ if __name__ == '__main__':
                 f.write(json.dumps(dict(ids=ids, text=text, nfe=nfe, settings=constants)) + '\n')
         os.replace(out + '.unfinished', out)
         print(f'{num_samples} samples written to {out}')
-    elif not (watch or trace):
-        for i, (ids, text, nfe) in enumerate(zip(rows, texts, samples.nfe.tolist())):
+    else:
+        for i, (ids, text, nfe) in list(enumerate(zip(rows, texts, samples.nfe.tolist())))[watch:]:  # the first has been watched
             print(f'--- sample {i} ({nfe} network evaluations)\n{ids if text is None else text}')

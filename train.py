@@ -327,14 +327,13 @@ def log(**line):
 
 
 def print_samples(n):
-    if objective not in ('subs', 'mlm'):
-        print(f"no samples: sample.py has no sampler for '{objective}' nets yet")
-        return
-    tok = get_tokenizer(tokenizer_meta['name'], folder)
+    ema_net.tokenizer = dict(name=tokenizer_meta['name'], folder=folder)
     with amp:
-        out = generate(ema_net, n, block_size, steps=block_size, top_p=0.9, seed=seed, schedule=schedule)
+        out = generate(ema_net, n, block_size, steps=block_size, sampler=None, top_p=0.9, seed=seed, schedule=schedule,
+                       **dict(subs_masking=subs_masking) if objective == 'd3pm' else {})
+    tok = get_tokenizer(**ema_net.tokenizer)
     for i, ids in enumerate(out.tokens.tolist()):
-        print(f'--- sample {i} (top_p 0.9, {out.nfe[i]} network evaluations)\n{tok.decode(ids)}')
+        print(f'--- sample {i} (top_p 0.9, {out.nfe[i]} network evaluations)\n{tok.decode(ids[:out.length[i]])}')
 
 
 if master:

@@ -22,7 +22,6 @@ cond_dim = 0
 causal = True
 dropout = 0.1
 objective = 'ar'
-sample_at_end = False       # sample.py has no sampler for ar yet
 
 learning_rate = 3e-4
 max_iters = 500_000

@@ -24,7 +24,6 @@ dropout = 0.1
 objective = 'd3pm'          # its reconstruction term included
 T = 1000
 subs_masking = False        # the net may give the mask itself a probability
-sample_at_end = False       # sample.py has no sampler for d3pm yet
 
 learning_rate = 3e-4
 max_iters = 1_000_000

@@ -33,4 +33,3 @@ ema = 0.9999
 eval_interval = 10_000
 ckpt_interval = 2500
 keep_interval = 100_000
-sample_at_end = False       # sample.py has no sampler for sedd yet

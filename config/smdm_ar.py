@@ -27,7 +27,6 @@ init = 'smdm'
 causal = True
 head_mask = False           # no mask at all
 objective = 'ar'
-sample_at_end = False       # sample.py has no sampler for ar yet
 
 learning_rate = 2e-4
 flops = 1e19                # sets max_iters

@@ -4,6 +4,9 @@ How fast, against the dense textbook versions of tests/reference.py in the same 
     python tests/bench.py --part=train                       30M parameters, 8 x 256 tokens, AdamW and EMA included
     python tests/bench.py --part=train --n_layer=12 --n_head=12 --n_embd=768 --block_size=1024 --batch_size=2       MDLM's 170M
     python tests/bench.py --part=sample                      4 samples of 256 tokens in 512 steps
+    python tests/bench.py --part=sample --n_layer=12 --n_head=12 --n_embd=768 --block_size=1024 --batch_size=1 --steps=1000 --first=30 --dense_steps=3
+    python tests/bench.py --part=batch                       8 samples in one batch and one by one
+    python tests/bench.py --part=samplers                    the time of each sampler
     python tests/bench.py --part=data --megabytes=2000       text -> bins; the memory it takes
 
 Prints a table, then one JSON line a row. "of matmul" is the share of the FLOP/s of a large matrix product in the same process and
@@ -26,7 +29,7 @@ from configurator import configure  # noqa: E402
 from model import DiT, ModelConfig, autocast, corrupt, loglinear, per_token_loss, pick_device  # noqa: E402
 from sample import generate  # noqa: E402
 
-part = 'train'        # 'train', 'sample', 'data'
+part = 'train'        # 'train', 'sample', 'batch', 'samplers', 'data'
 device = 'cpu'        # 'cpu', 'cuda'
 dtype = None          # 'float32', 'bfloat16'; None: both
 n_layer = 4
@@ -35,14 +38,16 @@ n_embd = 256
 cond_dim = 128
 vocab_size = 50258
 block_size = 256      # tokens a row
-batch_size = 8        # rows; of part sample: 4
+batch_size = None     # rows; None: 8, of part sample 4
 repeats = 5           # training steps that are timed, after two that are not; the median counts
 steps = 512           # of the sampler
+first = 0             # so many network evaluations of the first row are timed, and the dense sampler over the steps they cover; 0: all (sample)
 dense_steps = 6       # so many of them are timed in the dense sampler, which does the same work in each; its time for all follows from that
 compile = False       # compile the trunk (train)
 megabytes = 50        # of text (data)
 tokenizer = 'gpt2'    # (data)
 constants = configure(globals())
+batch_size = batch_size or (4 if part == 'sample' else 8)
 device = pick_device(device)
 
 
@@ -129,27 +134,68 @@ def train():
             yield row | dict(times_textbook=row['tokens_per_s'] / textbook['tokens_per_s'], matmul_gflops=rate / 1e9)
 
 
+class Enough(Exception):
+    pass
+
+
 def sample():
-    rows = 4 if batch_size == 8 else batch_size
-    net = new_net().eval()
-    net.tokenizer = None
-    baseline = None
+    net, baseline = new_net().eval(), None
     for format in formats:
         rate = matmul_rate(format)
+        events = []
+
+        def stop_after_first(rows, cols, ids, confidence, now):
+            events.append((now[rows == 0].max().item(), len(rows)) if (rows == 0).any() else (-1, len(rows)))
+            if sum(step >= 0 for step, _ in events) == first:
+                raise Enough
+
+        def ours_timed():
+            try:
+                return generate(net, batch_size, block_size, steps, on_change=stop_after_first if first else None)
+            except Enough:
+                return None
+
         with torch.no_grad(), autocast(device, format):
-            generate(net, rows, block_size, 2)
+            generate(net, batch_size, block_size, 2)
             reset_peak()
             result = []
-            ours = seconds(lambda: result.append(generate(net, rows, block_size, steps)))
-            ours_peak, nfe = peak_gigabytes(), result[0].nfe.double().mean().item()
+            ours, ours_peak = seconds(lambda: result.append(ours_timed())), peak_gigabytes()
+            covered = max(step for step, _ in events) + 1 if first else steps                  # of the grid
+            evaluations = batch_size * first if first else result[0].nfe.sum().item()
+            projected = sum(n for _, n in events[1:]) if first else batch_size * block_size
             reset_peak()
-            dense = seconds(lambda: reference.ancestral(net, rows, block_size, steps, loglinear, only_steps=dense_steps, dtype=torch.float32)) / dense_steps * steps
-        baseline = baseline or dense
+            dense = seconds(lambda: reference.ancestral(net, batch_size, block_size, steps, loglinear, only_steps=dense_steps, dtype=torch.float32)) / dense_steps * covered
+        baseline = baseline or dense / covered
         flops = lambda evaluations, projected: net.train_flops(evaluations, block_size, projected) / 3
-        for name, time_, evaluations, projected, peak in (('nanoMDM', ours, rows * nfe, rows * block_size, ours_peak),
-                                                          ('textbook', dense, rows * steps, rows * steps * block_size, peak_gigabytes())):
-            yield dict(name=name, dtype=format, s_per_sample=time_ / rows, nfe=evaluations / rows, of_matmul=flops(evaluations, projected) / time_ / rate, peak_gb=peak,
-                       times_textbook=dense / time_, times_textbook_float32=baseline / time_)
+        for name, time_, n, heads, peak in (('nanoMDM', ours, evaluations, projected, ours_peak),
+                                            ('textbook', dense, batch_size * covered, batch_size * covered * block_size, peak_gigabytes())):
+            yield dict(name=name, dtype=format, steps=covered, s_per_sample=time_ / batch_size, nfe=n / batch_size, of_matmul=flops(n, heads) / time_ / rate, peak_gb=peak,
+                       times_textbook=dense / time_, times_textbook_float32=baseline * covered / time_)
+
+
+def batch():
+    net = new_net().eval()
+    for format in formats:
+        with torch.no_grad(), autocast(device, format):
+            generate(net, 1, block_size, 2)
+            alone = seconds(lambda: [generate(net, 1, block_size, steps, first_row=i) for i in range(batch_size)])
+            reset_peak()
+            together = seconds(lambda: generate(net, batch_size, block_size, steps, batch_size=batch_size))
+        yield dict(name=f'{batch_size} samples', dtype=format, one_by_one_s=alone, one_batch_s=together, batch_to_single=together / alone, peak_gb=peak_gigabytes())
+
+
+def samplers():
+    calls = [('ancestral', {}), ('first_hitting', {}), ('fixed', {}), ('fixed', dict(confidence='top_prob')), ('fixed', dict(confidence='entropy', threshold=1.0)), ('greedy', {}),
+             ('low_confidence', dict(block_length=32)), ('remdm', {}), ('semi_ar', {}), ('ancestral', dict(prompt=[1] * 8, cfg_scale=1.0))]
+    for format in formats:
+        for name, options in calls:
+            net = new_net().eval()
+            with torch.no_grad(), autocast(device, format):
+                result = []
+                taken = seconds(lambda: result.append(generate(net, batch_size, block_size, steps, name, **options)))
+            nfe = result[0].nfe.double().mean().item()
+            yield dict(name=' '.join([name, *(f'{key}={value}' for key, value in options.items() if key != 'prompt')]), dtype=format, s_per_sample=taken / batch_size, nfe=nfe,
+                       ms_per_evaluation=taken / batch_size / nfe * 1000)
 
 
 def prepare():
@@ -171,15 +217,16 @@ def prepare():
     yield dict(name='data.py', tokens_per_s=rate, one_core=single, cores=os.cpu_count(), of_all_cores=rate / single / os.cpu_count(), megabytes=megabytes, peak_gb=peak_gigabytes())
 
 
-if part not in ('train', 'sample', 'data'):
-    raise ValueError(f"part='{part}' is not known: choose from train, sample, data")
+parts = dict(train=train, sample=sample, batch=batch, samplers=samplers, data=prepare)
+if part not in parts:
+    raise ValueError(f"part='{part}' is not known: choose from {', '.join(parts)}")
 formats = [dtype] if dtype else ['float32', 'bfloat16']
 machine = torch.cuda.get_device_name() if device.type == 'cuda' else next(
     (line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name')) if os.path.exists('/proc/cpuinfo') else iter(()), platform.processor())
 print(f'{part} on {machine}, {torch.get_num_threads()} threads, torch {torch.__version__}' + (
     f', {new_net().num_params() / 1e6:.0f}M parameters ({n_layer} x {n_embd}), vocabulary {vocab_size:,}, rows of {block_size}' if part != 'data' else ''))
 rows = []
-for row in dict(train=train, sample=sample, data=prepare)[part]():
+for row in parts[part]():
     if not rows:
         print('| ' + ' | '.join(row) + ' |\n|' + '---|' * len(row))
     rows.append(row)

@@ -12,6 +12,7 @@ sys.path[:0] = [ROOT, os.path.join(ROOT, 'tests')]
 
 os.environ['HF_HUB_OFFLINE'] = '1'  # before anything imports the hub's client
 
+from configurator import one_line_for_bad_input  # noqa: E402
 from model import DiT, ModelConfig  # noqa: E402
 
 
@@ -40,7 +41,6 @@ def tiny_net():
         with torch.no_grad():
             for p in net.parameters():
                 p.add_(torch.randn(p.shape) * scale)
-        net.tokenizer, net.constants = None, {}
         return net.eval()
     return make
 
@@ -53,6 +53,19 @@ def here(monkeypatch):
         monkeypatch.setattr(sys, 'argv', [path, *map(str, arguments)])
         monkeypatch.setattr(sys, 'excepthook', sys.excepthook)  # configure() sets its own
         return runpy.run_path(path, run_name='__main__')
+    return call
+
+
+@pytest.fixture
+def refused(here, tmp_path, monkeypatch, capsys):
+    """A function that runs a script as `here` does on input that it must refuse, and returns what it would leave on stderr."""
+    def call(script, *arguments):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises((ValueError, OSError)) as error:
+            here(script, *arguments)
+        capsys.readouterr()
+        one_line_for_bad_input(error.type, error.value, error.tb)
+        return capsys.readouterr().err
     return call
 
 

@@ -219,7 +219,7 @@ def test_a_twentieth_of_the_documents_is_validation():
     assert again == splits[:500]
 
 
-def test_a_second_run_finds_the_bins_and_does_nothing(run, tmp_path):
+def test_a_second_run_finds_the_bins_and_does_nothing(run, tmp_path, refused):
     write('c.txt', '\n\n'.join(corpus()))
     first = run('data.py', '--dataset=text:c.txt', '--tokenizer=bpe-280', '--name=mine')
     assert 'tokenizer bpe-280, 281 ids' in first.stdout
@@ -228,10 +228,10 @@ def test_a_second_run_finds_the_bins_and_does_nothing(run, tmp_path):
     assert before == {f: os.stat(f'data/mine/{f}').st_mtime_ns for f in os.listdir('data/mine')}
     assert 'training the tokenizer' in first.stdout and 'training the tokenizer' not in again.stdout
     write('c.txt', '\n\n'.join(corpus(100)))  # the text has changed
-    error = run('data.py', '--dataset=text:c.txt', '--tokenizer=bpe-280', '--name=mine', status=1).stderr
+    error = refused('data.py', '--dataset=text:c.txt', '--tokenizer=bpe-280', '--name=mine')
     assert error.startswith('error: data/mine was made from') and error.count('\n') == 1
     write('d.txt', 'other')
-    assert 'was made from' in run('data.py', '--dataset=text:d.txt', '--tokenizer=bpe-280', '--name=mine', status=1).stderr
+    assert 'was made from' in refused('data.py', '--dataset=text:d.txt', '--tokenizer=bpe-280', '--name=mine')
 
 
 def test_a_broken_folder_is_refused_with_the_command_that_rebuilds_it_and_rebuilt_by_it(run):
@@ -296,8 +296,8 @@ def test_local_copies_of_hub_datasets(tmp_path, monkeypatch):
         list(data.read_hub('x', column='body', input='owt'))
 
 
-def test_hub_without_a_network_says_so(run):
-    error = run('data.py', '--dataset=openwebtext', '--tokenizer=bytes', status=1).stderr.splitlines()[-1]
+def test_hub_without_a_network_says_so(refused):
+    error = refused('data.py', '--dataset=openwebtext', '--tokenizer=bytes').splitlines()[-1]
     assert error.startswith("error: Skylion007/openwebtext, split 'train', cannot be read") and '--input=FOLDER' in error
 
 

@@ -93,8 +93,8 @@ def test_eval_py_prints_the_same_figures_on_one_process_and_two(tiny_net, rows, 
 @pytest.mark.parametrize('arguments, message', [
     (['--metric=elo'], "error: metric 'elo' is not known"), (['--split=test'], "error: data/c-bytes has no split 'test'"), (['--num_mc=0'], 'error: num_mc=0'),
     (['--dataset=nothing'], 'error: there is no data in data/nothing-bytes'), (['--tokenizer=gpt2-xlm'], 'error: '), (['--out_dir=none'], 'error: no checkpoint at none/ckpt.pt')])
-def test_bad_input_ends_eval_py_with_one_line(tiny_net, rows, run, tmp_path, arguments, message):
+def test_bad_input_ends_eval_py_with_one_line(tiny_net, rows, refused, tmp_path, arguments, message):
     save_net(tiny_net(vocab_size=258, mask_id=257), tmp_path)
     rows()
-    stderr = run('eval.py', '--out_dir=.', *arguments, status=1).stderr.splitlines()
+    stderr = refused('eval.py', '--out_dir=.', *arguments).splitlines()
     assert len(stderr) == 1 and stderr[0].startswith(message), stderr

@@ -173,7 +173,7 @@ def test_the_command_line_reads_published_weights(folder, here, capsys):
     shown = capsys.readouterr().out
     assert shown.startswith('--- sample 0') and shown.count('[') == 1           # no tokenizer has its 58 ids: the ids themselves
     here('sample.py', f'--init_from={folder}/smdm.safetensors', "--overrides={'n_head': 4}", '--num_samples=1', '--steps=4', '--length=8', '--device=cpu')
-    for source, message in (('smdm.safetensors', 'give n_head='), ('mdlm_ar.safetensors', 'nets of the objectives subs and mlm, not ar')):
+    for source, message in (('smdm.safetensors', 'give n_head='), ('mdlm_ar.safetensors', 'begins with a token')):
         with pytest.raises(ValueError, match=message):
             here('sample.py', f'--init_from={folder}/{source}', '--device=cpu')
 

@@ -1,12 +1,22 @@
 import collections
+import html
+import io
 import itertools
 import json
 import math
+import os
+import pty
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
 
 import pytest
 import torch
 
 import reference
+from conftest import ROOT
 from model import get_schedule, loglinear
 from sample import draw, generate
 
@@ -220,11 +230,110 @@ def test_sample_py_prints_and_writes_samples(tiny_net, run, tmp_path):
         assert len(line['ids']) == 6 and 1 <= line['nfe'] <= 6 and isinstance(line['text'], str) and line['settings']['top_p'] == 0.9
 
 
+def test_prompts_come_from_a_file_or_from_stdin(tiny_net, here, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_net(tiny_net(vocab_size=258, mask_id=257), tmp_path)
+    (tmp_path / 'prompts.txt').write_text('Hello\n\nA\nBe\n')
+    here('sample.py', '--out_dir=.', '--prompt=FILE:prompts.txt', '--num_samples=2', '--steps=4', '--out=s.jsonl')
+    texts = [json.loads(line)['text'] for line in open('s.jsonl')]
+    assert len(texts) == 6 and [text.startswith(begin) for text, begin in zip(texts, ('Hello', 'Hello', 'A', 'A', 'Be', 'Be'))] == [True] * 6
+    monkeypatch.setattr('sys.stdin', io.StringIO('One\nTwo\n'))
+    out = here('sample.py', '--out_dir=.', '--prompt=-', '--num_samples=1', '--steps=4', '--length=9')['samples']
+    assert bytes(out.tokens[1, :3].tolist()) == b'Two' and out.tokens.shape == (2, 9)
+    monkeypatch.setattr('sys.stdin', io.StringIO('a<|mask|>c\nab<|mask:3|>de\n'))
+    out = here('sample.py', '--out_dir=.', '--template=-', '--num_samples=1', '--steps=4', '--sampler=fixed')['samples']
+    assert out.length.tolist() == [3, 7] and (out.reveal_step == -1).tolist() == [[True, False, True] + [True] * 4, [True, True] + [False] * 3 + [True] * 2]
+    for arguments, message in ((['--prompt=FILE:none.txt'], 'there is no file none.txt'), (['--prompt=FILE:empty.txt'], 'there is no text in it'),
+                               (['--template=ab<|mask:3|>', '--length=6'], 'the template has 5 tokens, the length is 6'), (['--eta=0.1'], "eta does not go with sampler 'ancestral'")):
+        (tmp_path / 'empty.txt').write_text('\n')
+        with pytest.raises((ValueError, OSError), match=message):
+            here('sample.py', '--out_dir=.', *arguments)
+
+
+def test_the_natural_sampler_of_each_objective(tiny_net, here, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for options in (dict(objective='sedd', time_conditioning=True), dict(objective='d3pm', time_conditioning=True), dict(objective='ar', causal=True, cond_dim=0)):
+        save_net(tiny_net(vocab_size=258, mask_id=257, **options), tmp_path)
+        out = here('sample.py', '--out_dir=.', '--num_samples=3', '--steps=4', '--prompt=Hi')['samples']
+        assert bytes(out.tokens[0, :2].tolist()) == b'Hi' and (out.tokens != 257).all()
+    out = here('sample.py', '--out_dir=.', '--num_samples=3', '--length=5')['samples']   # ar: begins with BOS
+    assert (out.tokens[:, 0] == 256).all() and (out.length <= 5).all()
+
+
+def test_watch_shows_the_first_sample_filling_in(tiny_net, run, tmp_path):
+    save_net(tiny_net(vocab_size=258, mask_id=257), tmp_path)
+    shown = run('sample.py', '--out_dir=.', '--prompt=Hi', '--watch=True', '--steps=50', '--num_samples=2').stdout
+    assert 3 < shown.count('--- step') <= 9 and 'of 14 tokens\nHi' in shown and '_' in shown and shown.count('14 of 14 tokens') == 1
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(tmp_path)
+        os.execv(sys.executable, [sys.executable, os.path.join(ROOT, 'sample.py'), '--out_dir=.', '--prompt=Hi', '--watch=True', '--steps=50'])
+    shown = b''
+    while True:
+        try:
+            shown += os.read(terminal, 4096)
+        except OSError:
+            break
+    assert os.waitpid(pid, 0)[1] == 0
+    frames = shown.decode(errors='replace').split('\x1b[J')
+    assert len(frames) > 1 and '14 of 14 tokens' in frames[-1] and '░' not in frames[-1]
+
+
+def played(path, fragment):
+    """The page as headless Chromium leaves it: (text of each token span, its class), the state of the panel."""
+    folder = tempfile.mkdtemp()
+    dom = subprocess.run([shutil.which('chromium'), '--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
+                          '--disable-component-update', '--disable-sync', f'--user-data-dir={folder}', '--virtual-time-budget=1500', '--dump-dom', f'file://{path}{fragment}'],
+                         capture_output=True, text=True, timeout=120).stdout
+    shutil.rmtree(folder, ignore_errors=True)
+    shown = re.search(r'<div id="text">(.*?)</div>', dom, re.S).group(1)
+    return [(html.unescape(text), kind) for kind, text in re.findall(r'<span class="(\w*)"[^>]*>(.*?)</span>', shown, re.S)], re.search(r'id="now">(.*?)<', dom).group(1)
+
+
+def trace_of(here, tmp_path, *arguments):
+    here('sample.py', '--out_dir=.', '--trace=t.html', '--steps=30', *arguments)
+    page = (tmp_path / 't.html').read_text()
+    assert 'http' not in page and 'src=' not in page and '@import' not in page                # nothing is loaded from anywhere
+    return json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.S).group(1))
+
+
+@pytest.mark.parametrize('sampler', ['ancestral', 'remdm'])
+def test_the_trace_plays_to_the_sample(tiny_net, here, tmp_path, monkeypatch, capsys, sampler):
+    monkeypatch.chdir(tmp_path)
+    save_net(tiny_net(vocab_size=258, mask_id=257), tmp_path)
+    eta = ['--eta=0.5'] if sampler == 'remdm' else []
+    data = trace_of(here, tmp_path, f'--sampler={sampler}', '--prompt=</script><b>', '--num_samples=2', '--out=s.jsonl', *eta)
+    for sample, line in zip(data['samples'], open('s.jsonl')):
+        tokens = list(sample['given'])
+        for step, at, text, confidence in sample['events']:
+            assert 0 <= step < 30 and 0 <= confidence <= 1 and sample['given'][at] is None
+            tokens[at] = text
+        assert tokens == [chr(i) if i < 128 else '<|endoftext|>' if i == 256 else '\ufffd' for i in json.loads(line)['ids']]
+    assert any(text is None for _, _, text, _ in data['samples'][0]['events']) == (sampler == 'remdm')
+
+
+@pytest.mark.skipif(not shutil.which('chromium'), reason='needs Chromium (Debian: apt install chromium)')
+def test_the_trace_in_a_browser(tiny_net, here, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_net(tiny_net(vocab_size=258, mask_id=257), tmp_path)
+    sample = trace_of(here, tmp_path, '--prompt=a<b', '--num_samples=1')['samples'][0]
+    final = {at: text for _, at, text, _ in sample['events']}
+    spans, now = played(tmp_path / 't.html', '')
+    assert [text.replace('\u21b5', '') for text, _ in spans] == [given or final[i] for i, given in enumerate(sample['given'])] and now.endswith(', 0 masked')
+    assert [kind for _, kind in spans[:3]] == ['given'] * 3
+    spans, now = played(tmp_path / 't.html', '#3')
+    third = sorted({step for step, *_ in sample['events']})[2]
+    masked = sum(step > third for step, *_ in sample['events'])
+    assert sum(kind == 'mask' for _, kind in spans) == masked and now == f'step {third + 1}, {masked} masked' and 'fresh' in [kind for _, kind in spans]
+    spans, now = played(tmp_path / 't.html', '#play')                          # half of the shortest duration
+    assert 0 < sum(kind == 'mask' for _, kind in spans) < 13
+
+
 @pytest.mark.parametrize('arguments, message', [
     ([], 'error: no checkpoint at out/ckpt.pt: train one'), (['--out_dir=.', '--top_p=0.0'], 'error: top_p=0.0'), (['--out_dir=.', '--steps=0'], 'error: steps=0'),
     (['--out_dir=.', '--device=cuda:99'], "error: device='cuda:99'"), (['--out_dir=.', '--tokenizer=gpt2-xlm'], "error: "),
     (['--out_dir=.', '--out=nowhere/s.jsonl'], 'error: out=nowhere/s.jsonl: there is no folder')])
-def test_bad_input_ends_sample_py_with_one_line(tiny_net, run, tmp_path, arguments, message):
+def test_bad_input_ends_sample_py_with_one_line(tiny_net, refused, tmp_path, arguments, message):
     save_net(tiny_net(vocab_size=258, mask_id=257), tmp_path)
-    stderr = [line for line in run('sample.py', *arguments, status=1).stderr.splitlines() if 'sampling' not in line]
+    stderr = [line for line in refused('sample.py', *arguments).splitlines() if 'sampling' not in line]
     assert len(stderr) == 1 and stderr[0].startswith(message), stderr

@@ -16,7 +16,7 @@ from sample import analytic_probs, denoiser_probs, generate
 from test_sample import chi_square_p, counts_of
 
 GOLDEN = os.path.join(os.path.dirname(__file__), 'golden')
-M, N = 3, 50_000
+M, N = 3, 20_000
 
 
 @pytest.fixture
@@ -57,12 +57,12 @@ def ancestral_rule(says, steps, schedule=loglinear, conditioned=False, window=No
 # --- ancestral, with all that goes across samplers
 
 
-@pytest.mark.parametrize('template', [(M, M, M), (1, M, M), (M, 2, M), (0, M, 2, M)])
+@pytest.mark.parametrize('template', [(M, M, M), (1, M, M), (0, M, 2, M)])
 @pytest.mark.parametrize('options', [dict(), dict(top_p=0.9), dict(top_k=2), dict(temperature=0.6), dict(cfg_scale=0.7), dict(cfg_scale=-0.5, temperature=1.3, top_k=2)])
 def test_ancestral_with_options_prompts_and_templates(net_of, template, options):
     net = net_of()
     says = Says(net, given=[i for i, token in enumerate(template) if token != M], **options)
-    fits(chain(template, 3, ancestral_rule(says, 3)), net, template, 3, 'ancestral', n=20_000, **options)
+    fits(chain(template, 3, ancestral_rule(says, 3)), net, template, 3, 'ancestral', **options)
 
 
 def test_ancestral_takes_the_dense_step_for_d3pm_nets(net_of):
@@ -82,14 +82,14 @@ def test_ancestral_takes_the_dense_step_for_d3pm_nets(net_of):
     exact = chain((M, 1, M), steps, rule)
     fits(exact, net, (M, 1, M), steps, 'ancestral')
     says = Says(net)
-    fits(chain((M, 1, M), steps, ancestral_rule(says, steps, conditioned=True)), net, (M, 1, M), steps, 'ancestral', n=20_000, subs_masking=True)
+    fits(chain((M, 1, M), steps, ancestral_rule(says, steps, conditioned=True)), net, (M, 1, M), steps, 'ancestral', subs_masking=True)
 
 
 def test_ancestral_in_many_steps_is_first_hitting(net_of):
     for net in (net_of(), net_of(time_conditioning=True)):
         many, hitting = (generate(net, 30_000, 3, 3000, sampler, seed=seed, batch_size=10_000).tokens for seed, sampler in enumerate(('ancestral', 'first_hitting')))
         a, b = counts_of(many), counts_of(hitting)
-        both = {state: (a[state] + b[state]) / 60_000 for state in a | b}
+        both = {state: (a[state] + b[state]) for state in a | b}
         statistic = sum((a[state] - b[state]) ** 2 / (a[state] + b[state]) for state in both)  # two samples of one size
         assert torch.special.gammaincc(torch.tensor((len(both) - 1) / 2), torch.tensor(statistic / 2)).item() > 1e-3
 
@@ -188,7 +188,7 @@ def test_fixed_by_confidence(net_of, confidence, options):
         for chosen, probability in sets:
             for following, mass in revealing(state, chosen, says.tokens(state)):
                 yield following, mass * probability
-    fits(chain(template, steps, rule), net, template, steps, 'fixed', n=20_000, confidence=confidence, **options)
+    fits(chain(template, steps, rule), net, template, steps, 'fixed', confidence=confidence, **options)
 
 
 # --- greedy and low_confidence
@@ -217,7 +217,7 @@ def test_greedy_with_temperature(net_of, options):
     if options.get('temperature') == 0:
         assert len(exact) == 1 and (generate(net, 3, 6, steps, 'greedy', template=template, **options).tokens == torch.tensor(next(iter(exact)))).all()
     else:
-        fits(exact, net, template, steps, 'greedy', n=20_000, **options)
+        fits(exact, net, template, steps, 'greedy', **options)
 
 
 def test_greedy_matches_the_released_code():
@@ -243,7 +243,7 @@ def test_low_confidence_goes_block_by_block(net_of, steps, block_length):
         positions = [j for j in masked_positions(state, M) if begin <= j < begin + width]
         count = width // each + (i % each < width % each)
         return most_confident(says, state, positions, count) if count else [(state, 1.0)]
-    out = fits(chain(template, steps, rule), net, template, steps, 'low_confidence', n=20_000, temperature=0.7, block_length=block_length or 8)
+    out = fits(chain(template, steps, rule), net, template, steps, 'low_confidence', temperature=0.7, block_length=block_length or 8)
     blocks = (out.reveal_step[:, 1:] // each).unique(dim=0)
     assert blocks.tolist() == [[k // width for k in range(length - 1)]]
 
@@ -411,6 +411,7 @@ def test_confidence_samplers_skip_steps_that_reveal_nothing(tiny_net):
         assert out.nfe.tolist() == [len(set(row)) for row in out.reveal_step.tolist()] and out.nfe.max() <= 6
 
 
+@pytest.mark.slow
 def test_compiled_trunk_gives_the_same_samples(tiny_net):
     net = tiny_net().double()
     plain, compiled = (generate(net, 5, 8, 6, seed=2, batch_size=3, compile=compile) for compile in (False, True))

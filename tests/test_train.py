@@ -209,25 +209,25 @@ def test_bad_input_is_refused(mine, here, arguments, message):
 @pytest.mark.parametrize('arguments, message', [
     (['--dataset=nowhere'], 'error: there is no data in data/nowhere-bytes'), (['--global_batch_size=9'], 'error: global_batch_size=9 is not divisible'),
     (['--init_from=resume'], 'error: no checkpoint at out/ckpt.pt'), (['--n_embd=15'], 'error: n_embd=15')])
-def test_bad_input_ends_train_py_with_one_line(mine, run, arguments, message):
-    stderr = run('train.py', *SMALL, *arguments, status=1).stderr.splitlines()
+def test_bad_input_ends_train_py_with_one_line(mine, refused, arguments, message):
+    stderr = refused('train.py', *SMALL, *arguments).splitlines()
     assert len(stderr) == 1 and stderr[0].startswith(message), stderr
     assert not os.path.exists('out/ckpt.pt')
 
 
-def test_bad_bins_and_checkpoints_end_train_py_with_one_line(mine, run):
+def test_bad_bins_and_checkpoints_end_train_py_with_one_line(mine, run, refused):
     run('train.py', *SMALL, '--max_iters=1')
     for change, message in (('--n_layer=2', 'error: out/ckpt.pt has n_layer=1, the run n_layer=2'), ('--objective=mlm', "error: out/ckpt.pt has objective='subs'")):
-        assert run('train.py', *SMALL, change, '--init_from=resume', status=1).stderr.startswith(message)
+        assert refused('train.py', *SMALL, change, '--init_from=resume').startswith(message)
     whole = open('out/ckpt.pt', 'rb').read()
     with open('out/ckpt.pt', 'wb') as f:
         f.write(whole[:-100])
-    stderr = run('train.py', *SMALL, '--init_from=resume', status=1).stderr
+    stderr = refused('train.py', *SMALL, '--init_from=resume')
     assert stderr.startswith('error: out/ckpt.pt is truncated or damaged') and stderr.count('\n') == 1
-    assert run('sample.py', status=1).stderr.startswith('error: out/ckpt.pt is truncated or damaged')
+    assert refused('sample.py').startswith('error: out/ckpt.pt is truncated or damaged')
     with open('data/mine/train.bin', 'r+b') as f:
         f.truncate(100)
-    stderr = run('train.py', *SMALL, status=1).stderr
+    stderr = refused('train.py', *SMALL)
     assert 'train.bin holds 100 bytes' in stderr and 'rebuild it with python data.py --dataset=text:c.txt' in stderr and stderr.count('\n') == 1
 
 
