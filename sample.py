@@ -88,9 +88,9 @@ def draw(logits, u, mask_id, temperature=1.0, top_k=0, top_p=1.0):
     and ReMDM does. Where the logits are not numbers the id is -1."""
     logits = without_mask(logits.to(u.device), mask_id)
     if temperature == 0:
-        ids = logits.argmax(dim=-1)
-        return torch.where(logits.isnan().any(dim=-1), -1, ids), torch.ones_like(u)
-    probs = torch.softmax(logits / temperature, dim=-1)                                        # (N, V)
+        highest, ids = logits.max(dim=-1)
+        return torch.where(highest.isnan(), -1, ids), torch.ones_like(u)
+    probs = torch.softmax(logits.double() if temperature == 1 else logits.double() / temperature, dim=-1)  # (N, V)
     if top_k or top_p < 1:
         ordered, order = probs.sort(dim=-1, descending=True, stable=True)
         if top_k:
@@ -108,8 +108,7 @@ def draw(logits, u, mask_id, temperature=1.0, top_k=0, top_p=1.0):
 
 
 def without_mask(logits, mask_id):
-    """Logits in float64 that give the mask no probability (mask_id None: there is none)."""
-    logits = logits.to(torch.float64, copy=True)
+    """The same logits (N, V), which from here on give the mask no probability (mask_id None: there is none)."""
     if mask_id is not None:
         logits[:, mask_id] = -torch.inf
     return logits
@@ -121,11 +120,11 @@ def probability(logits, ids):
 
 
 def negative_entropy(logits):
-    log_p = logits.log_softmax(dim=-1)
-    return (log_p.exp() * log_p.clamp(min=-1e9)).sum(dim=-1)  # no 0 times infinity
+    log_p = logits.log_softmax(dim=-1).clamp(min=-1e9)  # no 0 times infinity
+    return (log_p.exp() * log_p).sum(dim=-1)
 
 
-# (N, V) float64 without the mask -> (N,), higher where the net is more confident, and the most that can be
+# logits (N, V) without the mask -> (N,), higher where the net is more confident; and the most there can be
 CONFIDENCE = {
     'top_prob': (lambda logits: (logits.amax(dim=-1) - logits.logsumexp(dim=-1)).exp(), 1.0),
     'prob_diff': (lambda logits: torch.softmax(logits, dim=-1).topk(2).values @ torch.tensor([1.0, -1.0], dtype=logits.dtype, device=logits.device), 1.0),
@@ -260,6 +259,7 @@ class Batch:
 
     def head(self, h, function):
         """function(logits (n, V), at) over chunks `at`, slices of the N positions of h; what it returns, tensors (n,), joined to (N,).
+        The logits are the function's own to change.
         Guided: un + (1 + cfg_scale) (cond - un) (SMDM, equation 6)."""
         size = max(1, 2 ** (22 if self.device.type == 'cpu' else 27) // self.net.config.vocab_size)
         results = []
@@ -462,7 +462,7 @@ def drawn_score(b):
     def score(logits, rows, cols):
         u = b.uniforms(rows, cols, b.step[rows], 1).to(logits.device)
         ids, _ = draw(logits, u, b.net.config.mask_id, **b.draw_options)
-        return probability(without_mask(logits, b.net.config.mask_id), ids), ids
+        return probability(logits, ids), ids
     return score
 
 
