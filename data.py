@@ -163,7 +163,7 @@ def hugging_face_tokenizer(name):
     try:
         base = transformers.AutoTokenizer.from_pretrained(name, split_special_tokens=True)
     except (OSError, ValueError) as error:
-        raise ValueError(f"tokenizer '{name}' is neither gpt2, gpt2-xlm, bytes or bpe-N nor a Hugging Face folder or name that can be "
+        raise ValueError(f"tokenizer '{name}' is neither gpt2, gpt2-xlm, bytes, text8 or bpe-N nor a Hugging Face folder or name that can be "
                          f'loaded ({str(error).strip().splitlines()[0]})') from None
     encode_batch = lambda texts: base(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)['input_ids']
     first = lambda *ids: next((i for i in ids if i is not None), None)
@@ -172,11 +172,18 @@ def hugging_face_tokenizer(name):
 
 
 def get_tokenizer(name, folder=None):
-    """The tokenizer of that name: 'gpt2', 'gpt2-xlm', 'bytes', 'bpe-N' (read from folder/tokenizer.json), or a Hugging Face name
+    """The tokenizer of that name: 'gpt2', 'gpt2-xlm', 'bytes', 'text8' (35 ids, of characters), 'bpe-N' (read from folder/tokenizer.json), or a Hugging Face name
     or folder. It keeps its own ids, gets an EOS if it has none and then, last, a mask if it has none; BOS and padding are EOS where
     it has none. Raises ValueError or FileNotFoundError."""
     if name in ('gpt2', 'gpt2-xlm'):
         return gpt2_tokenizer(name)
+    if name == 'text8':
+        named = dict(enumerate(('[CLS]', '[SEP]', '[BOS]', '[EOS]', '[MASK]', '[PAD]', '[RESERVED]', '[UNK]')))
+        letters = 'abcdefghijklmnopqrstuvwxyz '
+        ids = np.full(256, 7, dtype=np.uint8)
+        ids[np.frombuffer(letters.encode(), dtype=np.uint8)] = np.arange(8, 35)
+        return Tokenizer(name, lambda texts: [ids[np.frombuffer(text.encode('latin-1', errors='replace'), dtype=np.uint8)] for text in texts],
+                         lambda found: ''.join(letters[i - 8] for i in found), 27, eos_id=3, bos_id=2, pad_id=5, mask_id=4, named=named)
     if name == 'bytes':
         return Tokenizer(name, lambda texts: [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts],
                          lambda ids: bytes(ids).decode(errors='replace'), 256)
@@ -228,22 +235,45 @@ def read_plain_text(path):
         yield None, TRAILING.sub('', rest), True, None
 
 
-def read_jsonl(path):
+def read_jsonl(path, column='text'):
     with open(path, encoding='utf-8-sig') as f:
         for number, line in enumerate(f, 1):
             if line.strip():
                 try:
-                    text = json.loads(line)['text']
+                    row = json.loads(line)
+                    text = row[column if column in row else 'text']
                     if '\\ud' in line:
                         text.encode()  # half of a surrogate pair is no text
                 except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     text = None
                 if not isinstance(text, str):
-                    raise ValueError(f'{path}, line {number}: not a JSON object with a "text" field that holds a string')
+                    raise ValueError(f'{path}, line {number}: not a JSON object with a "{column}" field that holds a string')
                 yield None, text, True, None
 
 
-def read_files(path):
+def read_lines(path, keep_newline=False):
+    """Every line of a text file is a document, an empty one too, as the rows of a benchmark on the hub are."""
+    with open(path, encoding='utf-8-sig', newline='\n') as f:
+        for line in f:
+            yield None, (line if line.strip() else '') if keep_newline else line.strip(), True, None
+
+
+def read_text8(input=None, streaming=True):
+    """text8 in pieces of 256 characters, of which the first 90% are train, 5% validation, 5% test (Austin et al. 2021, appendix B.1).
+    input: the file."""
+    if input:
+        with open(input, encoding='ascii', errors='replace') as f:
+            text = f.read().strip('\n')
+        ends = len(text) * 90 // 100, len(text) * 95 // 100, len(text)
+        parts = zip(('train', 'validation', 'test'), (text[start:end] for start, end in zip((0, *ends), ends)))
+    else:
+        parts = ((split, text) for split, text, _, _ in read_hub('afmck/text8', splits=('train', 'validation', 'test')))
+    for split, text in parts:
+        for i in range(0, len(text) - 255, 256):
+            yield split, text[i:i + 256], True, None
+
+
+def read_files(path, read_text=read_plain_text, column='text'):
     """A text file, a .jsonl file, or a folder of them in the order of their names."""
     paths = [path]
     if os.path.isdir(path):
@@ -252,7 +282,7 @@ def read_files(path):
         raise FileNotFoundError(f'{path} is ' + ('a folder without .txt or .jsonl files' if os.path.isdir(path) else 'not there'))
     for file in paths:
         try:
-            yield from read_jsonl(file) if file.endswith('.jsonl') else read_plain_text(file)
+            yield from read_jsonl(file, column) if file.endswith('.jsonl') else read_text(file)
         except UnicodeDecodeError as error:
             raise ValueError(f'{file} is not UTF-8 text ({error.reason} at byte {error.start} of a block)') from None
 
@@ -283,13 +313,14 @@ def read_stdlib(input=None, streaming=True):
         yield None, text, True, len(stdlib_documents())
 
 
-def read_hub(repository, splits=('train',), validation_last=0, column='text', keep=None, revision=None, input=None, streaming=True):
-    """A Hugging Face dataset, or a local copy of it in the folder `input`. validation_last: so many documents at the end of the only
-    split are validation; where there is neither that nor a second split, a hash chooses. keep: a test that rows must pass."""
+def read_hub(repository, splits=('train',), validation_last=0, column='text', keep=None, revision=None, config=None, input=None, streaming=True):
+    """A Hugging Face dataset, or a local copy of it in the folder `input`. splits: of the hub, or a dict from the hub's to ours.
+    validation_last: so many documents at the end of the only split are validation; where there is neither that nor a second split nor a
+    dict, a hash chooses. keep: a test that rows must pass."""
     import datasets
     for split in splits:
         try:
-            rows = datasets.load_dataset(input or repository, split=split, streaming=streaming and not input, revision=None if input else revision)
+            rows = datasets.load_dataset(input or repository, None if input else config, split=split, streaming=streaming and not input, revision=None if input else revision)
         except Exception as error:  # the hub's client has many, and what matters to the user is the same
             raise ValueError(f"{input or repository}, split '{split}', cannot be read ({type(error).__name__}: "
                              f'{str(error).strip().splitlines()[0]}); --input=FOLDER takes a local copy') from None
@@ -300,22 +331,29 @@ def read_hub(repository, splits=('train',), validation_last=0, column='text', ke
         for i, row in enumerate(rows):
             if not isinstance(row.get(column), str):
                 raise ValueError(f"{input or repository}: row {i} of '{split}' has no text in its column '{column}'")
-            where = split if len(splits) > 1 else None if not validation_last else 'validation' if i >= total - validation_last else 'train'
+            where = splits[split] if isinstance(splits, dict) else split if len(splits) > 1 else None if not validation_last else 'validation' if i >= total - validation_last else 'train'
             if keep is None or keep(row):
                 yield where, row[column], True, total
 
 
-# what undoes the splitting of words from punctuation, per dataset, in this order
+# what undoes the splitting of words from punctuation in a benchmark's text, (pattern, replacement) in this order, by the beginning of its name
 CLEAN_UP = {
+    'wikitext': [("s '", "s'"), (r"/' [0-9]/", "/'[0-9]/"), (' @-@ ', '-'), (' @,@ ', ','), (r' @\.@ ', '.'), (' : ', ': '), (' ; ', '; '), (r' \. ', '. '),
+                 (' ! ', '! '), (r' \? ', '? '), (' , ', ', '), (r'\(\s*([^\)]*?)\s*\)', r'(\1)'), (r'\[\s*([^\]]*?)\s*\]', r'[\1]'),
+                 (r'{\s*([^}]*?)\s*}', r'{\1}'), (r'"\s*([^"]*?)\s*"', r'"\1"'), (r"'\s*([^']*?)\s*'", r"'\1'"), ('= = = =', '===='), ('= = =', '==='),
+                 ('= =', '=='), (' \u00b0 ', '\u00b0'), (' \n', '\n'), ('\n ', '\n'), (' N ', ' 1 '), (" 's", "'s")],
+    'ptb': [(" 's", "'s"), ("s ' ", "s' "), (" n't", "n't"), (' \n ', '\n'), (r'\\/', '/'), (' N(?= )', ' 1'), (r'\$ 1', '$1'), ('# 1', '#1'), ('<unk>', '?')],
     'lm1b': [(r'(https?) : / / ', r'\1://'), (r" '(\w+)", r"'\1"), (r' (\w+) \. ', r' \1. '), (r' (\w+) \.$', r' \1.'), (r' ([?!])( |$)', r'\1\2'),
              (r' ([,:;]) ', r'\1 '), (' / ', '/'), (r'" ([^"]+) "', r'"\1"'), (r"' ([^']+) '", r"'\1'"), (r'\( ([^()]+) \)', r'(\1)'),
              (r'\[ ([^\[\]]+) \]', r'[\1]'), (r'([$£]) ', r'\1')],
+    'lambada': [('[\u201c\u201d]', '"'), (r'\s+\Z', ''), (r'\A\s*', '\n')],
 }
+CLEAN_UP['scientific_papers'] = CLEAN_UP['wikitext'] + CLEAN_UP['lm1b']
 
 
 def detokenize(dataset_name, text):
     """Undo the word-splitting of a benchmark's text, as MDLM's release does; text of other datasets is returned as it is."""
-    for pattern, replacement in CLEAN_UP.get(dataset_name, ()):
+    for pattern, replacement in next((rules for name, rules in CLEAN_UP.items() if dataset_name.startswith(name)), ()):
         text = re.sub(pattern, replacement, text)
     return text
 
@@ -324,11 +362,23 @@ DATASETS = {
     'stdlib': read_stdlib,
     'openwebtext': partial(read_hub, 'Skylion007/openwebtext', validation_last=100_000),                         # as MDLM splits it
     'owt-gpt2-1024-split': partial(read_hub, 'dhruveshpatel/owt-gpt2-1024-split', splits=('train', 'validation')),  # xlm's
-    'lm1b': partial(read_hub, 'billion-word-benchmark/lm1b', splits=('train', 'test'), revision='refs/convert/parquet'),
     'slimpajama': partial(read_hub, 'cerebras/SlimPajama-627B', splits=('train', 'validation'),                     # SMDM's, without code
                           keep=lambda row: (row.get('meta') or {}).get('redpajama_set_name') != 'RedPajamaGithub'),
+    # the benchmarks of MDLM's tables 2 and 3; a document is a row of the hub
+    'ptb': partial(read_hub, 'ptb-text-only/ptb_text_only', splits=('train', 'validation', 'test'), column='sentence', revision='refs/convert/parquet'),
+    'wikitext2': partial(read_hub, 'Salesforce/wikitext', splits=('train', 'validation', 'test'), config='wikitext-2-raw-v1'),
+    'wikitext103': partial(read_hub, 'Salesforce/wikitext', splits=('train', 'validation', 'test'), config='wikitext-103-raw-v1'),
+    'lm1b': partial(read_hub, 'billion-word-benchmark/lm1b', splits=('train', 'test'), revision='refs/convert/parquet'),
+    'lambada': partial(read_hub, 'EleutherAI/lambada_openai', splits={'test': 'validation'}, config='default'),    # all there is, MDLM's validation
+    'ag_news': partial(read_hub, 'fancyzhx/ag_news', splits=('train', 'test')),
+    'scientific_papers_pubmed': partial(read_hub, 'armanc/scientific_papers', splits=('validation', 'test'), column='article', config='pubmed', revision='refs/convert/parquet'),
+    'scientific_papers_arxiv': partial(read_hub, 'armanc/scientific_papers', splits=('validation', 'test'), column='article', config='arxiv', revision='refs/convert/parquet'),
+    'text8': read_text8,
+    'text8-crop': read_text8,  # the same; in MDLM's release its training rows are cut at random places
 }
-DETOKENIZED = ('lm1b',)  # datasets whose words were split off from their punctuation
+# the split that MDLM measures each benchmark on
+BENCHMARKS = dict(ptb='validation', wikitext2='validation', wikitext103='validation', lm1b='test', lambada='validation', ag_news='test',
+                  scientific_papers_pubmed='validation', scientific_papers_arxiv='validation') | {'text8': 'test', 'text8-crop': 'test'}
 
 
 def documents(dataset, input=None, streaming=True):
@@ -341,13 +391,17 @@ def documents(dataset, input=None, streaming=True):
     elif dataset not in DATASETS:
         near = difflib.get_close_matches(dataset, DATASETS, n=1, cutoff=0)[0]
         raise ValueError(f"dataset '{dataset}' is not known; the nearest is '{near}', and text:PATH takes your own text")
-    elif input and input.endswith(('.txt', '.jsonl')):
+    elif input and os.path.isfile(input) and dataset in BENCHMARKS and not dataset.startswith('text8'):  # rows like those of the hub, of its split
+        column = DATASETS[dataset].keywords.get('column', 'text')
+        lines = partial(read_lines, keep_newline=dataset.startswith('wikitext'))
+        reader = ((BENCHMARKS[dataset], *row[1:]) for row in read_files(input, lines, column))
+    elif input and input.endswith(('.txt', '.jsonl')) and not dataset.startswith('text8'):
         reader = read_files(input)
     else:
         reader = DATASETS[dataset](input=input, streaming=streaming)
     index = 0
     for split, text, last, total in reader:
-        text = detokenize(dataset, text) if dataset in DETOKENIZED else text
+        text = detokenize(dataset, text) if dataset in DATASETS else text
         yield split or ('validation' if key_of(index) % 20 == 0 else 'train'), text, last, total
         index += last
 
