@@ -149,7 +149,10 @@ def bpe_tokenizer(name, folder):
     path = os.path.join(folder or '', 'tokenizer.json')
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path} is missing: the tokenizer '{name}' is trained by data.py and saved beside the bins")
-    base = tokenizers.Tokenizer.from_file(path)
+    try:
+        base = tokenizers.Tokenizer.from_file(path)
+    except Exception as error:  # tokenizers' own
+        raise ValueError(f'{path} is not the file of a tokenizer ({error}): prepare the data again') from None
     base.encode_special_tokens = True  # "<|endoftext|>" in a text is text
     encode_batch = lambda texts: [encoding.ids for encoding in base.encode_batch(texts, add_special_tokens=False)]
     decode = lambda ids: base.decode(ids, skip_special_tokens=False)

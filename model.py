@@ -162,7 +162,7 @@ class Block(nn.Module):
         is_causal = self.config.causal
         if cache is not None:
             k, v = cache.extend(self, k, v)
-            is_causal = L > 1                                                              # one token looks at all that is cached
+            is_causal = cache.position is None
         dropout = self.config.attn_dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal)
         return self.attn_out(y.transpose(1, 2).reshape(B, L, C))
@@ -183,18 +183,18 @@ class Block(nn.Module):
 
 class KVCache:
     """The keys and values that a causal net has computed, (2, rows, H, length, C/H) for each block. A call of the trunk with it is given
-    either the first P > 1 tokens, (n, P), of the rows `slots`, or one token of every row, (rows, 1), at `position` (rows,), which is on
-    the CPU, so that a GPU need not be asked how far to look."""
+    either the first tokens of the rows `slots`, (n, P), `position` being None, or one token of every row, (rows, 1), at `position`
+    (rows,), which is on the CPU, so that a GPU need not be asked how far to look."""
 
     def __init__(self, rows, length):
         self.rows, self.length, self.kept, self.slots, self.position = rows, length, {}, slice(None), None
 
     def extend(self, block, k, v):
-        """Keys and values (n, H, P or 1, C/H) of a block's new tokens -> those to attend to."""
+        """The keys and values (n, H, P or 1, C/H) of a block's new tokens -> those to attend to."""
         if block not in self.kept:
             self.kept[block] = k.new_zeros(2, self.rows, k.size(1), self.length, k.size(3))
         kv = self.kept[block]
-        if k.size(2) > 1:
+        if self.position is None:
             kv[0, self.slots, :, :k.size(2)], kv[1, self.slots, :, :k.size(2)] = k, v
             return k, v
         every, position = torch.arange(self.rows, device=k.device), self.position.to(k.device)
@@ -262,11 +262,11 @@ class DiT(nn.Module):
             elif sigma is None:
                 raise ValueError('this net is time-conditioned: give sigma (B,), the total noise of each row')
             c = self.sigma_map(sigma)                                                          # (1 or B, cond_dim)
-        position = torch.arange(x.size(1), device=x.device) if cache is None or x.size(1) > 1 else cache.position[:, None].to(x.device)
+        position = torch.arange(x.size(1), device=x.device) if cache is None or cache.position is None else cache.position[:, None].to(x.device)
         rotary = rotary_table(position, config.n_embd // config.n_head, config.rotary_bf16)
         # (B, 1, 1, L); a causal net does not look at padding on the right anyway
         attn_mask = None if attended is None or config.causal else attended[:, None, None, :]
-        if cache is not None and x.size(1) == 1:
+        if cache is not None and cache.position is not None:
             attn_mask = cache.seen(x.device)
         h = self.wte(x)
         for block in self.blocks:
@@ -544,10 +544,17 @@ def corrupt(x0, t, mask_id, schedule, generator=None, maskable=None):
     return torch.where(masked if maskable is None else masked & maskable, mask_id, x0)
 
 
-def corrupt_batch(batch, t, config, schedule, key, device, visible=False):
+def corrupt_exactly(x0, t, mask_id, generator, maskable):
+    """Turn round(t n) of the n maskable positions of each row into the mask, all choices being equally likely; t (B,)."""
+    u = torch.rand(x0.shape, generator=generator).masked_fill(~maskable, 2)
+    count = (t * maskable.sum(dim=1)).round()
+    return torch.where((u.argsort(dim=1).argsort(dim=1) < count[:, None]) & maskable, mask_id, x0)
+
+
+def corrupt_batch(batch, t, config, schedule, key, device, visible=False, exactly=False):
     """A batch of data.TokenRows with xt drawn at the times t (B,) by a generator seeded with key, on device. `masked` is the flat
     indices of the positions of xt that have a loss: the draws are made on the CPU, so that a GPU need not be asked for them.
-    visible: all scored positions have one, the seen ones too. For a causal net nothing is corrupted, and the first column, which it
+    visible: all scored positions have one, the seen ones too. exactly: see corrupt_exactly. For a causal net nothing is corrupted, and the first column, which it
     does not predict, is not scored."""
     x0, scored, attended = batch['x0'], batch['scored'], batch['attended']
     xt = masked = None
@@ -555,7 +562,8 @@ def corrupt_batch(batch, t, config, schedule, key, device, visible=False):
         scored = scored.clone()
         scored[:, 0] = False
     else:
-        xt = corrupt(x0, t, config.mask_id, schedule, torch.Generator().manual_seed(key), batch['maskable'])
+        generator = torch.Generator().manual_seed(key)
+        xt = corrupt_exactly(x0, t, config.mask_id, generator, batch['maskable']) if exactly else corrupt(x0, t, config.mask_id, schedule, generator, batch['maskable'])
         masked = (scored if visible else (xt == config.mask_id) & scored).flatten().nonzero().squeeze(1)
     noised = dict(x0=x0, xt=xt, t=t, masked=masked, scored=scored, attended=None if attended.all() else attended)  # attention is faster without a mask
     move = lambda x: x if x is None else x.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else x.to(device)
@@ -939,6 +947,13 @@ def load_state(net, tensors, source, assign=False):
             tensor = torch.as_tensor(0) if not isinstance(tensor, torch.Tensor) else tensor
             raise ValueError(f'{source}: {name} has shape {tuple(tensor.shape)}, the model {tuple(own[name].shape)}')
     net.load_state_dict(tensors, assign=assign)
+
+
+def check_overrides(overrides):
+    """Refuse what is not a dict of fields of ModelConfig, or None."""
+    known = [field.name for field in dataclasses.fields(ModelConfig)]
+    if not isinstance(overrides, (dict, type(None))) or not all(key in known for key in overrides or ()):
+        raise ValueError(f"overrides={overrides!r}: a dict of fields of ModelConfig is needed, which are {', '.join(known)}")
 
 
 TOKENIZERS = {('mdlm', 50258): 'gpt2', ('xlm', 50263): 'gpt2-xlm'}  # of the published models, by layout and number of ids

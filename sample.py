@@ -18,11 +18,13 @@ arXiv 2409.02908).
 import inspect
 import json
 import math
+import numbers
 import os
 import re
 import shutil
 import sys
 import time
+import unicodedata
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,7 +33,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import get_tokenizer, key_of, splitmix64
-from model import KVCache, autocast, get_schedule, load_pretrained, loglinear, pick_device
+from model import KVCache, autocast, check_overrides, get_schedule, load_pretrained, loglinear, pick_device
 
 out_dir = 'out'         # where train.py left ckpt.pt
 init_from = None        # another source of weights for load_pretrained; None: out_dir
@@ -40,7 +42,7 @@ ema = True              # the averaged weights; False: the last ones
 tokenizer = None        # None: the one the checkpoint names
 device = 'auto'         # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto'          # 'float32', 'bfloat16' (autocast), or 'auto': bfloat16 where the device multiplies it natively
-compile = False         # compile the trunk, on CUDA with CUDA graphs: for many steps of few rows
+compile = False         # compile the trunk, on CUDA with CUDA graphs: for many steps of few rows (not ar)
 seed = 0
 num_samples = 4         # of each prompt or template
 batch_size = 16         # rows that go through the net together
@@ -114,21 +116,37 @@ def without_mask(logits, mask_id):
     return logits
 
 
+def odds(logits):
+    """Of logits (N, V): the highest (N,), its id (N,), each other's probability as a share of its, e (N, V) and 0 at the highest, and
+    their sum (N,) float64. 1 / (1 + sum) is the highest probability, exact however close it comes to 1."""
+    highest, ids = logits.max(dim=-1)
+    e = (logits - highest[:, None]).exp_().scatter_(1, ids[:, None], 0)
+    return highest, ids, e, e.sum(dim=-1).double()
+
+
 def probability(logits, ids):
-    """Of the tokens ids (N,) under logits (N, V), whatever options they were drawn with."""
-    return (logits.gather(1, ids.clamp(min=0)[:, None]).squeeze(1) - logits.logsumexp(dim=-1)).exp()
+    """Of the tokens ids (N,) under logits (N, V), whatever options they were drawn with, float64."""
+    highest, _, _, others = odds(logits)
+    return (logits.gather(1, ids.clamp(min=0)[:, None]).squeeze(1) - highest).double().exp() / (1 + others)
+
+
+def top_prob(logits):
+    return 1 / (1 + odds(logits)[3])
+
+
+def prob_diff(logits):
+    _, _, e, others = odds(logits)
+    return (1 - e.amax(dim=-1).double()) / (1 + others)
 
 
 def negative_entropy(logits):
-    log_p = logits.log_softmax(dim=-1).clamp(min=-1e9)  # no 0 times infinity
-    return (log_p.exp() * log_p).sum(dim=-1)
+    highest, _, e, others = odds(logits)
+    below = (logits - highest[:, None]).clamp_(min=-1e9)  # no 0 times infinity
+    return (e * below).sum(dim=-1).double() / (1 + others) - others.log1p()
 
 
 # logits (N, V) without the mask -> (N,), higher where the net is more confident; and the most there can be
-CONFIDENCE = {
-    'top_prob': (lambda logits: (logits.amax(dim=-1) - logits.logsumexp(dim=-1)).exp(), 1.0),
-    'prob_diff': (lambda logits: torch.softmax(logits, dim=-1).topk(2).values @ torch.tensor([1.0, -1.0], dtype=logits.dtype, device=logits.device), 1.0),
-    'entropy': (negative_entropy, 0.0)}
+CONFIDENCE = {'top_prob': (top_prob, 1.0), 'prob_diff': (prob_diff, 1.0), 'entropy': (negative_entropy, 0.0)}
 
 
 # -----------------------------------------------------------------------------
@@ -187,7 +205,6 @@ class Batch:
         self.where_drawn = 'cpu' if self.device.type == 'mps' else self.device                 # MPS has no float64
         self.x, self.open, self.masked, self.length, self.keys = x.to(self.device), open, open.clone(), length, keys
         self.left = open.sum(dim=1)                                                            # (n,) positions that are masked
-        self.guided = (~open & (torch.arange(L) < length[:, None])).any(dim=1) & (cfg_scale != 0)
         self.step, self.start, self.nfe = torch.zeros(3, n, dtype=torch.int64)                 # start: of the window that the net sees
         self.share = torch.ones(n, dtype=torch.float64)
         self.reveal_step = torch.full((n, L), -1)
@@ -228,13 +245,15 @@ class Batch:
         window = start[:, None] + torch.arange(min(config.block_size, int((self.length[active] - start).max())))  # (A, W)
         attended = window < self.length[active][:, None]
         sigma = self.schedule.conditioning_at(self.share[active]).float() if config.time_conditioning else torch.zeros(len(active))
-        window, guided = window.clamp(max=L - 1), self.guided[active].nonzero().squeeze(1)
-        self.nfe[active] += 1 + self.guided[active]
+        window = window.clamp(max=L - 1)
+        given = ~self.open[active[:, None], window] & attended
+        guided = (given.any(dim=1) & bool(self.cfg_scale)).nonzero().squeeze(1)
+        self.nfe[active] += 1
+        self.nfe[active[guided]] += 1
         x = self.x[active[:, None].to(self.device), window.to(self.device)]
         index = row
         if len(guided):
-            given = ~self.open[active[guided, None], window[guided]]
-            x = torch.cat((x, x[guided.to(self.device)].masked_fill(given.to(self.device), config.mask_id)))
+            x = torch.cat((x, x[guided.to(self.device)].masked_fill(given[guided].to(self.device), config.mask_id)))
             sigma, attended = torch.cat((sigma, sigma[guided])), torch.cat((attended, attended[guided]))
             partner = torch.arange(len(active))                                                # a row without anything given is its own
             partner[guided] = len(active) + torch.arange(len(guided))
@@ -261,12 +280,14 @@ class Batch:
         """function(logits (n, V), at) over chunks `at`, slices of the N positions of h; what it returns, tensors (n,), joined to (N,).
         The logits are the function's own to change.
         Guided: un + (1 + cfg_scale) (cond - un) (SMDM, equation 6)."""
-        size = max(1, 2 ** (22 if self.device.type == 'cpu' else 27) // self.net.config.vocab_size)
+        size = max(1, 2 ** (22 if self.device.type == 'cpu' else 25) // self.net.config.vocab_size)
         results = []
         for i in range(0, len(h), size):
             logits = self.net.head(h[i:i + size])                                              # (n, 1 or 2, V)
             cond, un = logits[:, 0], logits[:, -1]
             logits = cond if logits.size(1) == 1 else un + (1 + self.cfg_scale) * (cond - un)
+            if not self.net.config.head_mask:
+                without_mask(logits, self.net.config.mask_id)                                  # minus infinity, less itself
             results.append(function(logits.to(self.where_drawn), slice(i, i + size)))
         return [torch.cat(parts) for parts in zip(*results)]
 
@@ -294,7 +315,7 @@ class Batch:
         self.masked[rows, cols] = True
         self.left += rows.bincount(minlength=len(self.left))
         if self.on_change and len(rows):
-            self.on_change(rows, cols, torch.full_like(rows, self.net.config.mask_id), torch.zeros(len(rows)), self.step[rows])
+            self.on_change(rows, cols, torch.full_like(rows, -1), torch.zeros(len(rows)), self.step[rows])
 
 
 def grid(begin, end, steps):
@@ -342,6 +363,11 @@ def scored(b, share, candidates, score, choose):
     return step
 
 
+def prompt_lengths(b):
+    """(n,) tokens before the first open position."""
+    return torch.where(b.open.any(dim=1), b.open.int().argmax(dim=1), b.length)
+
+
 def highest(scores, count):
     """The `count` (A,) highest of each row of scores (A, L) -> (A, L) bool."""
     return scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1) < count[:, None]
@@ -359,11 +385,12 @@ def reveal_steps(b, masked_share):
     return len(still) - 1 - torch.searchsorted(still[1:].flip(0), b.when(torch.arange(len(b.x))), right=True)
 
 
-def ancestral(b, steps, subs_masking=False):
+def ancestral(b, steps, subs_masking=None):
     """MDLM's ancestral sampler (equation 7; its `ddpm` and `ddpm_cache`) on the grid of times 1 -> 0. A net that never predicts the mask
     reveals a position at a step that does not depend on what is revealed, so these steps are drawn first. A d3pm net gives the mask a
     probability p_m and reveals with chance (1 - p_m)(m_t - m_s) / ((1 - p_m)(m_t - m_s) + m_s), m = 1 - alpha, unless it was trained
-    with subs_masking. The last step reveals all that is left."""
+    with subs_masking (None: as its run says). The last step reveals all that is left."""
+    subs_masking = b.net.constants.get('subs_masking', False) if subs_masking is None else subs_masking
     m = 1 - b.schedule.alpha(grid(1, 0, steps))
     m[-1] = 0
     if b.net.config.objective != 'd3pm' or subs_masking:
@@ -412,7 +439,7 @@ def semi_ar(b, steps, stride=None):
     `stride`; what the last window left is conditioned on. Samples may have any length."""
     width, col = b.net.config.block_size, torch.arange(b.x.size(1))
     stride = max(1, width // 2) if stride is None else stride
-    if type(stride) is not int or not 1 <= stride < max(width, 2):
+    if not is_whole(stride) or not 1 <= stride < max(width, 2):
         raise ValueError(f'stride={stride}: it must be at least 1 and below {width}, the block_size of the net')
     number = ((col - width + stride) // stride).clamp(min=0)                                   # of the window that reveals the position
     windows = int(number[-1]) + 1
@@ -429,18 +456,23 @@ def fixed(b, steps, confidence='uniform', confidence_temperature=0.0, threshold=
         raise ValueError(f"confidence='{confidence}' is not known: choose from uniform, {', '.join(CONFIDENCE)}")
     if not is_number(confidence_temperature) or not 0 <= confidence_temperature < math.inf:
         raise ValueError(f'confidence_temperature={confidence_temperature}: it must be 0 or more, and finite')
-    if threshold is not None and not (is_number(threshold) and threshold > 0):
+    if threshold is not None and not (is_number(threshold) and 0 < threshold < math.inf):
         raise ValueError(f'threshold={threshold}: it must be above 0')
+    threshold, confidence_temperature = threshold and float(threshold), float(confidence_temperature)
     if confidence == 'uniform' and (threshold is not None or confidence_temperature) or threshold is not None and confidence_temperature:
         raise ValueError("threshold, or else confidence_temperature, goes with confidence 'top_prob', 'prob_diff' or 'entropy'")
     m = 1 - b.schedule.alpha(grid(1, 0, steps))
     if confidence == 'uniform':
         rank = torch.where(b.masked, b.when(torch.arange(len(b.x))), 1).argsort(dim=1).argsort(dim=1)
-        ends, left = torch.zeros(len(b.x), steps, dtype=torch.int64), b.left.clone()
-        for i in range(steps):
-            left -= left // (steps - i)
-            ends[:, i] = b.left - left
-        return planned(b, torch.searchsorted(ends, rank, right=True), m[:-1])
+        plan = torch.zeros_like(rank)
+        for masked in b.left.unique().tolist():                                                # rows with as many masks share their counts
+            left, ends = masked, []
+            for i in range(steps):
+                left -= left // (steps - i)
+                ends.append(masked - left)
+            rows = b.left == masked
+            plan[rows] = torch.searchsorted(torch.tensor(ends), rank[rows], right=True)
+        return planned(b, plan, m[:-1])
     score, most = CONFIDENCE[confidence]
     count = lambda rows: b.left[rows] // (steps - b.step[rows])
 
@@ -481,13 +513,14 @@ def low_confidence(b, steps, block_length=None):
     """LLaDA's low-confidence remasking: blocks of block_length from left to right after the prompt, steps / blocks steps each; of the
     positions masked at the beginning of a block, masked // steps of it at a step and one more in the first masked % steps."""
     width, col = b.x.size(1), torch.arange(b.x.size(1))
-    begin = torch.where(b.open.any(dim=1), b.open.int().argmax(dim=1), 0)                      # (n,) the end of the prompt
+    begin = prompt_lengths(b)
     block_length = width if block_length is None else block_length
-    if type(block_length) is not int or block_length < 1:
+    if not is_whole(block_length) or block_length < 1:
         raise ValueError(f'block_length={block_length}: it must be a whole number of at least 1')
     blocks = ((b.length - begin + block_length - 1) // block_length).clamp(min=1)              # (n,)
     if (steps % blocks).any():
         raise ValueError(f'steps={steps} cannot be shared evenly by {int(blocks[(steps % blocks) > 0][0])} blocks of {block_length}')
+    block_length = min(block_length, width)
     each, at_first = steps // blocks, torch.zeros_like(begin)                                  # (n,) steps a block, masks at its beginning
 
     def in_block(rows):
@@ -508,18 +541,18 @@ def low_confidence(b, steps, block_length=None):
 def remdm(b, steps, strategy='cap', eta=None, t_on=0.55, t_off=0.05, alpha_on=0.9):
     """ReMDM (equation 6): from t to s a seen token is masked again with probability sigma, and a masked one revealed with
     (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t), where sigma is at most (1 - alpha_s) / alpha_t. strategy: 'cap', sigma = min(eta, that);
-    'rescale', eta times that; 'conf', that times a softmax over the seen tokens of minus the probability with which each was drawn;
+    'rescale', eta times that; 'conf', that times a softmax over the seen tokens of minus the probability with which each was drawn (and times eta, 1 unless given);
     'loop', alpha rises to alpha_on by t_on, stays while tokens are masked again as in cap, and rises to 1 from t_off. What is given
     stays. The net runs for rows that reveal something."""
     etas = dict(cap=0.008, rescale=0.015, conf=1.0, loop=0.02)
-    if strategy not in etas:
+    if strategy not in list(etas):
         raise ValueError(f"strategy='{strategy}' is not known: choose from {', '.join(etas)}")
     eta = etas[strategy] if eta is None else eta
     for name, value in (('eta', eta), ('t_on', t_on), ('t_off', t_off), ('alpha_on', alpha_on)):
         if not (is_number(value) and 0 <= value <= 1):
             raise ValueError(f'{name}={value}: it must be in 0 ... 1')
-    if not 0 < t_off <= t_on < 1:
-        raise ValueError(f't_on={t_on}, t_off={t_off}: 0 < t_off <= t_on < 1 is needed')
+    if not (0 < t_off <= t_on < 1 and alpha_on > 0):
+        raise ValueError(f't_on={t_on}, t_off={t_off}, alpha_on={alpha_on}: 0 < t_off <= t_on < 1 and alpha_on above 0 are needed')
     t = grid(1, 0, steps)
     alpha, remasks = b.schedule.alpha(t), torch.ones(steps, dtype=torch.bool)
     if strategy == 'loop':
@@ -558,7 +591,7 @@ def ar(b, steps, eos_id=None):
     """Token after token from a causal net, with a key/value cache; a row ends with the first eos_id it draws (None or -1: at its length)."""
     if type(eos_id) not in (int, type(None)):
         raise ValueError(f'eos_id={eos_id!r}: an id is needed, or -1 for none')
-    first = torch.where(b.open.any(dim=1), b.open.int().argmax(dim=1), b.length)               # (n,) tokens that are given
+    first = prompt_lengths(b)
     if (first == 0).any():
         raise ValueError('a causal net begins with a token: give a prompt (a net that names its tokenizer begins with its BOS)')
     if (b.open.sum(dim=1) != b.length - first).any():
@@ -568,11 +601,11 @@ def ar(b, steps, eos_id=None):
     def step():
         if len(b.slots) < cache.rows:
             cache.keep(b.slots)
-        fresh = b.entered & (first[b.rows] > 1)                                                # of one token nothing is worth keeping
+        fresh = b.entered & (first[b.rows] > 1)                                                # all of the prompt but its last token
         if fresh.any():
             rows = b.rows[fresh]
-            cache.slots = fresh.nonzero().squeeze(1).to(b.device)
-            b.net.trunk(b.x[rows.to(b.device), :int(first[rows].max())], cache=cache)
+            cache.slots, cache.position = fresh.nonzero().squeeze(1).to(b.device), None
+            b.net.trunk(b.x[rows.to(b.device), :int(first[rows].max()) - 1], cache=cache)
             b.nfe[rows] += 1
         cols = first[b.rows] + b.step[b.rows]
         cache.position = cols - 1
@@ -583,7 +616,7 @@ def ar(b, steps, eos_id=None):
         if eos_id not in (None, -1):
             ended = (b.x[b.rows.to(b.device), cols.to(b.device)] == eos_id).cpu()
             rows = b.rows[ended]
-            b.length[rows], b.left[rows] = cols[ended] + 1, 0
+            b.length[rows], b.left[rows], b.masked[rows] = cols[ended] + 1, 0, False
     return step
 
 
@@ -598,7 +631,11 @@ SAMPLERS = {  # name -> the function, and the objectives of the nets that it tak
 
 
 def is_number(value):
-    return type(value) in (int, float)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def is_whole(value):
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def rows_of(name, value, n, encode):
@@ -619,10 +656,10 @@ def rows_of(name, value, n, encode):
     return rows
 
 
-def lay_out(net, n, length, prompt, template, begin):
+def lay_out(net, n, length, prompt, template, begin, longest):
     """What is there before sampling: ids x (n, L), which of them are open (n, L) bool, and the lengths of the rows (n,). begin: the id
-    that a row without a prompt begins with, or None. Raises ValueError where things do not fit."""
-    config, nothing = net.config, lambda value: value is None or hasattr(value, '__len__') and len(value) == 0
+    that a row without a prompt begins with, or None; longest: the most tokens a row may have. Raises ValueError where things do not fit."""
+    config, nothing = net.config, lambda value: value is None or isinstance(value, (str, list, tuple)) and len(value) == 0 or getattr(value, 'size', None) == 0
     if not nothing(prompt) and not nothing(template):
         raise ValueError('give a prompt or a template, not both: a template may begin with the prompt')
     name, given = ('prompt', prompt) if nothing(template) else ('template', template)
@@ -631,16 +668,23 @@ def lay_out(net, n, length, prompt, template, begin):
         if net.tokenizer is None:
             raise ValueError(f'the source of the weights names no tokenizer: give the {name} as ids')
         tok, ids = get_tokenizer(**net.tokenizer), []
-        for i, piece in enumerate(re.split(r'<\|mask(?::(\d+))?\|>', text) if name == 'template' else [text]):
+        for i, piece in enumerate(re.split(r'<\|mask(?::(\d{1,8}))?\|>', text) if name == 'template' else [text]):
+            if name == 'template' and not i % 2 and '<|mask' in piece or any('\ud800' <= letter <= '\udfff' for letter in piece or ''):
+                raise ValueError(f'{name}={text!r}: ' + ('open tokens are written <|mask|> or <|mask:20|>' if '<|mask' in piece else 'it is not valid UTF-8 text'))
             ids += [-1] * int(piece or 1) if i % 2 else tok.encode(piece) if piece else []
         return ids
 
-    rows = rows_of(name, ([] if begin is None else [begin]) if nothing(given) else given, n, encode)
+    rows = rows_of(name, [] if nothing(given) else given, n, encode)
+    if begin is not None:
+        rows = [list(row) or [begin] for row in rows]
     length = ([len(row) for row in rows] if name == 'template' else config.block_size) if length is None else length
-    lengths = torch.as_tensor(length)
-    if lengths.is_floating_point() or lengths.dtype == torch.bool or lengths.dim() > 1 or lengths.numel() not in (1, n) or (lengths < 1).any():
-        raise ValueError(f'length={length}: a whole number of at least 1, for all rows or for each of num_samples={n}, is needed')
-    lengths = lengths.view(-1).expand(n).clone()
+    lengths = length.tolist() if hasattr(length, 'tolist') else length
+    lengths = lengths if isinstance(lengths, (list, tuple)) else [lengths]
+    if len(lengths) not in (1, n) or not all(is_whole(value) and value >= 1 for value in lengths):
+        raise ValueError(f'length={length!r}: a whole number of at least 1, for all rows or for each of num_samples={n}, is needed')
+    if max(lengths) > longest:
+        raise ValueError(f"length={max(lengths)}: it must be 1 to {longest}" + (", the net's block_size (sampler 'semi_ar' goes further)" if longest == config.block_size else ''))
+    lengths = torch.tensor(lengths).expand(n).clone()
     holes = (-1, config.mask_id) if name == 'template' else ()
     for row, most in zip(rows, lengths.tolist() if len(rows) > 1 else [int(lengths.min())]):
         if len(row) > most or name == 'template' and (len(row) < most or lengths.min() < lengths.max() and len(rows) == 1):
@@ -656,21 +700,22 @@ def lay_out(net, n, length, prompt, template, begin):
 
 @torch.no_grad()
 def generate(net, num_samples, length, steps, sampler='ancestral', prompt=None, cfg_scale=0.0, temperature=1.0, top_p=None, top_k=0, seed=0,
-             first_row=0, batch_size=16, schedule=loglinear, template=None, progress=False, on_change=None, compile=False, **options):
+             first_row=0, batch_size=16, schedule=None, template=None, progress=False, on_change=None, compile=False, **options):
     """Draw num_samples rows of `length` tokens, the prompt included (None: the template's, or block_size; or one length for each) -> Samples.
 
     sampler: a key of SAMPLERS, or None for the natural one of the net's objective; **options are the sampler's own (see its function).
     prompt, what a row begins with: text, n texts, ids (P,), or n rows of ids of any lengths. template: the same, but as long as the row,
     and open where it holds -1 or the mask (in text <|mask|>, or <|mask:20|> for 20). What is given is kept as it is. Row i is seeded by
-    (seed, first_row + i), whatever the batch_size; schedule is the one the net was trained with. For the rest see the constants above.
+    (seed, first_row + i) and is the same whatever the batch_size; schedule: that of the noise, None: the one the net was trained with. For the rest see the constants above.
     on_change(rows, cols, ids, confidence, steps), all (N,) on the CPU, is called when positions are revealed, with the probability that the
-    net gives the tokens, or masked again; first with all of them as they are before step 0, as step -1. Raises ValueError where an option is impossible."""
+    net gives the tokens, or masked again, with the id -1; first with all of them as they are before step 0, as step -1. Raises ValueError where an option is impossible."""
     config = net.config
     for name, value in (('num_samples', num_samples), ('steps', steps), ('top_k', top_k), ('batch_size', batch_size), ('seed', seed), ('first_row', first_row)):
-        if type(value) is not int:
+        if not is_whole(value):
             raise ValueError(f'{name}={value!r}: it must be a whole number')
+    schedule = get_schedule(net.constants.get('schedule', 'loglinear')) if schedule is None else schedule
     sampler = {'sedd': 'analytic', 'ar': 'ar'}.get(config.objective, 'ancestral') if sampler is None else sampler
-    if sampler not in SAMPLERS:
+    if sampler not in list(SAMPLERS):
         raise ValueError(f"sampler '{sampler}' is not known: choose from {', '.join(SAMPLERS)}")
     function, objectives = SAMPLERS[sampler]
     if config.objective not in objectives:
@@ -682,32 +727,32 @@ def generate(net, num_samples, length, steps, sampler='ancestral', prompt=None, 
             raise ValueError(f"{key} does not go with sampler '{sampler}', which has {'the options ' + ', '.join(own) if own else 'no options of its own'}")
     top_p = (0.9 if sampler == 'remdm' else 1.0) if top_p is None else top_p
     for name, value, fits, needed in (
-            ('num_samples', num_samples, num_samples >= 1, 'at least 1'), ('batch_size', batch_size, batch_size >= 1, 'at least 1'),
-            ('steps', steps, steps >= 1, 'at least 1'), ('top_k', top_k, top_k >= 0, '0 (all tokens) or more'),
+            ('num_samples', num_samples, 1 <= num_samples <= 10 ** 8, 'at least 1, and at most 100 million'), ('batch_size', batch_size, batch_size >= 1, 'at least 1'),
+            ('steps', steps, 1 <= steps <= 10 ** 8, 'at least 1, and at most 100 million'), ('top_k', top_k, top_k >= 0, '0 (all tokens) or more'),
             ('temperature', temperature, is_number(temperature) and 0 <= temperature < math.inf, '0 or more, and finite'),
             ('top_p', top_p, is_number(top_p) and 0 < top_p <= 1, 'above 0 and at most 1'),
             ('cfg_scale', cfg_scale, is_number(cfg_scale) and -1 <= cfg_scale < math.inf, '-1 or more, and finite'),
+            ('compile', compile, not compile or sampler != 'ar', "False for sampler 'ar', whose cache grows"),
             ('cfg_scale', cfg_scale, not cfg_scale or sampler != 'ar', "0 for sampler 'ar': guidance masks the prompt, which a causal net does not know")):
         if not fits:
             raise ValueError(f'{name}={value}: it must be {needed}')
     tok = None if net.tokenizer is None or sampler != 'ar' else get_tokenizer(**net.tokenizer)
     if tok is not None:
         options.setdefault('eos_id', tok.eos_id)
-    x, open, lengths = lay_out(net, num_samples, length, prompt, template, tok and tok.bos_id)
-    if sampler != 'semi_ar' and lengths.max() > config.block_size:
-        raise ValueError(f"length={int(lengths.max())}: it must be 1 to {config.block_size}, the net's block_size (sampler 'semi_ar' goes further)")
+    x, open, lengths = lay_out(net, num_samples, length, prompt, template, tok and tok.bos_id, 2 ** 24 if sampler == 'semi_ar' else config.block_size)
     keys = np.array([key_of(seed, first_row + i) for i in range(num_samples)], dtype=np.uint64)
     b = Batch(net, x, open, lengths, keys, batch_size, schedule, cfg_scale, dict(temperature=temperature, top_k=top_k, top_p=top_p), on_change, compile)
     step = function(b, steps, **options)
     if on_change:
         rows, cols = (torch.arange(x.size(1)) < lengths[:, None]).nonzero(as_tuple=True)
-        on_change(rows, cols, x[rows, cols], torch.ones(len(rows)), torch.full_like(rows, -1))
+        on_change(rows, cols, torch.where(open, -1, x)[rows, cols], torch.ones(len(rows)), torch.full_like(rows, -1))
     with tqdm(total=int(b.left.sum()), unit=' tokens', desc='sampling', disable=not progress) as bar:
         while len(b.rows):
             left = b.left.sum()
             step()
             b.refill()
             bar.update(int(left - b.left.sum()))
+    assert not b.masked.any()
     if b.unfit:
         raise ValueError('the logits of the net, or what the options make of them, are not numbers: nothing can be drawn from them')
     inside = torch.arange(x.size(1)) < b.length[:, None]
@@ -725,54 +770,74 @@ class Events:
     """Keeps what happens to each row, (step, position, id, confidence) in order; an id of None: masked. What is there before the first
     step has step -1. show: is called with the events of the first row whenever there are new ones."""
 
-    def __init__(self, num_rows, mask_id, show=None):
-        self.of_row, self.mask_id, self.show = [[] for _ in range(num_rows)], mask_id, show
+    def __init__(self, num_rows, show=None):
+        self.of_row, self.show = [[] for _ in range(num_rows)], show
 
     def __call__(self, rows, cols, ids, confidence, steps):
         for row, col, i, sure, step in zip(rows.tolist(), cols.tolist(), ids.tolist(), confidence.tolist(), steps.tolist()):
-            self.of_row[row].append((step, col, None if i == self.mask_id else i, sure))
+            self.of_row[row].append((step, col, None if i == -1 else i, sure))
         if self.show and 0 in rows:
             self.show(self.of_row[0])
 
 
-class Terminal:
-    """Draws a row that fills in over what it drew before; where there is no terminal, prints it a few times. piece(id) -> text."""
+def spelling(tok, ids):
+    """The text of each of ids, None where it is None. Where tokens share a letter of several bytes, it stands at the first of them."""
+    if tok is None:
+        return [i if i is None else f'{i} ' for i in ids]
+    texts, at = [], 0
+    while at < len(ids):
+        span, text = 1, None if ids[at] is None else tok.decode(ids[at:at + 1])
+        if text is not None and '\ufffd' in text:
+            for wider in (2, 3, 4):
+                some = ids[at:at + wider]
+                if len(some) == wider and None not in some and '\ufffd' not in (whole := tok.decode(some)):
+                    span, text = wider, whole
+                    break
+        texts += [text] + [''] * (span - 1)
+        at += span
+    return texts
 
-    def __init__(self, piece):
-        self.piece, self.live, self.tokens, self.given = piece, sys.stdout.isatty(), [], 0
+
+class Terminal:
+    """Draws a row that fills in over what it drew before; where there is no terminal, prints it a few times. spell: see spelling."""
+
+    def __init__(self, spell):
+        self.spell, self.live, self.ids, self.given = spell, sys.stdout.isatty(), [], 0
         self.done, self.lines, self.last, self.shown, self.drawn = 0, 0, 0.0, 0, 0
 
     def __call__(self, events, end=False):
         new = set()
         for step, col, i, _ in events[self.done:]:
             if step < 0:
-                self.tokens.append(None if i is None else self.piece(i))
+                self.ids.append(i)
                 self.given += i is not None
             else:
-                self.tokens[col] = self.piece(i) if i is not None else None
+                self.ids[col] = i
                 new.add(col)
         self.done = len(events)
-        open, filled = len(self.tokens) - self.given, sum(token is not None for token in self.tokens) - self.given
+        open, filled = len(self.ids) - self.given, len(self.ids) - self.ids.count(None) - self.given
         eighths = filled * 8 // max(open, 1)
         if end and self.drawn == self.done and not self.live or not (end or (time.time() - self.last > 0.05 if self.live else eighths > self.shown)):
             return
         self.last, self.shown, self.drawn = time.time(), max(eighths, self.shown), self.done
-        head = f'step {events[-1][0] + 1}, {filled} of {open} tokens'
+        head, tokens = f'step {events[-1][0] + 1}, {filled} of {open} tokens', self.spell(self.ids)
         if not self.live:
-            print(f'--- {head}\n' + ''.join('_' if token is None else token for token in self.tokens), flush=True)
+            print(f'--- {head}\n' + ''.join('_' if token is None else token for token in tokens), flush=True)
             return
         columns, height = shutil.get_terminal_size()
         lines, width = [''], 0
-        for col, token in enumerate(self.tokens):                                              # wrapped by hand: colours have no width
+        for col, token in enumerate(tokens):                                                   # wrapped by hand: colours have no width
             style = '2' if token is None else '1;32' if col in new and not end else '0'
-            for part in re.split(r'(\n)', '░' if token is None else token.replace('\t', '    ').replace('\r', '').replace('\x1b', '')):
-                if part == '\n' or width + len(part) >= columns:
+            shown = '░' if token is None else ''.join(c for c in token.replace('\t', '    ') if c == '\n' or unicodedata.category(c) != 'Cc')
+            for part in re.split(r'(\n)', shown):
+                cells = sum(2 if unicodedata.east_asian_width(c) in 'WF' else 1 for c in part)
+                if part == '\n' or width + cells >= columns:
                     lines, width = [*lines, ''], 0
                 if part and part != '\n':
                     lines[-1] += f'\x1b[{style}m{part}\x1b[0m'
-                    width += len(part)
-        lines = lines if end else lines[-(height - 2):]                                        # what has scrolled away cannot be drawn over
-        print((f'\x1b[{self.lines}A' if self.lines else '') + '\r\x1b[J' + '\n'.join([f'\x1b[7m {head} \x1b[0m', *lines]), flush=True)
+                    width += cells
+        lines = lines if end else lines[-max(1, height - 2):]                                        # what has scrolled away cannot be drawn over
+        print((f'\x1b[{self.lines}A' if self.lines else '') + '\r\x1b[J' + '\n'.join([f'\x1b[7m{f" {head} "[:columns - 1]}\x1b[0m', *lines]), flush=True)
         self.lines = len(lines) + 1
 
 
@@ -887,22 +952,28 @@ def write_page(path, samples, settings):
 if __name__ == '__main__':
     from configurator import configure
     constants = configure(globals())
-    if not isinstance(overrides, (dict, type(None))):
-        raise ValueError(f'overrides={overrides!r}: a dict of fields of ModelConfig is needed')
+    check_overrides(overrides)
     for key in ('out', 'trace'):
         path = globals()[key] = globals()[key] and str(globals()[key])
-        if path and (os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or '.')):
-            raise ValueError(f'{key}={path} is a folder' if os.path.isdir(path) else f'{key}={path}: there is no folder {os.path.dirname(path)}')
+        folder = os.path.dirname(path or '') or '.'
+        for bad, why in ((os.path.isdir(path or ''), 'it is a folder'), (not os.path.isdir(folder), f'there is no folder {folder}'),
+                         (os.path.exists(path or '') and not os.path.isfile(path), 'it is no file'), (not os.access(folder, os.W_OK), f'{folder} cannot be written to')):
+            if path and bad:
+                raise ValueError(f'{key}={path}: {why}')
+    if out and out == trace:
+        raise ValueError(f'out and trace are both {out}: give two names')
 
     def lines_of(name, text):
         """[text], or the lines of a file (FILE:path) or of stdin (-), or None where there is nothing."""
         if text.startswith('FILE:') and not os.path.isfile(text[5:]):
             raise FileNotFoundError(f'{name}={text}: there is no file {text[5:]}')
-        if text.startswith('FILE:'):
-            with open(text[5:], encoding='utf-8') as f:
-                lines = f.read().splitlines()
-        else:
-            lines = sys.stdin.read().splitlines() if text == '-' else [text]
+        lines = [text]
+        if text.startswith('FILE:') or text == '-':
+            with open(text[5:], 'rb') if text != '-' else sys.stdin.buffer as f:
+                try:
+                    lines = f.read().decode('utf-8-sig').replace('\r', '').split('\n')
+                except UnicodeDecodeError as error:
+                    raise ValueError(f'{name}={text}: it is not UTF-8 text ({error.reason})') from None
         lines = [line for line in lines if line]
         if text and not lines:
             raise ValueError(f'{name}={text}: there is no text in it')
@@ -911,33 +982,34 @@ if __name__ == '__main__':
     prompts, templates = lines_of('prompt', prompt), lines_of('template', template)
     net = load_pretrained(str(init_from or os.path.join(out_dir, 'ckpt.pt')), ema, pick_device(device), **(overrides or {}))
     if tokenizer:
-        net.tokenizer = (net.tokenizer or {}) | dict(name=tokenizer)
+        net.tokenizer = (net.tokenizer or {}) | dict(name=str(tokenizer))
     tok = get_tokenizer(**net.tokenizer) if net.tokenizer else None
     if tok and tok.vocab_size != net.config.vocab_size:
         raise ValueError(f"tokenizer '{tok.name}' has {tok.vocab_size} ids, the net {net.config.vocab_size}: give the one it was trained with")
     options = {key: globals()[key] for key in ('confidence', 'confidence_temperature', 'threshold', 'block_length', 'stride', 'strategy', 'eta', 't_on', 't_off',
                                                'alpha_on', 'eos_id') if globals()[key] is not None}
-    if sampler in (None, 'ancestral') and net.config.objective == 'd3pm':
-        options['subs_masking'] = net.constants.get('subs_masking', False)
-    piece = lambda i: str(i) + ' ' if tok is None else tok.decode([i])
+    spell = lambda ids: spelling(tok, ids)
     each = num_samples
     num_samples *= max(1, len(prompts), len(templates))
     spread = lambda texts: [text for text in texts for _ in range(each)] or None
-    show = Terminal(piece) if watch else None
-    events = Events(num_samples, net.config.mask_id, show) if watch or trace else None
+    show = Terminal(spell) if watch else None
+    events = Events(num_samples, show) if watch or trace else None
     with autocast(pick_device(device), dtype):
         samples = generate(net, num_samples, length, steps, sampler, spread(prompts), cfg_scale, temperature, top_p, top_k, seed, batch_size=batch_size,
-                           schedule=get_schedule(net.constants.get('schedule', 'loglinear')), template=spread(templates), progress=not watch,
-                           on_change=events, compile=compile, **options)
+                           template=spread(templates), progress=not watch, on_change=events, compile=compile, **options)
     rows = [ids[:n] for ids, n in zip(samples.tokens.tolist(), samples.length.tolist())]
     texts = [tok and tok.decode([i for i in ids if i != tok.pad_id or i == tok.eos_id]) for ids in rows]
     if watch:
         show(events.of_row[0], end=True)
     if trace:
         settings = ', '.join(f'{key}={value!r}' for key, value in constants.items() if value is not None)
-        write_page(trace, [dict(given=[None if i is None else piece(i) for step, _, i, _ in row if step < 0],
-                                events=[(step, col, None if i is None else piece(i), round(sure, 4)) for step, col, i, sure in row if step >= 0])
-                           for row in events.of_row], settings)
+        pages = []
+        for row, events_of_row in zip(rows, events.of_row):
+            last, final = spell(row), dict(enumerate(row))                                     # what stays is spelt with its neighbours
+            text = lambda col, i: None if i is None else last[col] if final.get(col) == i else spell([i])[0]
+            pages.append(dict(given=[text(col, i) for step, col, i, _ in events_of_row if step < 0],
+                              events=[(step, col, text(col, i), round(sure, 4)) for step, col, i, sure in events_of_row if step >= 0]))
+        write_page(trace, pages, settings)
         print(f'{num_samples} samples written to {trace}: open it in a browser')
     if out:
         with open(out + '.unfinished', 'w') as f:

@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from configurator import configure
 from data import TokenRows, find_or_prepare, get_tokenizer, key_of, permute
-from model import (SIZES, DiT, ModelConfig, autocast, check_objective, corrupt_batch, get_schedule, load_pretrained, load_state,
+from model import (SIZES, DiT, ModelConfig, autocast, check_objective, check_overrides, corrupt_batch, get_schedule, load_pretrained, load_state,
                    nelbo_per_token, on_grid, per_token_loss, pick_device, read_checkpoint, stratified_times)
 from sample import generate
 
@@ -173,8 +173,7 @@ if init == 'xlm' and tokenizer_meta['pad_id'] != tokenizer_meta['eos_id']:
     shape['pad_id'] = tokenizer_meta['pad_id']
 
 step, tokens_seen, best_val_loss, checkpoint = 0, 0, math.inf, None
-if not isinstance(overrides, (dict, type(None))):
-    raise ValueError(f'overrides={overrides!r}: a dict of fields of ModelConfig is needed')
+check_overrides(overrides)
 if not init_from:
     raise ValueError("init_from='': give 'scratch', 'resume' or a source of weights")
 if init_from in ('scratch', 'resume'):
@@ -327,10 +326,9 @@ def log(**line):
 
 
 def print_samples(n):
-    ema_net.tokenizer = dict(name=tokenizer_meta['name'], folder=folder)
+    ema_net.tokenizer, ema_net.constants = dict(name=tokenizer_meta['name'], folder=folder), constants
     with amp:
-        out = generate(ema_net, n, block_size, steps=block_size, sampler=None, top_p=0.9, seed=seed, schedule=schedule,
-                       **dict(subs_masking=subs_masking) if objective == 'd3pm' else {})
+        out = generate(ema_net, n, block_size, steps=block_size, sampler=None, top_p=0.9, seed=seed)
     tok = get_tokenizer(**ema_net.tokenizer)
     for i, ids in enumerate(out.tokens.tolist()):
         print(f'--- sample {i} (top_p 0.9, {out.nfe[i]} network evaluations)\n{tok.decode(ids[:out.length[i]])}')

@@ -100,8 +100,8 @@ def test_every_config_is_read_by_its_script(monkeypatch):
     monkeypatch.setattr(sys, 'excepthook', sys.excepthook)                     # configure() sets its own
     files = sorted(file for file in os.listdir(os.path.join(ROOT, 'config')) if file.endswith('.py'))
     assert len(files) >= 10
-    script = os.path.join(ROOT, 'train.py')
     for file in files:
+        script = os.path.join(ROOT, 'eval.py' if file.startswith('eval_') else 'train.py')
         module = {key: default for key, (default, _) in constants_of(script).items()} | dict(__file__=script)
         assert configure(module, [os.path.join(ROOT, 'config', file)])['out_dir'].startswith('out')
 

@@ -18,7 +18,8 @@ import torch
 import reference
 from conftest import ROOT
 from model import get_schedule, loglinear
-from sample import draw, generate
+from data import get_tokenizer
+from sample import draw, generate, spelling
 
 TINY = dict(block_size=8, vocab_size=4, mask_id=3, n_layer=1, n_head=1, n_embd=8, cond_dim=4, scale=1.5)
 
@@ -203,7 +204,7 @@ def test_only_positions_being_revealed_are_projected(tiny_net, monkeypatch):
     (dict(temperature=-1.0), 'temperature=-1.0'), (dict(sampler='magic'), "sampler 'magic' is not known: choose from ancestral"), (dict(length=17), 'length=17'),
     (dict(length=0), 'length=0'), (dict(num_samples=0), 'num_samples=0'), (dict(cfg_scale=-2.0), 'cfg_scale=-2.0'), (dict(prompt=[1] * 9), 'has 9 tokens, more than'),
     (dict(prompt=[11]), 'an id that is not a token'), (dict(prompt=[10]), 'an id that is not a token'), (dict(prompt=[-1]), 'an id that is not a token'),
-    (dict(prompt=[[1], [2], [3]]), 'prompt has 3 rows'), (dict(prompt=[1.5]), 'prompt holds 1.5, which is no id'), (dict(steps=2.5), 'steps=2.5'), (dict(temperature=math.inf), 'temperature=inf'), (dict(top_p=math.nan), 'top_p=nan')])
+    (dict(prompt=[[1], [2], [3]]), 'prompt has 3 rows'), (dict(prompt=[1.5]), 'prompt holds 1.5, which is no id'), (dict(prompt=torch.tensor(3)), 'text or ids are needed'), (dict(length='abc'), "length='abc'"), (dict(length=[8, None]), 'length='), (dict(steps=2.5), 'steps=2.5'), (dict(temperature=math.inf), 'temperature=inf'), (dict(top_p=math.nan), 'top_p=nan')])
 def test_impossible_options_are_refused(tiny_net, options, message):
     with pytest.raises(ValueError, match=message):
         generate(tiny_net(), **dict(num_samples=2, length=8, steps=4) | options)
@@ -237,17 +238,30 @@ def test_prompts_come_from_a_file_or_from_stdin(tiny_net, here, tmp_path, monkey
     here('sample.py', '--out_dir=.', '--prompt=FILE:prompts.txt', '--num_samples=2', '--steps=4', '--out=s.jsonl')
     texts = [json.loads(line)['text'] for line in open('s.jsonl')]
     assert len(texts) == 6 and [text.startswith(begin) for text, begin in zip(texts, ('Hello', 'Hello', 'A', 'A', 'Be', 'Be'))] == [True] * 6
-    monkeypatch.setattr('sys.stdin', io.StringIO('One\nTwo\n'))
+    monkeypatch.setattr('sys.stdin', io.TextIOWrapper(io.BytesIO(b'One\r\nTwo\n')))
     out = here('sample.py', '--out_dir=.', '--prompt=-', '--num_samples=1', '--steps=4', '--length=9')['samples']
     assert bytes(out.tokens[1, :3].tolist()) == b'Two' and out.tokens.shape == (2, 9)
-    monkeypatch.setattr('sys.stdin', io.StringIO('a<|mask|>c\nab<|mask:3|>de\n'))
+    monkeypatch.setattr('sys.stdin', io.TextIOWrapper(io.BytesIO(b'a<|mask|>c\nab<|mask:3|>de\n')))
     out = here('sample.py', '--out_dir=.', '--template=-', '--num_samples=1', '--steps=4', '--sampler=fixed')['samples']
     assert out.length.tolist() == [3, 7] and (out.reveal_step == -1).tolist() == [[True, False, True] + [True] * 4, [True, True] + [False] * 3 + [True] * 2]
     for arguments, message in ((['--prompt=FILE:none.txt'], 'there is no file none.txt'), (['--prompt=FILE:empty.txt'], 'there is no text in it'),
-                               (['--template=ab<|mask:3|>', '--length=6'], 'the template has 5 tokens, the length is 6'), (['--eta=0.1'], "eta does not go with sampler 'ancestral'")):
+                               (['--template=ab<|mask:3|>', '--length=6'], 'the template has 5 tokens, the length is 6'), (['--eta=0.1'], "eta does not go with sampler 'ancestral'"),
+                               (['--template=a<|mask:-1|>'], 'open tokens are written'), (['--template=a<|mask:99999999|>'], 'it must be 1 to 16'), (['--prompt=FILE:latin.txt'], 'not UTF-8 text'),
+                               (['--prompt=\udcff'], 'not valid UTF-8'), (['--overrides={1: 2}'], 'a dict of fields of ModelConfig'), (['--steps=99999999999999999999'], 'at most 100 million'),
+                               (['--out=pipe'], 'it is no file'), (['--out=x', '--trace=x'], 'give two names'), (['--sampler=remdm', '--strategy=[1]'], 'is not known')):
+        (tmp_path / 'latin.txt').write_bytes(b'caf\xe9\n')
+        if not os.path.exists('pipe'):
+            os.mkfifo('pipe')
         (tmp_path / 'empty.txt').write_text('\n')
         with pytest.raises((ValueError, OSError), match=message):
             here('sample.py', '--out_dir=.', *arguments)
+
+
+def test_letters_of_several_tokens_are_spelt_whole():
+    tok = get_tokenizer('bytes')
+    ids = list('aé日😀b'.encode())
+    assert spelling(tok, ids) == ['a', 'é', '', '日', '', '', '😀', '', '', '', 'b']
+    assert spelling(tok, [97, 0xc3, None, 0xa9]) == ['a', '\ufffd', None, '\ufffd']
 
 
 def test_the_natural_sampler_of_each_objective(tiny_net, here, tmp_path, monkeypatch, capsys):
@@ -332,7 +346,7 @@ def test_the_trace_in_a_browser(tiny_net, here, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize('arguments, message', [
     ([], 'error: no checkpoint at out/ckpt.pt: train one'), (['--out_dir=.', '--top_p=0.0'], 'error: top_p=0.0'), (['--out_dir=.', '--steps=0'], 'error: steps=0'),
     (['--out_dir=.', '--device=cuda:99'], "error: device='cuda:99'"), (['--out_dir=.', '--tokenizer=gpt2-xlm'], "error: "),
-    (['--out_dir=.', '--out=nowhere/s.jsonl'], 'error: out=nowhere/s.jsonl: there is no folder')])
+    (['--out_dir=.', '--out=nowhere/s.jsonl'], 'error: out=nowhere/s.jsonl: there is no folder nowhere')])
 def test_bad_input_ends_sample_py_with_one_line(tiny_net, refused, tmp_path, arguments, message):
     save_net(tiny_net(vocab_size=258, mask_id=257), tmp_path)
     stderr = [line for line in refused('sample.py', *arguments).splitlines() if 'sampling' not in line]

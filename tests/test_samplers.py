@@ -319,7 +319,7 @@ def test_remdm(net_of, strategy, options, steps):
 def test_remdm_masks_tokens_again(net_of):
     net, events = net_of(), []
     generate(net, 200, 6, 20, 'remdm', eta=0.5, on_change=lambda rows, cols, ids, sure, steps: events.extend(zip(rows.tolist(), cols.tolist(), ids.tolist(), steps.tolist())))
-    again = [event for event in events if event[2] == M and event[3] >= 0]
+    again = [event for event in events if event[2] == -1 and event[3] >= 0]
     assert len(again) > 100
 
 
@@ -434,7 +434,7 @@ def test_compiled_trunk_gives_the_same_samples(tiny_net):
     (dict(), dict(sampler='fixed', confidence='best'), "confidence='best' is not known"), (dict(), dict(sampler='fixed', threshold=0.5), "goes with confidence 'top_prob'"),
     (dict(), dict(sampler='fixed', confidence='entropy', threshold=0.0), 'threshold=0.0'), (dict(), dict(sampler='fixed', confidence='entropy', confidence_temperature=-1.0), 'confidence_temperature=-1.0'),
     (dict(), dict(sampler='low_confidence', block_length=3, steps=4), 'steps=4 cannot be shared evenly by 3 blocks of 3'), (dict(), dict(sampler='low_confidence', block_length=0), 'block_length=0'),
-    (dict(), dict(sampler='remdm', strategy='none'), "strategy='none' is not known"), (dict(), dict(sampler='remdm', eta=1.5), 'eta=1.5'), (dict(), dict(sampler='remdm', t_on=0.01), 't_on=0.01, t_off=0.05'),
+    (dict(), dict(sampler='remdm', strategy='none'), "strategy='none' is not known"), (dict(), dict(sampler='remdm', eta=1.5), 'eta=1.5'), (dict(), dict(sampler='remdm', strategy='loop', alpha_on=0.0), 'alpha_on=0.0'), (dict(), dict(sampler='remdm', t_on=0.01), 't_on=0.01, t_off=0.05'),
     (dict(), dict(length=[8]), None), (dict(), dict(length=[8, 8, 8]), 'length='), (dict(), dict(length=[8, 20]), 'length=20: it must be 1 to 16'), (dict(), dict(length=2.5), 'length=2.5'),
     (dict(), dict(prompt=dict(a=1)), 'text or ids are needed'), (dict(), dict(prompt=[[1, 2], 3]), 'prompt holds'), (dict(), dict(top_p='a'), "top_p=a"), (dict(), dict(seed='x'), "seed='x'")])
 def test_impossible_requests_are_refused(tiny_net, net_options, options, message):
@@ -446,3 +446,39 @@ def test_impossible_requests_are_refused(tiny_net, net_options, options, message
         with pytest.raises(ValueError) as error:
             call()
         assert message in str(error.value) and '\n' not in str(error.value)
+
+
+def test_guidance_is_evaluated_only_where_something_given_is_in_sight(tiny_net):
+    net = tiny_net()
+    plain, guided = (generate(net, 2, 64, 4, 'semi_ar', prompt=[1], cfg_scale=c) for c in (0.0, 1.0))
+    assert (guided.nfe == plain.nfe + torch.tensor([len(set(row[:16]) - {-1}) for row in plain.reveal_step.tolist()])).all()
+
+
+def test_confident_logits_are_told_apart():
+    from sample import CONFIDENCE, probability
+    logits = torch.zeros(6, 50)
+    logits[torch.arange(6), torch.arange(6)] = torch.tensor([18.0, 20.0, 19.0, 25.0, 22.0, 10.0])              # in float32 most of p is 1
+    for name, (score, most) in CONFIDENCE.items():
+        assert score(logits.clone()).argsort().tolist() == [5, 0, 2, 1, 4, 3] and score(logits.clone()).max() < most
+    logits = torch.randn(9, 7)
+    logits[:, 3] = -torch.inf                                                  # the mask
+    p = logits.double().softmax(dim=-1)
+    exact = dict(top_prob=p.amax(dim=-1), prob_diff=p.topk(2).values[:, 0] - p.topk(2).values[:, 1], entropy=(p * p.clamp(min=1e-300).log()).sum(dim=-1))
+    for name, values in exact.items():
+        assert torch.allclose(CONFIDENCE[name][0](logits.clone()), values, atol=1e-6)
+    assert torch.allclose(probability(logits, torch.arange(9) % 7), p[torch.arange(9), torch.arange(9) % 7], atol=1e-7)
+
+
+def test_rows_that_are_given_whole_stand_beside_others(tiny_net):
+    for sampler, options in CALLS:
+        options = options | dict(block_length=4) if 'block_length' in options else options
+        out = generate(tiny_net(), 2, 8, 3, sampler, prompt=[[1] * 8, [1] * 5], **options)
+        assert (out.tokens[0] == 1).all() and out.nfe[0] == 0 and out.nfe[1] > 0
+
+
+def test_events_of_a_net_without_a_mask(tiny_net):
+    from sample import Events
+    events = Events(1)
+    out = generate(tiny_net(causal=True, objective='ar', cond_dim=0, mask_id=None), 1, 6, 1, 'ar', prompt=[5, 6], on_change=events)
+    assert [(step, col, i) for step, col, i, _ in events.of_row[0]] == [(-1, 0, 5), (-1, 1, 6)] + [(-1, col, None) for col in range(2, 6)] + [
+        (step, step + 2, i) for step, i in enumerate(out.tokens[0, 2:].tolist())]
