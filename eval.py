@@ -60,7 +60,7 @@ datasets = ('ptb', 'wikitext2', 'lm1b', 'lambada', 'ag_news', 'scientific_papers
 input = None            # samples: a .jsonl file with a "text" field; None: draw them from the net
 judge = 'gpt2-large'    # causal net that generative perplexity is measured with: a Hugging Face name or folder
 protocol = 'xlm'        # 'xlm': every special token is left out, each text from its second token; 'mdlm': texts with their <|endoftext|>
-featurizer = 'gpt2-large'  # of MAUVE; None: no MAUVE
+featurizer = 'gpt2-large'  # of MAUVE, a Hugging Face name or folder with gpt2 or bert in it; '': no MAUVE
 num_samples = 16
 length = None           # tokens a sample; None: the net's block_size
 steps = 1024
@@ -175,7 +175,7 @@ def ids_of(net, prefix, target, cfg_scale):
         raise ValueError(f'cfg_scale={cfg_scale}: guidance masks the prompt, which a causal net does not know')
     pair = [torch.as_tensor(ids, dtype=torch.int64).to(next(net.parameters()).device) for ids in (prefix, target)]
     for name, ids in zip(('prefix', 'target'), pair):
-        if ids.dim() != 1 or ids.numel() and not (0 <= ids.min() and ids.max() < net.config.vocab_size and (ids != net.config.mask_id).all()):
+        if ids.dim() != 1 or ids.numel() and not (0 <= ids.min() and ids.max() < net.config.vocab_size and not (ids == (-1 if net.config.mask_id is None else net.config.mask_id)).any()):
             raise ValueError(f'{name}: ids (n,) below {net.config.vocab_size}, without the mask, are needed')
     if len(pair[1]) == 0 or len(pair[0]) + len(pair[1]) > net.config.block_size:
         raise ValueError(f'prefix and target have {len(pair[0])} and {len(pair[1])} tokens: at least one target token, and at most {net.config.block_size} in all, are needed')
@@ -246,6 +246,7 @@ def one_line(what):
 def load_judge(name, device='cpu'):
     """(causal language model, its tokenizer) of a Hugging Face name or folder. Raises ValueError where it is not causal."""
     import transformers
+    transformers.utils.logging.disable_progress_bar()
     with one_line(f"the judge '{name}'"):
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device).eval()
         tok = transformers.AutoTokenizer.from_pretrained(name)
@@ -341,9 +342,9 @@ def mauve(texts, references, featurizer='gpt2-large', max_length=256, device='cp
 
 
 def distinct(rows, n):
-    """The share of different n-grams among all of rows, lists of ids."""
+    """The share of different n-grams among all of rows, lists of ids; None where they are all shorter."""
     grams = [tuple(row[i:i + n]) for row in rows for i in range(len(row) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else math.nan
+    return len(set(grams)) / len(grams) if grams else None
 
 
 def hashes(ids, n):
@@ -362,11 +363,12 @@ def hashes(ids, n):
 
 
 def verbatim_share(rows, path, dtype, n=20, chunk=2 ** 22):
-    """The share of the n-grams of rows, lists of ids, that stand word for word in the bin of token ids at path (memorisation)."""
+    """The share of the n-grams of rows, lists of ids, that stand word for word in the bin of token ids at path (memorisation);
+    None where they are all shorter."""
     ours = np.concatenate([hashes(row, n) for row in rows] or [np.zeros(0, dtype=np.uint64)])
     wanted, bin = np.unique(ours), np.memmap(path, dtype=dtype, mode='r')
     if len(ours) == 0:
-        return math.nan
+        return None
     sieve = np.zeros(2 ** 24, dtype=bool)                                                      # most are told apart by 24 bits
     sieve[wanted >> np.uint64(40)] = True
     found = np.zeros(len(wanted), dtype=bool)
