@@ -266,9 +266,9 @@ def read_text8(input=None, streaming=True):
     input: the file."""
     if input:
         with open(input, encoding='ascii', errors='replace') as f:
-            text = f.read().strip('\n')
-        ends = len(text) * 90 // 100, len(text) * 95 // 100, len(text)
-        parts = zip(('train', 'validation', 'test'), (text[start:end] for start, end in zip((0, *ends), ends)))
+            whole = f.read().strip('\n')
+        ends = len(whole) * 90 // 100, len(whole) * 95 // 100, len(whole)
+        parts = zip(('train', 'validation', 'test'), (whole[start:end] for start, end in zip((0, *ends), ends)))
     else:
         parts = ((split, text) for split, text, _, _ in read_hub('afmck/text8', splits=('train', 'validation', 'test')))
     for split, text in parts:

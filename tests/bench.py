@@ -7,6 +7,7 @@ How fast, against the dense textbook versions of tests/reference.py in the same 
     python tests/bench.py --part=sample --n_layer=12 --n_head=12 --n_embd=768 --block_size=1024 --batch_size=1 --steps=1000 --first=30 --dense_steps=3
     python tests/bench.py --part=batch                       8 samples in one batch and one by one
     python tests/bench.py --part=samplers                    the time of each sampler
+    python tests/bench.py --part=nelbo --out_dir=out-quickstart      the spread of the estimators of the NELBO over seeds
     python tests/bench.py --part=data --megabytes=2000       text -> bins; the memory it takes
 
 Prints a table, then one JSON line a row. "of matmul" is the share of the FLOP/s of a large matrix product in the same process and
@@ -24,12 +25,13 @@ import torch
 sys.path[:0] = [os.path.dirname(os.path.dirname(os.path.abspath(__file__))), os.path.dirname(os.path.abspath(__file__))]
 
 import data  # noqa: E402
+import eval  # noqa: E402
 import reference  # noqa: E402
 from configurator import configure  # noqa: E402
-from model import DiT, ModelConfig, autocast, corrupt, loglinear, per_token_loss, pick_device  # noqa: E402
+from model import DiT, ModelConfig, autocast, corrupt, load_pretrained, loglinear, per_token_loss, pick_device  # noqa: E402
 from sample import generate  # noqa: E402
 
-part = 'train'        # 'train', 'sample', 'batch', 'samplers', 'data'
+part = 'train'        # 'train', 'sample', 'batch', 'samplers', 'nelbo', 'data'
 device = 'cpu'        # 'cpu', 'cuda'
 dtype = None          # 'float32', 'bfloat16'; None: both
 n_layer = 4
@@ -46,6 +48,8 @@ dense_steps = 6       # so many of them are timed in the dense sampler, which do
 compile = False       # compile the trunk (train)
 megabytes = 50        # of text (data)
 tokenizer = 'gpt2'    # (data)
+out_dir = 'out-quickstart'  # a trained net (nelbo)
+seeds = 16            # (nelbo)
 constants = configure(globals())
 batch_size = batch_size or (4 if part == 'sample' else 8)
 device = pick_device(device)
@@ -198,6 +202,18 @@ def samplers():
                        ms_per_evaluation=taken / batch_size / nfe * 1000)
 
 
+def nelbo():
+    net = load_pretrained(out_dir, device=device)
+    tok = data.get_tokenizer(**net.tokenizer)
+    rows = data.TokenRows(data.find_or_prepare(net.constants['dataset'], tok.name), 'validation', net.config.block_size, net.constants['packing'])
+    for num_mc in (1, 4, 16):
+        for estimator in ('time', 'count'):
+            found = torch.tensor([eval.nelbo(net, rows, num_mc, 16, seed, 32, estimator=estimator)['nats_per_token'] for seed in range(seeds)], dtype=torch.float64)
+            spread = found.std().item()
+            yield dict(estimator=estimator, num_mc=num_mc, evaluations=32 * num_mc, mean_nats=found.mean().item(), mean_se=spread / seeds ** 0.5, spread=spread,
+                       spread_times_root_evaluations=spread * (32 * num_mc) ** 0.5)
+
+
 def prepare():
     text = '\n\n'.join(document for _, document, _, _ in data.read_stdlib())
     with tempfile.TemporaryDirectory() as folder:
@@ -217,14 +233,14 @@ def prepare():
     yield dict(name='data.py', tokens_per_s=rate, one_core=single, cores=os.cpu_count(), of_all_cores=rate / single / os.cpu_count(), megabytes=megabytes, peak_gb=peak_gigabytes())
 
 
-parts = dict(train=train, sample=sample, batch=batch, samplers=samplers, data=prepare)
+parts = dict(train=train, sample=sample, batch=batch, samplers=samplers, nelbo=nelbo, data=prepare)
 if part not in parts:
     raise ValueError(f"part='{part}' is not known: choose from {', '.join(parts)}")
 formats = [dtype] if dtype else ['float32', 'bfloat16']
 machine = torch.cuda.get_device_name() if device.type == 'cuda' else next(
     (line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name')) if os.path.exists('/proc/cpuinfo') else iter(()), platform.processor())
 print(f'{part} on {machine}, {torch.get_num_threads()} threads, torch {torch.__version__}' + (
-    f', {new_net().num_params() / 1e6:.0f}M parameters ({n_layer} x {n_embd}), vocabulary {vocab_size:,}, rows of {block_size}' if part != 'data' else ''))
+    f', {new_net().num_params() / 1e6:.0f}M parameters ({n_layer} x {n_embd}), vocabulary {vocab_size:,}, rows of {block_size}' if part not in ('data', 'nelbo') else ''))
 rows = []
 for row in parts[part]():
     if not rows:

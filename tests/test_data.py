@@ -301,11 +301,46 @@ def test_hub_without_a_network_says_so(refused):
     assert error.startswith("error: Skylion007/openwebtext, split 'train', cannot be read") and '--input=FOLDER' in error
 
 
-def test_lm1b_is_joined_as_the_release_does():
+def test_words_are_joined_as_the_release_does():
     for folder in (GOLDEN, os.path.join(SHARED, 'fixtures')):
         if os.path.isdir(folder):
-            pairs = json.load(open(os.path.join(folder, 'text_expected.json')))['detokenize']['lm1b']
-            assert [data.detokenize('lm1b', text) for text, _ in pairs] == [joined for _, joined in pairs]
+            with open(os.path.join(folder, 'text_expected.json')) as f:
+                expected = json.load(f)['detokenize']
+            assert set(expected) == set(data.CLEAN_UP)
+            for name, pairs in expected.items():
+                assert [data.detokenize(name, text) for text, _ in pairs] == [joined for _, joined in pairs], name
+    assert data.detokenize('wikitext103', 'a , b') == 'a, b' and data.detokenize('scientific_papers_pubmed', 'a , b') == 'a, b'
+    assert data.detokenize('ag_news', 'a , b') == data.detokenize('text:wikitext.txt', 'a , b') == 'a , b'
+
+
+def decoded(folder, split):
+    rows = data.TokenRows(folder, split, 1, 'concat')
+    tok = data.get_tokenizer(rows.meta['tokenizer']['name'], folder)
+    return [tok.decode(rows.tokens[start:end - 1]) for start, end in zip(rows.offsets, rows.offsets[1:])]
+
+
+@pytest.mark.parametrize('name, split, file, text, expected', [
+    ('wikitext2', 'validation', 'w.txt', ' = A = \n \n one , two \n', [' = A =\n', '', ' one, two\n']), ('wikitext103', 'validation', 'w.jsonl', '{"text": ""}\n{"text": "a . b"}\n', ['', 'a. b']),
+    ('ptb', 'validation', 'p.txt', " it 's N \n $ N N \n", ["it's N", '$1 N']), ('ptb', 'validation', 'p.jsonl', '{"sentence": "<unk> is"}', ['? is']),
+    ('lambada', 'validation', 'l.jsonl', '{"text": "\u201chi\u201d he said "}', ['\n"hi" he said']), ('lm1b', 'test', 'l.txt', 'one , two .\nthree ?\n', ['one, two.', 'three?']),
+    ('ag_news', 'test', 'a.txt', 'news , as it is\nmore', ['news , as it is', 'more']), ('scientific_papers_arxiv', 'validation', 's.jsonl', '{"article": "we ( the ) show"}', ['we (the) show']),
+    ('scientific_papers_pubmed', 'validation', 's.jsonl', '{"text": "a [ 1 ] , b"}', ['a [1], b'])])
+def test_benchmarks_from_a_local_file_of_the_same_form(name, split, file, text, expected):
+    folder = prepare(name, 'bytes', input=write(file, text))
+    assert list(data.read_meta(folder)['splits']) == [split] and data.BENCHMARKS[name] == split
+    assert decoded(folder, split) == expected
+
+
+def test_text8_has_35_characters_and_pieces_of_256():
+    text = ''.join(random.Random(0).choice('abcdefghijklmnopqrstuvwxyz ') for _ in range(30_000))
+    folder = prepare('text8', 'text8', input=write('text8', text))
+    meta = data.read_meta(folder)
+    assert meta['tokenizer'] | dict(name='text8', vocab_size=35, eos_id=3, bos_id=2, pad_id=5, mask_id=4) == meta['tokenizer']
+    assert ''.join(decoded(folder, 'train')) == text[:27_000 // 256 * 256] and ''.join(decoded(folder, 'test')) == text[28_500:28_500 + 1500 // 256 * 256]
+    rows = data.TokenRows(folder, 'test', 256, 'wrap')[:]['x0']
+    assert (rows[:, 0] == 2).all() and (rows[:, -1] == 3).all() and rows.max() < 35
+    tok = data.get_tokenizer('text8')
+    assert tok.encode('az !') == [8, 33, 34, 7] and tok.decode([4, 8, 34, 3]) == '[MASK]a [EOS]'
 
 
 def test_what_is_not_there_is_refused():

@@ -299,7 +299,8 @@ def test_samples_of_a_file_and_of_a_net(measured, here, judge, refused, capsys):
     result = json.loads(open('results.jsonl').readlines()[-1])['result']
     assert result['skipped'] == 1 and 0 <= result['verbatim_20'] <= 1
     here('eval.py', '--metric=samples', '--out_dir=.', f'--judge={judge}', '--featurizer=', '--num_samples=3', '--steps=4', '--device=cpu')
-    assert json.loads(open('results.jsonl').readlines()[-1])['result']['texts'] == 3
+    result = json.loads(open('results.jsonl').readlines()[-1])['result']
+    assert result['texts'] + result['skipped'] == 3
     for arguments, message in ((['--input=none.jsonl'], 'error: input=none.jsonl: there is no such file'), (['--input=bad.jsonl'], 'error: bad.jsonl, line 1: not a JSON object with a "text"'),
                                (['--input=s.jsonl', '--judge=nowhere/none'], "error: the judge 'nowhere/none' cannot be loaded"), (['--input=empty.jsonl'], 'error: empty.jsonl holds no text')):
         open('bad.jsonl', 'w').write('{"t": 1}\n')
