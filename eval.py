@@ -29,7 +29,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import BENCHMARKS, GPT2_XLM, TokenRows, find_or_prepare, get_tokenizer, key_of, permute, read_meta, splitmix64
+from data import BENCHMARKS, DATASETS, GPT2_XLM, TokenRows, find_or_prepare, get_tokenizer, key_of, permute, read_meta, splitmix64
 from model import (autocast, check_overrides, corrupt_batch, get_schedule, load_pretrained, loglinear, nelbo_per_token, on_grid, pick_device, stratified_times)
 from sample import generate
 
@@ -550,7 +550,7 @@ if __name__ == '__main__':
             torch.cuda.set_device(device)
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', device_id=device if device.type == 'cuda' else None)
     master = int(os.environ.get('RANK', 0)) == 0
-    split_of = lambda name: split or BENCHMARKS.get(name, 'validation')
+    split_of = lambda folder: split or BENCHMARKS.get(read_meta(folder)['source']['dataset'], 'validation')
 
     def finish(name, result, **more):
         if master:
@@ -558,14 +558,18 @@ if __name__ == '__main__':
                    settings={key: value for key, value in constants.items() if value is not None})
 
     def likelihood(name):
-        """nelbo of the split of a dataset."""
+        """nelbo of the split of a dataset, which is named with it."""
         how = packing or net.constants.get('packing', 'wrap')
         L = (net.config.block_size if block_size is None else block_size) + (net.config.causal and how == 'concat')
-        rows = TokenRows(find_or_prepare(name, tok.name), split_of(name), L, how, net.constants.get('loss_on_padding', True))
+        folder = find_or_prepare(name, tok.name)
+        if metric == 'zero_shot' and name in DATASETS and read_meta(folder)['source']['dataset'] != name:
+            raise ValueError(f"{folder} was made from {read_meta(folder)['source']['dataset']}, which is not the benchmark: remove it or give it another name")
+        rows = TokenRows(folder, split_of(folder), L, how, net.constants.get('loss_on_padding', True))
         if rows.meta['tokenizer'] != tok.meta():
             raise ValueError(f"the net has ids of the tokenizer {tok.meta()}, the data those of {rows.meta['tokenizer']}: measure it on data prepared with its own")
         with autocast(device, dtype):
-            return nelbo(net, rows, num_mc, batch_size, seed, max_rows, schedule, T, net.constants.get('subs_masking', False), estimator, progress=True)
+            return dict(dataset=name, split=split_of(folder)) | nelbo(net, rows, num_mc, batch_size, seed, max_rows, schedule, T, net.constants.get('subs_masking', False),
+                                                                      estimator, progress=True)
 
     def folder_of_references():
         return find_or_prepare(dataset, tokenizer or (tok.name if tok else 'gpt2')) if dataset else None
@@ -583,7 +587,7 @@ if __name__ == '__main__':
                 ids = [[int(i) for i in row] for row in data_tok.encode_batch(plain)]
                 result['verbatim_20'] = verbatim_share(ids, os.path.join(folder, 'train.bin'), np.dtype(meta['dtype']).newbyteorder('<'))
             if featurizer:
-                references = reference_texts(folder, split_of(dataset), data_tok, 2 * len(texts) + 100)
+                references = reference_texts(folder, split_of(folder), data_tok, 2 * len(texts) + 100)
                 result |= mauve(plain, references, featurizer, device=device)
         return result
 
@@ -599,12 +603,12 @@ if __name__ == '__main__':
             raise ValueError('the source of the weights does not say what to measure them on: give --dataset=NAME')
         result = likelihood(dataset)
         if master:
-            print(f"{'NLL' if net.config.causal else 'NELBO'} of {source} on {dataset}/{split_of(dataset)}, {result['rows']:,} rows x {result['num_mc']} "
+            print(f"{'NLL' if net.config.causal else 'NELBO'} of {source} on {dataset}/{result['split']}, {result['rows']:,} rows x {result['num_mc']} "
                   f"{result['estimator'] or 'pass'}s, {result['tokens']:,} tokens ({result['document_tokens']:,} of documents)")
             print(f"  {result['nats_per_token']:.4f} ± {result['nats_per_token_se']:.4f} nats/token")
             print(f"  {result['ppl']:.2f} ± {result['ppl_se']:.2f} perplexity (exp of nats/token)")
             print(f"  {result['bits_per_byte']:.4f} ± {result['bits_per_byte_se']:.4f} bits/byte")
-        finish('ppl', result, dataset=dataset, split=split_of(dataset))
+        finish('ppl', result)
 
     elif metric == 'zero_shot':
         rows, missing = [], []
@@ -614,8 +618,8 @@ if __name__ == '__main__':
             except (ValueError, OSError) as error:
                 missing.append(f'{name}: {error}')
                 continue
-            finish('zero_shot', result, dataset=name, split=split_of(name))
-            rows.append(dict(dataset=name, split=split_of(name)) | {key: result[key] for key in ('ppl', 'ppl_se', 'nats_per_token', 'nats_per_token_se', 'bits_per_byte', 'bits_per_byte_se', 'tokens')}
+            finish('zero_shot', result)
+            rows.append({key: result[key] for key in ('dataset', 'split', 'ppl', 'ppl_se', 'nats_per_token', 'nats_per_token_se', 'bits_per_byte', 'bits_per_byte_se', 'tokens')}
                         | dict(published=(published or {}).get(name)))
         if master and rows:
             print(table(rows))
