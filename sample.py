@@ -671,6 +671,8 @@ def lay_out(net, n, length, prompt, template, begin, longest):
         for i, piece in enumerate(re.split(r'<\|mask(?::(\d{1,8}))?\|>', text) if name == 'template' else [text]):
             if name == 'template' and not i % 2 and '<|mask' in piece or any('\ud800' <= letter <= '\udfff' for letter in piece or ''):
                 raise ValueError(f'{name}={text!r}: ' + ('open tokens are written <|mask|> or <|mask:20|>' if '<|mask' in piece else 'it is not valid UTF-8 text'))
+            if i % 2 and int(piece or 1) > longest:
+                raise ValueError(f'{name}={text!r}: {piece} open tokens, where a row has at most {longest}')
             ids += [-1] * int(piece or 1) if i % 2 else tok.encode(piece) if piece else []
         return ids
 

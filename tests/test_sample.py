@@ -246,7 +246,7 @@ def test_prompts_come_from_a_file_or_from_stdin(tiny_net, here, tmp_path, monkey
     assert out.length.tolist() == [3, 7] and (out.reveal_step == -1).tolist() == [[True, False, True] + [True] * 4, [True, True] + [False] * 3 + [True] * 2]
     for arguments, message in ((['--prompt=FILE:none.txt'], 'there is no file none.txt'), (['--prompt=FILE:empty.txt'], 'there is no text in it'),
                                (['--template=ab<|mask:3|>', '--length=6'], 'the template has 5 tokens, the length is 6'), (['--eta=0.1'], "eta does not go with sampler 'ancestral'"),
-                               (['--template=a<|mask:-1|>'], 'open tokens are written'), (['--template=a<|mask:99999999|>'], 'it must be 1 to 16'), (['--prompt=FILE:latin.txt'], 'not UTF-8 text'),
+                               (['--template=a<|mask:-1|>'], 'open tokens are written'), (['--template=a<|mask:99999999|>'], '99999999 open tokens, where a row has at most 16'), (['--prompt=FILE:latin.txt'], 'not UTF-8 text'),
                                (['--prompt=\udcff'], 'not valid UTF-8'), (['--overrides={1: 2}'], 'a dict of fields of ModelConfig'), (['--steps=99999999999999999999'], 'at most 100 million'),
                                (['--out=pipe'], 'it is no file'), (['--out=x', '--trace=x'], 'give two names'), (['--sampler=remdm', '--strategy=[1]'], 'is not known')):
         (tmp_path / 'latin.txt').write_bytes(b'caf\xe9\n')

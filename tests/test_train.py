@@ -180,6 +180,7 @@ def test_fine_tuning_starts_from_the_weights_of_a_source(mine, here):
     assert checkpoint('b')['iter'] == 1
 
 
+@pytest.mark.slow
 def test_a_registry_name_that_is_local_is_prepared_when_missing(mine, run):
     arguments = [a for a in SMALL if not a.startswith('--dataset')] + ['--dataset=text:c.txt', '--tokenizer=bpe-300', '--max_iters=2', '--sample_at_end=True']
     run('train.py', *arguments, processes=2)                                   # one of the two prepares, the other waits
