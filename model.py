@@ -12,12 +12,14 @@ What is unusual here, for a reader who knows nanoGPT:
 References: MDLM (Sahoo et al. 2024, arXiv 2406.07524), DiT (Peebles & Xie 2022, arXiv 2212.09748),
 SMDM (Nie et al. 2024, arXiv 2410.18514).
 """
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import pickle
 import re
+import shutil
 import types
 import typing
 import zipfile
@@ -825,6 +827,54 @@ def read_checkpoint(path):
         if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), kind):
             raise ValueError(f'{path} is not a checkpoint of train.py (no {key})')
     return checkpoint
+
+
+def write_checkpoint(checkpoint, folder, files):
+    """Write a checkpoint under the names `files` in folder, so that whatever happens there is a whole one: written under another name,
+    flushed to the disk, then renamed; the ckpt.pt before it is kept as ckpt.prev.pt. Raises OSError or RuntimeError where it cannot be."""
+    os.makedirs(folder, exist_ok=True)
+    path = lambda name: os.path.join(folder, name)
+
+    def put(name, link=None):
+        """A file, or another name for one, in place of what has the name."""
+        if os.path.exists(path(name + '.unfinished')):
+            os.remove(path(name + '.unfinished'))
+        try:
+            os.link(path(link), path(name + '.unfinished'))
+        except OSError:  # a file system without links
+            shutil.copyfile(path(link), path(name + '.unfinished'))
+        os.replace(path(name + '.unfinished'), path(name))
+
+    unfinished = files[0] + '.unfinished'
+    try:
+        with open(path(unfinished), 'wb') as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        if 'ckpt.pt' in files and os.path.exists(path('ckpt.pt')):
+            put('ckpt.prev.pt', 'ckpt.pt')
+        os.replace(path(unfinished), path(files[0]))
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(path(unfinished))
+        raise
+    for name in files[1:]:
+        put(name, files[0])
+    with contextlib.suppress(OSError):  # not everywhere can a folder be opened
+        descriptor = os.open(folder, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def read_newest(folder):
+    """(checkpoint, None), read from folder/ckpt.pt, or where that is missing or damaged (checkpoint, why), read from the one before it.
+    Raises what read_checkpoint raises where neither is whole."""
+    try:
+        return read_checkpoint(os.path.join(folder, 'ckpt.pt')), None
+    except (ValueError, OSError) as error:
+        if not os.path.isfile(os.path.join(folder, 'ckpt.prev.pt')):
+            raise
+        return read_checkpoint(os.path.join(folder, 'ckpt.prev.pt')), error
 
 
 class _Ignored:

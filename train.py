@@ -13,11 +13,15 @@ import copy
 import dataclasses
 import datetime
 import gc
+import glob
 import json
 import math
 import os
 import re
 import shutil
+import signal
+import sys
+import threading
 import time
 
 import numpy as np
@@ -29,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from configurator import configure
 from data import TokenRows, find_or_prepare, get_tokenizer, key_of, permute
 from model import (SIZES, DiT, ModelConfig, autocast, check_objective, check_overrides, corrupt_batch, get_schedule, load_pretrained, load_state,
-                   nelbo_per_token, on_grid, per_token_loss, pick_device, read_checkpoint, stratified_times)
+                   nelbo_per_token, on_grid, per_token_loss, pick_device, read_newest, stratified_times, write_checkpoint)
 from sample import generate
 
 # input and output
@@ -101,6 +105,8 @@ device = 'auto'             # 'auto' (cuda, mps or cpu, whichever is there), 'cp
 dtype = 'auto'              # 'float32', 'bfloat16' (autocast), or 'auto': bfloat16 where the device multiplies it natively
 compile = None              # torch.compile the trunk; None: on CUDA
 seed = 0
+max_bad_steps = 20          # so many steps in a row without a finite loss and gradient, which are skipped, end the run
+shard = False               # FSDP in place of DDP: weights, gradients and optimizer shared out, for nets that do not fit
 constants = configure(globals())
 
 # -----------------------------------------------------------------------------
@@ -111,7 +117,7 @@ master = rank == 0
 device = pick_device(device, local_rank)
 amp = autocast(device, dtype)
 
-for key in ('batch_size', 'global_batch_size', 'eval_interval', 'eval_iters', 'log_interval', 'ckpt_interval', 'max_iters', 'learning_rate'):
+for key in ('batch_size', 'global_batch_size', 'eval_interval', 'eval_iters', 'log_interval', 'ckpt_interval', 'max_iters', 'learning_rate', 'max_bad_steps'):
     if not 0 < constants[key] < math.inf:
         raise ValueError(f'{key}={constants[key]}: it must be positive')
 for key in ('keep_interval', 'sample_interval', 'warmup_iters', 'min_lr', 'weight_decay', 'grad_clip'):
@@ -154,8 +160,11 @@ if wandb_project and master:
 if world_size > 1:
     if device.type == 'cuda':
         torch.cuda.set_device(device)
-    dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=datetime.timedelta(minutes=10))
 os.makedirs(out_dir, exist_ok=True)
+if master:                                            # what a killed run was writing
+    for path in glob.glob(os.path.join(glob.escape(out_dir), '*.unfinished')):
+        os.remove(path)
 
 # -----------------------------------------------------------------------------
 # the net, its average, the optimizer
@@ -176,6 +185,8 @@ step, tokens_seen, best_val_loss, checkpoint = 0, 0, math.inf, None
 check_overrides(overrides)
 if not init_from:
     raise ValueError("init_from='': give 'scratch', 'resume' or a source of weights")
+if init_from == 'auto':
+    init_from = 'resume' if any(os.path.exists(os.path.join(out_dir, file)) for file in ('ckpt.pt', 'ckpt.prev.pt')) else 'scratch'
 if init_from in ('scratch', 'resume'):
     net = DiT(ModelConfig(**shape))
 else:
@@ -185,7 +196,9 @@ else:
     if any(theirs[key] != tokenizer_meta[key] for key in theirs) and not (net.config.mask_id is None and net.config.vocab_size == mask_id):
         raise ValueError(f'init_from={init_from} has other token ids ({theirs}) than {folder} ({tokenizer_meta})')
 if init_from == 'resume':
-    checkpoint = read_checkpoint(os.path.join(out_dir, 'ckpt.pt'))
+    checkpoint, failed = read_newest(out_dir)
+    if failed and master:
+        print(f'warning: {failed}; resuming from {out_dir}/ckpt.prev.pt, the checkpoint before it', flush=True)
     for key, ours in dataclasses.asdict(net.config).items():
         if checkpoint['model_config'].get(key) != ours and 'dropout' not in key:
             raise ValueError(f"{out_dir}/ckpt.pt has {key}={checkpoint['model_config'].get(key)!r}, the run {key}={ours!r}: they must agree to resume")
@@ -300,13 +313,55 @@ def evaluate():
     return loss / scored, document_loss / document_tokens * counts['tokens'] / counts['bytes'] / math.log(2)
 
 
-def save(file):
-    """Write a checkpoint under another name and rename it when it is whole."""
-    path = os.path.join(out_dir, file)
-    torch.save(dict(model=net.state_dict(), ema=ema_net.state_dict(), optimizer=[opt.state_dict() for opt in optimizers], iter=step,
-                    tokens_seen=tokens_seen, best_val_loss=best_val_loss, model_config=dataclasses.asdict(net.config),
-                    constants=constants, tokenizer=tokenizer_meta), path + '.unfinished')
-    os.replace(path + '.unfinished', path)
+def copied(state, buffer=None):
+    """state, nested dicts and lists, with its tensors copied to the CPU: into those of buffer, an earlier result, where it has them."""
+    if isinstance(state, torch.Tensor):
+        if buffer is None or buffer.shape != state.shape:
+            buffer = torch.empty(state.shape, dtype=state.dtype, pin_memory=device.type == 'cuda')
+        return buffer.copy_(state.detach(), non_blocking=True)
+    if isinstance(state, dict):
+        return type(state)((key, copied(value, (buffer or {}).get(key))) for key, value in state.items())
+    if isinstance(state, (list, tuple)):
+        return [copied(value, buffer[i] if buffer and i < len(buffer) else None) for i, value in enumerate(state)]
+    return state
+
+
+def save(*files):
+    """Write a checkpoint under these names, in the background: the loop waits for the copy of the state alone."""
+    global snapshot, saving
+    wait_for_save()
+    if not master:
+        return
+    state = dict(model=net.state_dict(), ema=ema_net.state_dict(), optimizer=[opt.state_dict() for opt in optimizers])
+    snapshot = copied(state, snapshot)
+    if device.type == 'cuda':
+        torch.cuda.synchronize()
+    checkpoint = snapshot | dict(iter=step, tokens_seen=tokens_seen, best_val_loss=best_val_loss, model_config=dataclasses.asdict(net.config),
+                                 constants=constants, tokenizer=tokenizer_meta)
+
+    def write():
+        try:
+            write_checkpoint(checkpoint, out_dir, files)
+        except Exception as error:  # a full disk, a folder that is gone: whatever it is, it is told and tried again
+            failures.append(f"the checkpoint of step {checkpoint['iter']} could not be written to {out_dir} ({type(error).__name__}: {error})")
+
+    saving = threading.Thread(target=write)
+    saving.start()
+
+
+def wait_for_save():
+    """Wait until the last checkpoint is on the disk. Returns whether it is; if not, says why."""
+    global saving
+    if saving:
+        saving.join()
+        saving = None
+    ok = not failures
+    while failures:
+        print(f'warning: {failures.pop()}; training goes on, the next one will be tried', flush=True)
+    return ok
+
+
+snapshot, saving, failures = None, None, []
 
 
 def get_lr(step):
@@ -320,7 +375,10 @@ def get_lr(step):
 
 
 def log(**line):
-    metrics.write(json.dumps(line) + '\n')
+    try:
+        metrics.write(json.dumps(line) + '\n')
+    except OSError as error:
+        print(f'warning: {metrics.name} cannot be written ({error})', flush=True)
     if wandb_project:
         wandb.log(line, step=line['iter'])
 
@@ -361,27 +419,44 @@ step_flops = net.train_flops(global_batch_size, block_size, global_batch_size * 
 
 parameters, ema_parameters = list(net.parameters()), list(ema_net.parameters())
 del checkpoint
+stop_signal = None
+
+
+def ask_to_stop(number, frame):
+    """SIGTERM and SIGUSR1, which queues send before they take the machine, and Ctrl-C: finish the step first. A second one ends at once."""
+    global stop_signal
+    stop_signal = number
+    signal.signal(number, signal.SIG_DFL)
+
+
+for number in (signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if hasattr(signal, 'SIGUSR1') else [])):
+    signal.signal(number, ask_to_stop)
+
 start, timer, timed_from = step, time.time(), step
+skipped = bad_steps = stopping = 0                    # updates skipped in all, and in a row; whether some process is asked to stop
+typical_norm = None                                   # a running mean of the gradient norm
 loss = micro_loss = None
 while True:
 
+    files = []
     if step > start and (step % eval_interval == 0 or step == max_iters):
         val_loss, val_bpb = evaluate()
         better, best_val_loss = val_loss < best_val_loss, min(val_loss, best_val_loss)
+        files += ['ckpt_best.pt'] * better
         if master:
             print(f'step {step}: validation {val_loss:.4f} nats/token, {val_bpb:.4f} bits/byte', flush=True)
             log(iter=step, val_loss=val_loss, val_bpb=val_bpb)
-            if better:
-                save('ckpt_best.pt')
             if sample_interval and step % sample_interval == 0:
                 print_samples(1)
         timer, timed_from = time.time(), step         # evaluations are not counted in tokens/s
-    if master and step > start:
-        if step % ckpt_interval == 0 or step == max_iters:
-            save('ckpt.pt')
-        if keep_interval and step % keep_interval == 0:
-            save(f'ckpt_{step}.pt')
-    if step >= max_iters:
+    hopeless = bad_steps >= max_bad_steps
+    if step > start and (step % ckpt_interval == 0 or step == max_iters or stopping or hopeless):
+        files = ['ckpt.pt', *files]
+    if step > start and keep_interval and step % keep_interval == 0:
+        files += [f'ckpt_{step}.pt']
+    if files:
+        save(*files)
+    if step >= max_iters or stopping or hopeless:
         break
 
     lr = get_lr(step)
@@ -399,32 +474,52 @@ while True:
             micro_loss.backward()
         loss += micro_loss.detach()
     grad_norm = nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
+    state = torch.stack([loss.float(), (~torch.isfinite(loss + grad_norm)).float(), torch.full_like(loss, stop_signal is not None, dtype=torch.float32)])
+    if world_size > 1:                                # all processes skip, and stop, together
+        state[0] /= world_size
+        dist.all_reduce(state, op=dist.ReduceOp.SUM)
+    loss, bad, stopping, grad_norm = *state.tolist(), float(grad_norm)  # note: this waits for the device
+    if not bad:
+        for opt in optimizers:
+            opt.step()
+        with torch.no_grad():                         # step + 1 updates with this one
+            torch._foreach_lerp_(ema_parameters, parameters, 1 - min(ema, (2 + step) / (11 + step)))
     for opt in optimizers:
-        opt.step()
         opt.zero_grad(set_to_none=True)
-    with torch.no_grad():                             # step + 1 updates with this one
-        torch._foreach_lerp_(ema_parameters, parameters, 1 - min(ema, (2 + step) / (11 + step)))
     tokens_seen += sum(batch_size * row_length_of(step, micro) for micro in range(micro_batches)) - global_batch_size * (row_length - block_size)
     step += 1
+    bad_steps, skipped = (bad_steps + 1, skipped + 1) if bad else (0, skipped)
+    if master and bad:
+        print(f'step {step}: loss {loss}, grad norm {grad_norm}: no numbers, the update is skipped ({bad_steps} in a row, {skipped} since step {start:,})', flush=True)
+    if not bad and typical_norm and grad_norm > 10 * typical_norm and master:
+        print(f'step {step}: grad norm {grad_norm:.2f}, where {typical_norm:.2f} is usual', flush=True)
+    if not bad:
+        typical_norm = grad_norm if typical_norm is None else 0.98 * typical_norm + 0.02 * grad_norm
 
     if step % log_interval == 0 or step == start + 1:
-        if world_size > 1:
-            dist.all_reduce(loss, op=dist.ReduceOp.SUM)
-            loss /= world_size
-        loss, grad_norm = loss.item(), grad_norm.item()  # note: this waits for the device
         seconds = (time.time() - timer) / (step - timed_from)
         timer, timed_from = time.time(), step
-        if master:
+        if master and not bad:
             rate = global_batch_size * block_size / seconds
             mfu = f', MFU {step_flops / seconds / peak / world_size:.1%}' if peak else ''
             left = datetime.timedelta(seconds=round(seconds * (max_iters - step)))
             print(f'step {step}: loss {loss:.3f}, lr {lr:.2e}, grad norm {grad_norm:.2f}, {rate:,.0f} tokens/s{mfu}, {left} left', flush=True)
             log(iter=step, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=rate)
 
-if master and sample_at_end:
+saved = wait_for_save()
+if not saved and master:
+    save('ckpt.pt')                                   # once more, before all is lost
+    saved = wait_for_save()
+if master and stopping and saved:
+    print(f'stopped by a signal after step {step}: go on with the same command and --init_from=resume', flush=True)
+if master and sample_at_end and step >= max_iters:
     print_samples(4)
 if world_size > 1:
     dist.barrier()                                    # the others wait for the last checkpoint and the samples
     del loss_module, micro_loss, loss                 # gloo's threads end with what DDP holds: an exit before that aborts now and then
     gc.collect()
     dist.destroy_process_group()
+if hopeless:
+    raise ValueError(f'{bad_steps} steps in a row had no finite loss and gradient: stopped at step {step}, out_dir={out_dir} holds the last weights that were numbers; lower learning_rate')
+if not saved:
+    raise OSError(f'the last checkpoint could not be written to {out_dir}: the newest there is older than step {step}')

@@ -49,7 +49,7 @@ def test_training_learns_and_leaves_what_it_says(mine, run):
     assert set(losses[1]) == {'iter', 'loss', 'lr', 'grad_norm', 'tokens_per_s'} and set(validation[20]) == {'iter', 'val_loss', 'val_bpb'}
     assert abs(losses[1]['loss'] - 5.55) < 1.5 and validation[60]['val_loss'] < validation[20]['val_loss'] < 4
     assert losses[1]['lr'] == 5e-3 and losses[2]['lr'] == losses[60]['lr'] == 1e-2
-    assert sorted(os.listdir('out')) == ['ckpt.pt', 'ckpt_40.pt', 'ckpt_best.pt', 'metrics.jsonl']
+    assert sorted(os.listdir('out')) == ['ckpt.prev.pt', 'ckpt.pt', 'ckpt_40.pt', 'ckpt_best.pt', 'metrics.jsonl']
     last = checkpoint()
     assert set(last) == {'model', 'ema', 'optimizer', 'iter', 'tokens_seen', 'best_val_loss', 'model_config', 'constants', 'tokenizer'}
     assert (last['iter'], last['tokens_seen'], checkpoint(file='ckpt_40.pt')['iter']) == (60, 60 * 8 * 16, 40)
