@@ -138,6 +138,8 @@ if size is not None and size not in SIZES:
     raise ValueError(f"size='{size}' is not known: choose from {', '.join(SIZES)}")
 if objective != 'mlm' and (use_num_masked_factor or loss_on_visible_tokens):
     raise ValueError(f"use_num_masked_factor and loss_on_visible_tokens go with objective mlm, not '{objective}'")
+if shard and (world_size == 1 or optimizer == 'muon'):
+    raise ValueError('shard=True shares the net among several processes (torchrun), with optimizer=adamw: Muon needs whole matrices')
 check_objective(objective, T, subs_masking, importance, causal)
 schedule = get_schedule(schedule)
 if importance:
@@ -217,32 +219,14 @@ if flops is not None:
     if max_iters < 1:
         raise ValueError(f'flops={flops:g} is less than one step: {6 * net.num_params(embedding=False) * global_batch_size * mean_length:.3g}')
 warmup_iters = max(warmup_iters, round(warmup_share * max_iters))
-net.to(device).train()
 ema_net = copy.deepcopy(net).eval().requires_grad_(False)
 if checkpoint:
     load_state(ema_net, checkpoint['ema'], out_dir)
-
-matrices = {name for name, p in net.named_parameters() if p.dim() >= 2}
-for_muon = {name for name in matrices if name.startswith('blocks.') and 'adaLN' not in name} if optimizer == 'muon' else set()
-groups = [[p for name, p in net.named_parameters() if name not in for_muon and (name in matrices) == decay] for decay in (True, False)]
-optimizers = [torch.optim.AdamW([dict(params=groups[0]), dict(params=groups[1], weight_decay=weight_decay if decay_all else 0.0)],
-                                lr=learning_rate, betas=(beta1, beta2), weight_decay=weight_decay, fused=True)]
-if for_muon:
-    optimizers.append(torch.optim.Muon([p for name, p in net.named_parameters() if name in for_muon], lr=learning_rate,
-                                       weight_decay=weight_decay, adjust_lr_fn='match_rms_adamw'))
-if checkpoint:
-    for opt, state in zip(optimizers, checkpoint['optimizer'], strict=True):
-        settings = [{key: value for key, value in group.items() if key != 'params'} for group in opt.param_groups]
-        opt.load_state_dict(state)
-        for group, setting in zip(opt.param_groups, settings):
-            group.update(setting)                     # decay, betas: those of this run
-
-if compile or compile is None and device.type == 'cuda':
-    net.trunk = torch.compile(net.trunk)              # the trunk itself: torch.compile(net).trunk would run eagerly
+net.train()
 
 
 class Loss(nn.Module):
-    """The loss of a micro-batch, as a module: DDP synchronises the gradients of its own forward alone, not of net.trunk."""
+    """The loss of a micro-batch, as a module: DDP and FSDP see to the forward of their own module alone, not to net.trunk."""
 
     def __init__(self, net):
         super().__init__()
@@ -261,8 +245,47 @@ class Loss(nn.Module):
         return (loss * batch['scored']).sum() / batch['scored'].sum().clamp(min=1)  # on the device: no waiting for it
 
 
-loss_module = Loss(net)
-if world_size > 1:
+class Bound(Loss):
+    """What is evaluated, (B, L): the NELBO of each token, of an 'ar' net its likelihood."""
+
+    def forward(self, batch):
+        return nelbo_per_token(self.net, batch, schedule, T, subs_masking)
+
+
+loss_module, bound = Loss(net), Bound(ema_net)
+if shard:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor, distribute_tensor
+    mesh = init_device_mesh(device.type, (world_size,))
+    for module in (*net.blocks, *ema_net.blocks, loss_module, bound):
+        fully_shard(module, mesh=mesh, reshard_after_forward=module is not loss_module)
+else:
+    net.to(device)
+    ema_net.to(device)
+
+matrices = {name for name, p in net.named_parameters() if p.dim() >= 2}
+for_muon = {name for name in matrices if name.startswith('blocks.') and 'adaLN' not in name} if optimizer == 'muon' else set()
+groups = [[p for name, p in net.named_parameters() if name not in for_muon and (name in matrices) == decay] for decay in (True, False)]
+optimizers = [torch.optim.AdamW([dict(params=groups[0]), dict(params=groups[1], weight_decay=weight_decay if decay_all else 0.0)],
+                                lr=learning_rate, betas=(beta1, beta2), weight_decay=weight_decay, fused=True)]
+if for_muon:
+    optimizers.append(torch.optim.Muon([p for name, p in net.named_parameters() if name in for_muon], lr=learning_rate,
+                                       weight_decay=weight_decay, adjust_lr_fn='match_rms_adamw'))
+if checkpoint:
+    for opt, state in zip(optimizers, checkpoint['optimizer'], strict=True):
+        settings = [{key: value for key, value in group.items() if key != 'params'} for group in opt.param_groups]
+        if shard:
+            for i, p in enumerate(p for group in opt.param_groups for p in group['params']):
+                state['state'][i] = {key: distribute_tensor(x.to(device), mesh, p.placements) if x.shape == p.shape else x for key, x in state['state'].get(i, {}).items()}
+        opt.load_state_dict(state)
+        for group, setting in zip(opt.param_groups, settings):
+            group.update(setting)                     # decay, betas: those of this run
+
+if compile or compile is None and device.type == 'cuda':
+    net.trunk = torch.compile(net.trunk)              # the trunk itself: torch.compile(net).trunk would run eagerly
+
+if world_size > 1 and not shard:
     loss_module = DDP(loss_module, device_ids=[device.index] if device.type == 'cuda' else None, gradient_as_bucket_view=True)
 
 # -----------------------------------------------------------------------------
@@ -295,14 +318,14 @@ def evaluate():
     byte. Rows, times and masks are the same each time, and so are the figures on any number of processes."""
     n = min(len(val_rows), eval_iters * global_batch_size)
     sums = torch.zeros(4, dtype=torch.float64)
-    for start in range(rank * batch_size, n, world_size * batch_size):
-        indices = np.arange(start, min(start + batch_size, n))
+    for start in range(rank * batch_size, n + (rank * batch_size if shard else 0), world_size * batch_size):
+        indices = np.arange(min(start, n - 1), min(start + batch_size, n))  # past the end, FSDP takes part with a row that does not count
         t = stratified_times(0.5, torch.from_numpy(permute(indices, n, 0)), n)
         rows = val_rows[indices]
         batch = corrupt_batch(rows, on_grid(t, T) if T else t, net.config, schedule, key_of(start), device)
         with amp:
-            loss = nelbo_per_token(ema_net, batch, schedule, T, subs_masking)
-        loss, scored = loss.cpu().double(), batch['scored'].cpu()
+            loss = bound(batch)
+        loss, scored = loss.cpu().double(), batch['scored'].cpu() & (start < n)
         known = scored & rows['document']
         sums += torch.stack([x.sum() for x in (loss * scored, scored, loss * known, known)])
     if world_size > 1:
@@ -316,6 +339,10 @@ def evaluate():
 def copied(state, buffer=None):
     """state, nested dicts and lists, with its tensors copied to the CPU: into those of buffer, an earlier result, where it has them."""
     if isinstance(state, torch.Tensor):
+        if shard and isinstance(state, DTensor):
+            state = state.full_tensor()
+        if not master:
+            return None
         if buffer is None or buffer.shape != state.shape:
             buffer = torch.empty(state.shape, dtype=state.dtype, pin_memory=device.type == 'cuda')
         return buffer.copy_(state.detach(), non_blocking=True)
@@ -330,10 +357,12 @@ def save(*files):
     """Write a checkpoint under these names, in the background: the loop waits for the copy of the state alone."""
     global snapshot, saving
     wait_for_save()
-    if not master:
+    if not master and not shard:
         return
     state = dict(model=net.state_dict(), ema=ema_net.state_dict(), optimizer=[opt.state_dict() for opt in optimizers])
     snapshot = copied(state, snapshot)
+    if not master:
+        return
     if device.type == 'cuda':
         torch.cuda.synchronize()
     checkpoint = snapshot | dict(iter=step, tokens_seen=tokens_seen, best_val_loss=best_val_loss, model_config=dataclasses.asdict(net.config),
@@ -384,6 +413,9 @@ def log(**line):
 
 
 def print_samples(n):
+    if shard:
+        print(f'no samples of a net that is shared out: python sample.py --out_dir={out_dir}')
+        return
     ema_net.tokenizer, ema_net.constants = dict(name=tokenizer_meta['name'], folder=folder), constants
     with amp:
         out = generate(ema_net, n, block_size, steps=block_size, sampler=None, top_p=0.9, seed=seed)
@@ -418,6 +450,7 @@ step_flops = net.train_flops(global_batch_size, block_size, global_batch_size * 
 # the loop
 
 parameters, ema_parameters = list(net.parameters()), list(ema_net.parameters())
+local = lambda p: p.to_local() if shard else p        # this process's share
 del checkpoint
 stop_signal = None
 
@@ -468,12 +501,13 @@ while True:
         batch = training_batch(step, micro)
         torch.manual_seed(key_of(seed, step, micro, 2))  # dropout: a stream of its own, not that of the masks
         last = micro == my_micro_batches[-1]
-        with contextlib.nullcontext() if last or world_size == 1 else loss_module.no_sync():
+        with contextlib.nullcontext() if last or world_size == 1 or shard else loss_module.no_sync():
             with amp:
                 micro_loss = loss_module(batch) / len(my_micro_batches)
             micro_loss.backward()
         loss += micro_loss.detach()
     grad_norm = nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
+    grad_norm = grad_norm.full_tensor() if shard else grad_norm
     state = torch.stack([loss.float(), (~torch.isfinite(loss + grad_norm)).float(), torch.full_like(loss, stop_signal is not None, dtype=torch.float32)])
     if world_size > 1:                                # all processes skip, and stop, together
         state[0] /= world_size
@@ -483,7 +517,7 @@ while True:
         for opt in optimizers:
             opt.step()
         with torch.no_grad():                         # step + 1 updates with this one
-            torch._foreach_lerp_(ema_parameters, parameters, 1 - min(ema, (2 + step) / (11 + step)))
+            torch._foreach_lerp_([local(p) for p in ema_parameters], [local(p) for p in parameters], 1 - min(ema, (2 + step) / (11 + step)))
     for opt in optimizers:
         opt.zero_grad(set_to_none=True)
     tokens_seen += sum(batch_size * row_length_of(step, micro) for micro in range(micro_batches)) - global_batch_size * (row_length - block_size)
