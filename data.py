@@ -316,14 +316,15 @@ def read_stdlib(input=None, streaming=True):
         yield None, text, True, len(stdlib_documents())
 
 
-def read_hub(repository, splits=('train',), validation_last=0, column='text', keep=None, revision=None, config=None, input=None, streaming=True):
+def read_hub(repository, splits=('train',), validation_last=0, column='text', keep=None, revision=None, config=None, files=None, input=None, streaming=True):
     """A Hugging Face dataset, or a local copy of it in the folder `input`. splits: of the hub, or a dict from the hub's to ours.
     validation_last: so many documents at the end of the only split are validation; where there is neither that nor a second split nor a
-    dict, a hash chooses. keep: a test that rows must pass."""
+    dict, a hash chooses. keep: a test that rows must pass. files: the pattern of a split's files."""
     import datasets
     for split in splits:
         try:
-            rows = datasets.load_dataset(input or repository, None if input else config, split=split, streaming=streaming and not input, revision=None if input else revision)
+            named = {} if input or not files else dict(data_files={split: files.format(split=split)})
+            rows = datasets.load_dataset(input or repository, None if input else config, **named, split=split, streaming=streaming and not input, revision=None if input else revision)
         except Exception as error:  # the hub's client has many, and what matters to the user is the same
             raise ValueError(f"{input or repository}, split '{split}', cannot be read ({type(error).__name__}: "
                              f'{str(error).strip().splitlines()[0]}); --input=FOLDER takes a local copy') from None
@@ -374,8 +375,10 @@ DATASETS = {
     'lm1b': partial(read_hub, 'billion-word-benchmark/lm1b', splits=('train', 'test'), revision='refs/convert/parquet'),
     'lambada': partial(read_hub, 'EleutherAI/lambada_openai', splits={'test': 'validation'}, config='default'),    # all there is, MDLM's validation
     'ag_news': partial(read_hub, 'fancyzhx/ag_news', splits=('train', 'test')),
-    'scientific_papers_pubmed': partial(read_hub, 'armanc/scientific_papers', splits=('validation', 'test'), column='article', config='pubmed', revision='refs/convert/parquet'),
-    'scientific_papers_arxiv': partial(read_hub, 'armanc/scientific_papers', splits=('validation', 'test'), column='article', config='arxiv', revision='refs/convert/parquet'),
+    'scientific_papers_pubmed': partial(read_hub, 'armanc/scientific_papers', splits=('validation', 'test'), column='article', files='pubmed/*{split}/*.parquet',
+                                        revision='refs/convert/parquet'),
+    'scientific_papers_arxiv': partial(read_hub, 'armanc/scientific_papers', splits=('validation', 'test'), column='article', files='arxiv/*{split}/*.parquet',
+                                        revision='refs/convert/parquet'),
     'text8': read_text8,
     'text8-crop': read_text8,  # the same; in MDLM's release its training rows are cut at random places
 }

@@ -14,6 +14,7 @@ counts does not.
 """
 import collections
 import contextlib
+import dataclasses
 import datetime
 import glob
 import hashlib
@@ -45,7 +46,7 @@ batch_size = 16         # rows that go through the net, or texts through the jud
 results = 'results.jsonl'  # every result is appended to this file, with the settings that made it
 
 # likelihood (ppl, zero_shot)
-dataset = None          # a folder in data/, or what data.py knows; None: what the net was trained on. samples, table: the references of MAUVE
+dataset = None          # a folder in data/, or what data.py knows; None: what the net was trained on. samples, table: what MAUVE and memorisation compare with, '': none
 tokenizer = None        # None: the one the checkpoint names
 split = None            # None: 'test' for lm1b, ag_news and text8, else 'validation'
 packing = None          # how rows are cut: 'wrap', 'concat', 'pad', 'sentence'; None: as the net was trained, else 'wrap'
@@ -70,8 +71,8 @@ temperature = 1.0
 top_p = None
 top_k = 0
 table_steps = (128, 256, 512, 1024)  # table: the steps of each column
-samples_dir = None      # table: where the samples are kept; None: <out_dir>/samples
-published = None        # a dict of published values to stand beside the results
+samples_dir = None      # where the samples are kept, in a folder for each number of steps; None: <out_dir>/samples
+published = None        # published values to stand beside the results: zero_shot {'ptb': 95.26}, table {'gen_ppl': {128: 78.34}}
 
 
 # -----------------------------------------------------------------------------
@@ -128,7 +129,7 @@ def nelbo(net, rows, num_mc=1, batch_size=16, seed=0, max_rows=None, schedule=lo
                 t = ((stratified_times(u, index, num_mc * n, eps=0) * maskable).floor().clamp(max=maskable - 1) + 1) / maskable
                 at = loglinear                            # weighs by 1/t
             else:
-                t = stratified_times(u, index, num_mc * n)
+                t = stratified_times(u, index, num_mc * n, **dict(eps=0) if T else {})
                 t, at = on_grid(t, T) if T else t, schedule
             noised = corrupt_batch(batch, t, net.config, at, key_of(seed, start, j), device, exactly=estimator == 'count')
             loss = nelbo_per_token(net, noised, at, T, subs_masking).cpu()
@@ -171,6 +172,8 @@ def ids_of(net, prefix, target, cfg_scale):
     """prefix and target as tensors (P,), (T,) on the net's device. Raises ValueError where they or the net do not fit."""
     if net.config.objective not in ('subs', 'mlm', 'ar'):
         raise ValueError(f"conditional likelihoods are for subs, mlm and ar nets, not {net.config.objective}")
+    if type(cfg_scale) not in (int, float) or not -1 <= cfg_scale < math.inf:
+        raise ValueError(f'cfg_scale={cfg_scale!r}: it must be -1 or more, and finite')
     if cfg_scale and net.config.objective == 'ar':
         raise ValueError(f'cfg_scale={cfg_scale}: guidance masks the prompt, which a causal net does not know')
     pair = [torch.as_tensor(ids, dtype=torch.int64).to(next(net.parameters()).device) for ids in (prefix, target)]
@@ -193,8 +196,9 @@ def continuation_nll(net, prefix, target, method='chain_rule', cfg_scale=0.0, nu
     P, n, mask_id = len(prefix), len(target), net.config.mask_id
     if method not in ('chain_rule', 'monte_carlo'):
         raise ValueError(f"method '{method}' is not known: choose from chain_rule, monte_carlo")
-    if type(num_mc) is not int or num_mc < 1:
-        raise ValueError(f'num_mc={num_mc!r}: it must be a whole number of at least 1')
+    for name, value in (('num_mc', num_mc), ('batch_size', batch_size)):
+        if type(value) is not int or value < 1:
+            raise ValueError(f'{name}={value!r}: it must be a whole number of at least 1')
     if net.config.objective == 'ar':
         if P == 0:
             raise ValueError('a causal net begins with a token: give a prefix, such as its BOS')
@@ -287,9 +291,11 @@ def generative_perplexity(texts, judge='gpt2-large', protocol='mdlm', batch_size
         raise ValueError('texts: a list of str is needed')
     model, tok = load_judge(judge, device) if isinstance(judge, str) else judge
     device, eos, texts = next(model.parameters()).device, tok.eos_token_id, list(texts)
+    if protocol == 'mdlm' and eos is None:
+        raise ValueError("protocol 'mdlm' closes texts with the EOS of the judge's tokenizer, which has none")
     max_length = min(max_length, getattr(model.config, 'n_positions', None) or getattr(model.config, 'max_position_embeddings', max_length))
     rows = [ids[:max_length] for ids in tok(texts, add_special_tokens=False)['input_ids']] if texts else []
-    entropies = [entropy_of(ids[1:] if protocol == 'xlm' else ids) if len(ids) > 1 else math.nan for ids in rows]
+    entropies = [entropy_of(ids[1:] if protocol == 'xlm' else ids) for ids in rows]
     if protocol == 'mdlm':
         longest = max(map(len, rows), default=0)
         rows = [ids + [eos] if len(ids) < longest else ids for ids in rows]
@@ -297,9 +303,9 @@ def generative_perplexity(texts, judge='gpt2-large', protocol='mdlm', batch_size
     for ids in rows:
         ids = np.array(ids)
         scored.append(((ids == eos).cumsum() == 1) | (ids != eos) if protocol == 'mdlm' else np.ones(len(ids), dtype=bool))
-    kept = [i for i, ids in enumerate(rows) if len(ids) > 1 and scored[i][1:].any() and not math.isnan(entropies[i])]
+    kept = [i for i, ids in enumerate(rows) if scored[i][1:].any()]
     if not kept:
-        raise ValueError(f'of {len(texts)} texts none has two tokens: there is nothing to measure')
+        raise ValueError(f'of {len(texts)} texts none has a token that can be scored: there is nothing to measure')
     nats, counts = torch.zeros(2, len(rows), dtype=torch.float64)
     order = sorted(kept, key=lambda i: len(rows[i]))                                           # texts of one length together
     for start in tqdm(range(0, len(order), batch_size), desc='judging', unit_scale=batch_size, disable=not progress):
@@ -341,6 +347,14 @@ def mauve(texts, references, featurizer='gpt2-large', max_length=256, device='cp
     return dict(mauve=float(result.mauve), mauve_texts=len(kept), mauve_skipped=len(texts) - len(kept))
 
 
+def load_featurizer(name):
+    """Raises ValueError where MAUVE's featurizer cannot be had."""
+    import transformers
+    with one_line(f"the featurizer '{name}'"):
+        transformers.AutoConfig.from_pretrained(name)
+        transformers.AutoTokenizer.from_pretrained(name)
+
+
 def distinct(rows, n):
     """The share of different n-grams among all of rows, lists of ids; None where they are all shorter."""
     grams = [tuple(row[i:i + n]) for row in rows for i in range(len(row) - n + 1)]
@@ -362,22 +376,20 @@ def hashes(ids, n):
     return total
 
 
-def verbatim_share(rows, path, dtype, n=20, chunk=2 ** 22):
-    """The share of the n-grams of rows, lists of ids, that stand word for word in the bin of token ids at path (memorisation);
-    None where they are all shorter."""
-    ours = np.concatenate([hashes(row, n) for row in rows] or [np.zeros(0, dtype=np.uint64)])
-    wanted, bin = np.unique(ours), np.memmap(path, dtype=dtype, mode='r')
-    if len(ours) == 0:
-        return None
+def verbatim_shares(columns, path, dtype, n=20, chunk=2 ** 22):
+    """For each of columns, lists of rows of ids, the share of its n-grams that stand word for word in the bin of token ids at path
+    (memorisation); None where its rows are all shorter. The bin is read once."""
+    ours = [np.concatenate([hashes(row, n) for row in rows] or [np.zeros(0, dtype=np.uint64)]) for rows in columns]
+    wanted, bin = np.unique(np.concatenate(ours)), np.memmap(path, dtype=dtype, mode='r')
     sieve = np.zeros(2 ** 24, dtype=bool)                                                      # most are told apart by 24 bits
     sieve[wanted >> np.uint64(40)] = True
     found = np.zeros(len(wanted), dtype=bool)
-    for start in range(0, max(len(bin) - n + 1, 0), chunk):
+    for start in range(0, max(len(bin) - n + 1, 0) if len(wanted) else 0, chunk):
         there = hashes(bin[start:start + chunk + n - 1], n)
         there = there[sieve[there >> np.uint64(40)]]
         at = np.searchsorted(wanted, there).clip(max=len(wanted) - 1)
         found[at[wanted[at] == there]] = True
-    return float(found[np.searchsorted(wanted, ours)].mean())
+    return [float(found[np.searchsorted(wanted, grams)].mean()) if len(grams) else None for grams in ours]
 
 
 def read_samples(path):
@@ -391,8 +403,7 @@ def read_samples(path):
                 row = json.loads(line)
                 texts.append(row['text'])
                 ids.append(row.get('ids'))
-                if not isinstance(texts[-1], str):
-                    raise TypeError
+                texts[-1].encode()  # a string, and whole letters in it
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise ValueError(f'{path}, line {number}: not a JSON object with a "text" field that holds a string') from None
     if not texts:
@@ -409,14 +420,20 @@ def draw_samples(net, folder, n, settings, **options):
 
     def read():
         rows = {}
-        for path in glob.glob(os.path.join(folder, '*.jsonl')):
+        for path in glob.glob(os.path.join(glob.escape(folder), '*.jsonl')):
             with open(path, encoding='utf-8') as f:
-                for row in map(json.loads, f):
-                    if row['settings'] != json.loads(json.dumps(settings)):
-                        key = next(key for key in {**row['settings'], **settings} if row['settings'].get(key) != json.loads(json.dumps(settings)).get(key))
-                        raise ValueError(f"{folder} holds samples drawn with {key}={row['settings'].get(key)!r}, not {settings.get(key)!r}: remove it, or give another samples_dir")
-                    rows[row['row']] = row
+                for line in f:
+                    try:
+                        row = json.loads(line)
+                        theirs = row['settings']
+                        rows[row['row']] = row
+                    except (ValueError, KeyError, TypeError):
+                        raise ValueError(f'{path} holds no samples of this script: give another samples_dir') from None
+                    for key in {**theirs, **settings}:
+                        if theirs.get(key) != settings.get(key):
+                            raise ValueError(f'{folder} holds samples drawn with {key}={theirs.get(key)!r}, not {settings.get(key)!r}: remove it, or give another samples_dir')
         return rows
+    settings = json.loads(json.dumps(settings))
     done = read()
     missing = np.array([i for i in range(n) if i not in done], dtype=np.int64)
     runs = [run[i:i + options['batch_size']] for run in np.split(missing, np.flatnonzero(np.diff(missing) != 1) + 1) for i in range(0, len(run), options['batch_size'])]
@@ -456,6 +473,7 @@ def weights_hash(net):
 
 def record(path, **line):
     """Append a result, with what made it, to a .jsonl file."""
+    line = json.loads(json.dumps(line), parse_constant=lambda name: None)                      # no number: null
     made_by = dict(time=datetime.datetime.now().isoformat(timespec='seconds'), torch=torch.__version__, python=platform.python_version())
     with open(path, 'a', encoding='utf-8') as f:
         f.write(json.dumps(line | made_by) + '\n')
@@ -465,7 +483,7 @@ def table(rows):
     """Markdown of a list of dicts, in the order of their keys; values with a standard error beside them (key_se) show it."""
     keys = list(dict.fromkeys(key for row in rows for key in row if not key.endswith('_se')))
     show = lambda value: '' if value is None else f'{value:,}' if type(value) is int else f'{value:.4g}' if isinstance(value, float) else str(value)
-    cell = lambda row, key: show(row.get(key)) + (f' ± {row[key + "_se"]:.2g}' if row.get(key) is not None and row.get(key + '_se') is not None else '')
+    cell = lambda row, key: show(row.get(key)) + (f' ± {row[key + "_se"]:.2g}' if row.get(key) is not None and math.isfinite(row.get(key + '_se') or math.nan) else '')
     return '\n'.join(['| ' + ' | '.join(keys) + ' |', '|' + '---|' * len(keys)] + ['| ' + ' | '.join(cell(row, key) for key in keys) + ' |' for row in rows])
 
 
@@ -492,11 +510,12 @@ def report(path):
             raise ValueError('the plots of a report need matplotlib: pip install matplotlib') from None
         matplotlib.use('Agg')
         from matplotlib import pyplot
+        label = lambda row: ', '.join(str(row[key]) for key in ('source', 'sampler', 'top_p', 'temperature', 'judge', 'protocol') if row.get(key) is not None)
         for name, x, ys in (('steps', 'steps', ('gen_ppl', 'entropy', 'mauve')), ('entropy', 'entropy', ('gen_ppl',))):
             figure, axes = pyplot.subplots(1, len(ys), figsize=(4 * len(ys), 3.2), squeeze=False)
             for axis, y in zip(axes[0], ys):
-                for source in dict.fromkeys(row['source'] for row in drawn):
-                    points = sorted((row[x], row[y], row.get(y + '_se') or 0) for row in drawn if row['source'] == source and row.get(x) and row.get(y) is not None)
+                for source in dict.fromkeys(map(label, drawn)):
+                    points = sorted({(row[x], row[y], row.get(y + '_se') or 0) for row in drawn if label(row) == source and row.get(x) and row.get(y) is not None})
                     if points:
                         axis.errorbar(*zip(*[point[:2] for point in points]), yerr=[point[2] for point in points], marker='o', capsize=2, label=source)
                 axis.set(xlabel=x, ylabel=y.replace('_', ' '), xscale='log' if x == 'steps' else 'linear')
@@ -518,8 +537,18 @@ if __name__ == '__main__':
     constants = configure(globals())
     check_overrides(overrides)
     for key in ('sampler_options', 'published'):
-        if not isinstance(globals()[key], (dict, type(None))):
+        if not isinstance(globals()[key], (dict, type(None))) or not all(isinstance(name, str) for name in globals()[key] or ()):
             raise ValueError(f'{key}={globals()[key]!r}: a dict is needed')
+    if set(sampler_options or ()) & {'steps', 'length', 'seed', 'sampler', 'temperature', 'top_p', 'top_k', 'batch_size', 'first_row', 'num_samples', 'schedule'}:
+        raise ValueError(f'sampler_options={sampler_options}: only what belongs to one sampler; the rest are constants of their own')
+    if not table_steps or not all(type(T) is int and T >= 1 for T in table_steps):
+        raise ValueError(f'table_steps={table_steps}: whole numbers of at least 1 are needed')
+    if metric == 'table' and not all(isinstance(values, dict) for values in (published or {}).values()):
+        raise ValueError(f"published={published}: for the table a dict of dicts, such as {{'gen_ppl': {{128: 78.34}}}}")
+    if T is not None and (type(T) is not int or T < 0):
+        raise ValueError(f'T={T!r}: a number of steps, or 0 for continuous time')
+    if not os.path.isdir(os.path.dirname(results) or '.'):
+        raise ValueError(f'results={results}: there is no folder {os.path.dirname(results)}')
     if metric not in ('ppl', 'zero_shot', 'samples', 'table', 'report'):
         raise ValueError(f"metric '{metric}' is not known: choose from ppl, zero_shot, samples, table, report")
     if block_size is not None and type(block_size) is not int:
@@ -538,7 +567,8 @@ if __name__ == '__main__':
         if tokenizer or net.tokenizer is None:
             net.tokenizer = (net.tokenizer or {}) | dict(name=str(tokenizer or 'gpt2'))
         tok = get_tokenizer(**net.tokenizer)
-        dataset = dataset or net.constants.get('dataset')
+        own_dataset = dataset is None
+        dataset = net.constants.get('dataset') if dataset is None else dataset
         T = net.constants.get('T', 0) if T is None else T
         schedule = get_schedule(net.constants.get('schedule', 'loglinear'))
         if tok.vocab_size != net.config.vocab_size and net.config.mask_id is not None:
@@ -548,7 +578,7 @@ if __name__ == '__main__':
     if 'RANK' in os.environ:
         if device.type == 'cuda':
             torch.cuda.set_device(device)
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', device_id=device if device.type == 'cuda' else None)
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', device_id=device if device.type == 'cuda' else None, timeout=datetime.timedelta(hours=4))
     master = int(os.environ.get('RANK', 0)) == 0
     split_of = lambda folder: split or BENCHMARKS.get(read_meta(folder)['source']['dataset'], 'validation')
 
@@ -572,31 +602,59 @@ if __name__ == '__main__':
                                                                       estimator, progress=True)
 
     def folder_of_references():
-        return find_or_prepare(dataset, tokenizer or (tok.name if tok else 'gpt2')) if dataset else None
+        """The data that samples are compared with; None where none is named, or the net's own is not here."""
+        if not dataset:
+            return None
+        try:
+            return find_or_prepare(dataset, str(tokenizer or (tok.name if tok else 'gpt2')))
+        except FileNotFoundError as error:
+            if net is None or not own_dataset:
+                raise
+            if master:
+                print(f'no MAUVE and no memorisation: {error}')
 
-    def quality(texts):
-        """All that is measured of texts."""
-        folder, judge_tok = folder_of_references(), loaded_judge[1]
-        plain = [without_special(text, judge_tok) for text in texts]
-        result = generative_perplexity(plain if protocol == 'xlm' else texts, loaded_judge, protocol, batch_size, progress=True)
-        result |= {f'distinct_{n}': distinct(judge_tok(plain, add_special_tokens=False, verbose=False)['input_ids'], n) for n in (1, 2, 3)}
-        if folder:
-            meta = read_meta(folder)
-            data_tok = get_tokenizer(meta['tokenizer']['name'], folder)
-            if 'train' in meta['splits']:
-                ids = [[int(i) for i in row] for row in data_tok.encode_batch(plain)]
-                result['verbatim_20'] = verbatim_share(ids, os.path.join(folder, 'train.bin'), np.dtype(meta['dtype']).newbyteorder('<'))
+    def quality(columns):
+        """All that is measured of each of columns, lists of texts -> dicts."""
+        judge_tok, found = loaded_judge[1], []
+        plain = [[without_special(text, judge_tok) for text in texts] for texts in columns]
+        if references is not None and 'train' in reference_meta['splits']:
+            ids = [[[int(i) for i in row] for row in reference_tok.encode_batch(texts)] for texts in plain]
+            verbatim = verbatim_shares(ids, os.path.join(references, 'train.bin'), np.dtype(reference_meta['dtype']).newbyteorder('<'))
+        for i, texts in enumerate(columns):
+            result = dict(judge=judge) | generative_perplexity(plain[i] if protocol == 'xlm' else texts, loaded_judge, protocol, min(batch_size, 8), progress=True)
+            result |= {f'distinct_{n}': distinct(judge_tok(plain[i], add_special_tokens=False, verbose=False)['input_ids'], n) for n in (1, 2, 3)}
+            if references is not None and 'train' in reference_meta['splits']:
+                result['verbatim_20'] = verbatim[i]
+            if references is not None and featurizer:
+                result |= mauve(plain[i], texts_of_references, featurizer, device=device)
+            found.append(result)
+        return found
+
+    if metric in ('samples', 'table'):                                                         # what can fail fails before hours of sampling, not after
+        drawing = None
+        if not from_file:
+            length = net.config.block_size if length is None else length
+            drawing = dict(length=length, sampler=sampler, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+            settings = drawing | dict(sampler_options=sampler_options, dtype=dtype, weights=weights_hash(net), model=dataclasses.asdict(net.config))
+            drawing |= dict(batch_size=batch_size, **(sampler_options or {}))
+            samples_dir = samples_dir or os.path.join(source if os.path.isdir(source) else out_dir, 'samples')
+        texts = read_samples(str(input))[0] if from_file else None
+        references = folder_of_references()
+        loaded_judge = load_judge(judge, device) if master else None
+        if master and references is not None:
+            reference_meta = read_meta(references)
+            reference_tok = get_tokenizer(reference_meta['tokenizer']['name'], references)
             if featurizer:
-                references = reference_texts(folder, split_of(folder), data_tok, 2 * len(texts) + 100)
-                result |= mauve(plain, references, featurizer, device=device)
-        return result
-
-    if metric in ('samples', 'table'):
-        settings = dict(weights=net and weights_hash(net), seed=seed, length=length, sampler=sampler, sampler_options=sampler_options, temperature=temperature, top_p=top_p, top_k=top_k)
-        drawing = None if from_file else dict(length=net.config.block_size if length is None else length, sampler=sampler, temperature=temperature, top_p=top_p, top_k=top_k,
-                                              seed=seed, batch_size=batch_size, **(sampler_options or {}))
-        loaded_judge = load_judge(judge, device) if master else None                           # before hours of sampling, not after
-        folder_of_references()
+                with one_line('mauve-text'):
+                    import mauve as _
+                if 'gpt2' not in featurizer and 'bert' not in featurizer:
+                    raise ValueError(f"featurizer='{featurizer}': mauve-text takes models with gpt2 or bert in their name, or '' for no MAUVE")
+                wanted = len(texts) if from_file else num_samples
+                texts_of_references = reference_texts(references, split_of(references), reference_tok, 2 * wanted + 100)
+                usable = sum(len(text.strip()) >= 8 for text in texts_of_references)
+                if usable < wanted or wanted < 2:
+                    raise ValueError(f"MAUVE takes as many references as texts, and at least 2: {references} has {usable} of 8 characters for {wanted} texts; --featurizer= leaves it out")
+                load_featurizer(featurizer)
 
     if metric == 'ppl':
         if dataset is None:
@@ -627,28 +685,25 @@ if __name__ == '__main__':
             raise ValueError(f'{len(missing)} of {len(datasets)} datasets could not be measured: ' + '; '.join(missing))
 
     elif metric == 'samples':
-        if from_file:
-            texts, _ = read_samples(str(input))
-        else:
+        if not from_file:
             with autocast(device, dtype):
-                texts, _ = draw_samples(net, samples_dir or os.path.join(out_dir, 'samples', f'{steps}'), num_samples, settings | dict(steps=steps), steps=steps, **drawing)
+                texts, _ = draw_samples(net, os.path.join(samples_dir, f'{steps}'), num_samples, settings | dict(steps=steps), steps=steps, **drawing)
         if master:
-            result = quality(texts)
-            print(table([{key: value for key, value in result.items()}]))
-            finish('samples', result, **{} if from_file else dict(steps=steps))
+            result, = quality([texts])
+            print(table([result]))
+            finish('samples', result, **{} if from_file else dict(steps=steps, sampler=sampler, top_p=top_p, temperature=temperature))
 
     elif metric == 'table':
-        drawn = {}
+        columns = []
         for T in table_steps:                                                                  # all of them before the others leave
             with autocast(device, dtype):
-                drawn[T], _ = draw_samples(net, os.path.join(samples_dir or os.path.join(out_dir, 'samples'), f'{T}'), num_samples, settings | dict(steps=T), steps=T, **drawing)
+                columns.append(draw_samples(net, os.path.join(samples_dir, f'{T}'), num_samples, settings | dict(steps=T), steps=T, **drawing)[0])
         if master:
             rows = []
-            for i, T in enumerate(table_steps):
-                result = quality(drawn[T])
-                finish('table', result, steps=T)
-                beside = {f'{key} published': values[i] for key, values in (published or {}).items() if i < len(values)}
-                rows.append(dict(steps=T) | {key: result.get(key) for key in ('gen_ppl', 'gen_ppl_se', 'gen_ppl_mean', 'entropy', 'entropy_se', 'mauve', 'distinct_2', 'verbatim_20', 'texts', 'skipped')} | beside)
+            for T, result in zip(table_steps, quality(columns)):
+                finish('table', result, steps=T, sampler=sampler, top_p=top_p, temperature=temperature)
+                shown = ('gen_ppl', 'gen_ppl_se', 'gen_ppl_mean', 'entropy', 'entropy_se', 'mauve', 'mauve_texts', 'distinct_2', 'verbatim_20', 'texts', 'skipped')
+                rows.append(dict(steps=T) | {key: result[key] for key in shown if key in result} | {f'{key} published': values.get(T) for key, values in (published or {}).items()})
             print(table(rows))
 
     if dist.is_initialized():

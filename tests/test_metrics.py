@@ -16,7 +16,7 @@ import data
 from conftest import SHARED
 from data import TokenRows, get_tokenizer, prepare
 from eval import (continuation_nll, distinct, draw_samples, entropy_of, generative_perplexity, greedy_matches, hashes, load_judge, mauve, nelbo, read_samples, record,
-                  reference_texts, report, verbatim_share, without_special)
+                  reference_texts, report, verbatim_shares, without_special)
 from model import load_pretrained
 from test_eval import rows, save_net  # noqa: F401
 
@@ -128,7 +128,7 @@ def test_a_causal_net_is_exact(tiny_net):
 
 @pytest.mark.parametrize('call, message', [
     (dict(target=[]), 'at least one target token'), (dict(prefix=[1] * 14, target=[1] * 3), 'at most 16 in all'), (dict(target=[10]), 'target: ids'), (dict(prefix=[11]), 'prefix: ids'),
-    (dict(method='guess'), "method 'guess' is not known"), (dict(method='monte_carlo', num_mc=0), 'num_mc=0')])
+    (dict(method='guess'), "method 'guess' is not known"), (dict(method='monte_carlo', num_mc=0), 'num_mc=0'), (dict(batch_size=-1), 'batch_size=-1'), (dict(cfg_scale=math.nan), 'cfg_scale=nan')])
 def test_impossible_conditional_likelihoods_are_refused(tiny_net, call, message):
     with pytest.raises(ValueError, match=message):
         continuation_nll(tiny_net(), **dict(prefix=[1, 2], target=[3]) | call)
@@ -197,7 +197,7 @@ def test_generative_perplexity_matches_the_released_code(shared):
 def test_texts_that_cannot_be_measured_are_counted_or_refused(judge):
     found = generative_perplexity(['a b c', '', 'a', 'b a'], judge, 'xlm')
     assert (found['texts'], found['skipped'], found['tokens']) == (2, 2, 3)
-    for texts, message in ((['', 'a'], 'of 2 texts none has two tokens'), ([], 'of 0 texts'), ('a b', 'a list of str'), ([1], 'a list of str')):
+    for texts, message in ((['', 'a'], 'of 2 texts none has a token that can be scored'), ([], 'of 0 texts'), ('a b', 'a list of str'), ([1], 'a list of str')):
         with pytest.raises(ValueError, match=message):
             generative_perplexity(texts, judge, 'xlm')
     with pytest.raises(ValueError, match="protocol 'mlm' is not known"):
@@ -231,7 +231,8 @@ def test_verbatim_share_by_brute_force(tmp_path):
         grams = {tuple(corpus[i:i + n]) for i in range(len(corpus) - n + 1)}
         ours = [tuple(row[i:i + n]) for row in samples for i in range(len(row) - n + 1)]
         for chunk in (64, 2 ** 22):
-            assert verbatim_share(samples, tmp_path / 'train.bin', np.dtype('<u2'), n, chunk) == pytest.approx(sum(gram in grams for gram in ours) / len(ours))
+            share, none, again = verbatim_shares([samples, [[1]], samples[:2] + samples[2:]], tmp_path / 'train.bin', np.dtype('<u2'), n, chunk)
+            assert share == again == pytest.approx(sum(gram in grams for gram in ours) / len(ours)) and none is None
     assert len(hashes([1, 2], 3)) == 0
 
 
@@ -275,7 +276,7 @@ def measured(tiny_net, rows, tmp_path):
 def test_the_table_its_results_and_the_report(measured, here, judge, capsys):
     pytest.importorskip('matplotlib')
     arguments = ['--metric=table', '--out_dir=.', f'--judge={judge}', '--featurizer=', '--num_samples=5', '--table_steps=(2,4)', '--device=cpu', '--sampler=fixed',
-                 "--published={'gen_ppl': (3.0, 2.0)}"]
+                 "--published={'gen_ppl': {2: 3.0}}"]
     here('eval.py', *arguments)
     first = capsys.readouterr().out
     assert first.splitlines()[0].startswith('| steps | gen_ppl |') and 'gen_ppl published' in first and len(first.splitlines()) == 4 and ' ± ' in first
@@ -302,7 +303,10 @@ def test_samples_of_a_file_and_of_a_net(measured, here, judge, refused, capsys):
     result = json.loads(open('results.jsonl').readlines()[-1])['result']
     assert result['texts'] + result['skipped'] == 3
     for arguments, message in ((['--input=none.jsonl'], 'error: input=none.jsonl: there is no such file'), (['--input=bad.jsonl'], 'error: bad.jsonl, line 1: not a JSON object with a "text"'),
-                               (['--input=s.jsonl', '--judge=nowhere/none'], "error: the judge 'nowhere/none' cannot be loaded"), (['--input=empty.jsonl'], 'error: empty.jsonl holds no text')):
+                               (['--input=s.jsonl', '--judge=nowhere/none'], "error: the judge 'nowhere/none' cannot be loaded"), (['--input=empty.jsonl'], 'error: empty.jsonl holds no text'),
+                               (['--input=s.jsonl', '--dataset=c-bytes', '--tokenizer=bytes', '--featurizer=bertha'], 'error: the featurizer'), (['--input=s.jsonl', '--dataset=nowhere'], 'error: there is no data'),
+                               (['--input=s.jsonl', '--results=none/r.jsonl'], 'error: results=none/r.jsonl'), (['--table_steps=()'], 'error: table_steps=()'), (['--T=1.5'], 'error: T=1.5'),
+                               (['--out_dir=.', "--sampler_options={'seed': 3}"], 'error: sampler_options')):
         open('bad.jsonl', 'w').write('{"t": 1}\n')
         open('empty.jsonl', 'w').write('')
         error = refused('eval.py', '--metric=samples', f'--judge={judge}', *arguments)
