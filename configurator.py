@@ -11,7 +11,9 @@ The only code run here is that of the config files named by the user.
 import ast
 import difflib
 import os
+import signal
 import sys
+import time
 import traceback
 import types
 
@@ -78,8 +80,14 @@ def show_constants_and_exit(script, constants):
 def one_line_for_bad_input(kind, error, tb):
     """Exceptions that our own files raise on purpose are messages to the user; anything else is a bug and keeps its traceback."""
     raised_in = os.path.dirname(os.path.abspath(traceback.extract_tb(tb)[-1].filename)) if tb else None
+    rank = os.environ.get('RANK', '0')
+    if rank != '0':  # what all processes find wrong the first one says, and torchrun ends the others meanwhile
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)
     if issubclass(kind, (ValueError, OSError)) and raised_in == os.path.dirname(os.path.abspath(__file__)):
-        print(f'error: {error}', file=sys.stderr, flush=True)
+        print(f"error: {f'process {rank}: ' if rank != '0' else ''}{error}", file=sys.stderr, flush=True)
+    elif kind.__name__ == 'OutOfMemoryError':
+        print(f'error: the device is out of memory ({str(error).split(". ")[0]}): lower batch_size, which changes nothing else', file=sys.stderr, flush=True)
     elif issubclass(kind, KeyboardInterrupt):
         print('interrupted', file=sys.stderr)
     else:

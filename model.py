@@ -371,6 +371,9 @@ def pick_device(name, local_rank=0):
     count = {'cpu': 1, 'mps': int(torch.backends.mps.is_available()), 'cuda': torch.cuda.device_count()}.get(kind)
     if count is None or index and not index.isdigit():
         raise ValueError(f"device='{name}' is not known: choose from auto, cpu, cuda, cuda:N, mps")
+    processes = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    if kind == 'cuda' and not index and processes > count > 0:
+        raise ValueError(f'{processes} processes on a machine with {count} GPUs: give torchrun --nproc_per_node={count}')
     index = int(index) if index else local_rank if kind == 'cuda' else 0
     if index >= count:
         raise ValueError(f"device='{name}': there is no {kind} device {index} here; device='auto' takes what there is")
@@ -829,21 +832,23 @@ def read_checkpoint(path):
     return checkpoint
 
 
+def put(folder, name, same):
+    """Give the file `same` of folder another name there, in place of what has the name."""
+    path = os.path.join(folder, name)
+    if os.path.exists(path + '.unfinished'):
+        os.remove(path + '.unfinished')
+    try:
+        os.link(os.path.join(folder, same), path + '.unfinished')
+    except OSError:  # a file system without links
+        shutil.copyfile(os.path.join(folder, same), path + '.unfinished')
+    os.replace(path + '.unfinished', path)
+
+
 def write_checkpoint(checkpoint, folder, files):
     """Write a checkpoint under the names `files` in folder, so that whatever happens there is a whole one: written under another name,
     flushed to the disk, then renamed; the ckpt.pt before it is kept as ckpt.prev.pt. Raises OSError or RuntimeError where it cannot be."""
     os.makedirs(folder, exist_ok=True)
     path = lambda name: os.path.join(folder, name)
-
-    def put(name, link=None):
-        """A file, or another name for one, in place of what has the name."""
-        if os.path.exists(path(name + '.unfinished')):
-            os.remove(path(name + '.unfinished'))
-        try:
-            os.link(path(link), path(name + '.unfinished'))
-        except OSError:  # a file system without links
-            shutil.copyfile(path(link), path(name + '.unfinished'))
-        os.replace(path(name + '.unfinished'), path(name))
 
     unfinished = files[0] + '.unfinished'
     try:
@@ -852,14 +857,14 @@ def write_checkpoint(checkpoint, folder, files):
             f.flush()
             os.fsync(f.fileno())
         if 'ckpt.pt' in files and os.path.exists(path('ckpt.pt')):
-            put('ckpt.prev.pt', 'ckpt.pt')
+            put(folder, 'ckpt.prev.pt', 'ckpt.pt')
         os.replace(path(unfinished), path(files[0]))
     except BaseException:
         with contextlib.suppress(OSError):
             os.remove(path(unfinished))
         raise
     for name in files[1:]:
-        put(name, files[0])
+        put(folder, name, files[0])
     with contextlib.suppress(OSError):  # not everywhere can a folder be opened
         descriptor = os.open(folder, os.O_RDONLY)
         os.fsync(descriptor)

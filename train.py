@@ -33,12 +33,12 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from configurator import configure
 from data import TokenRows, find_or_prepare, get_tokenizer, key_of, permute
 from model import (SIZES, DiT, ModelConfig, autocast, check_objective, check_overrides, corrupt_batch, get_schedule, load_pretrained, load_state,
-                   nelbo_per_token, on_grid, per_token_loss, pick_device, read_newest, stratified_times, write_checkpoint)
+                   nelbo_per_token, on_grid, per_token_loss, pick_device, put, read_newest, stratified_times, write_checkpoint)
 from sample import generate
 
 # input and output
 out_dir = 'out'             # checkpoints and metrics.jsonl
-init_from = 'scratch'       # 'scratch', 'resume' (out_dir/ckpt.pt), or a source for load_pretrained: its weights and its architecture
+init_from = 'scratch'       # 'scratch', 'resume' (out_dir/ckpt.pt), 'auto' (resume if there is one), or a source for load_pretrained: weights and architecture
 overrides = None            # fields of ModelConfig that this source cannot tell, such as "{'n_head': 4}"
 eval_interval = 2000        # steps
 eval_iters = 20             # global batches of an evaluation, at most
@@ -201,6 +201,7 @@ if init_from == 'resume':
     checkpoint, failed = read_newest(out_dir)
     if failed and master:
         print(f'warning: {failed}; resuming from {out_dir}/ckpt.prev.pt, the checkpoint before it', flush=True)
+        put(out_dir, 'ckpt.pt', 'ckpt.prev.pt')       # the next one must not make a predecessor of the broken one
     for key, ours in dataclasses.asdict(net.config).items():
         if checkpoint['model_config'].get(key) != ours and 'dropout' not in key:
             raise ValueError(f"{out_dir}/ckpt.pt has {key}={checkpoint['model_config'].get(key)!r}, the run {key}={ours!r}: they must agree to resume")
@@ -359,19 +360,25 @@ def save(*files):
     wait_for_save()
     if not master and not shard:
         return
+    started = time.time()
     state = dict(model=net.state_dict(), ema=ema_net.state_dict(), optimizer=[opt.state_dict() for opt in optimizers])
     snapshot = copied(state, snapshot)
     if not master:
         return
     if device.type == 'cuda':
         torch.cuda.synchronize()
+    waited = time.time() - started
     checkpoint = snapshot | dict(iter=step, tokens_seen=tokens_seen, best_val_loss=best_val_loss, model_config=dataclasses.asdict(net.config),
                                  constants=constants, tokenizer=tokenizer_meta)
 
     def write():
         try:
             write_checkpoint(checkpoint, out_dir, files)
+            print(f"step {checkpoint['iter']}: {', '.join(files)} written, {os.path.getsize(os.path.join(out_dir, files[0])) / 1e9:.2f} GB in {time.time() - started:.2f} s, "
+                  f'{waited:.2f} s of which the training waited', flush=True)
         except Exception as error:  # a full disk, a folder that is gone: whatever it is, it is told and tried again
+            while error.__context__ and not isinstance(error, OSError):  # torch's own error comes after the disk's
+                error = error.__context__
             failures.append(f"the checkpoint of step {checkpoint['iter']} could not be written to {out_dir} ({type(error).__name__}: {error})")
 
     saving = threading.Thread(target=write)
