@@ -354,15 +354,18 @@ def copied(state, buffer=None):
     return state
 
 
+def take_snapshot():
+    global snapshot
+    snapshot = copied(dict(model=net.state_dict(), ema=ema_net.state_dict(), optimizer=[opt.state_dict() for opt in optimizers]), snapshot)
+
+
 def save(*files):
     """Write a checkpoint under these names, in the background: the loop waits for the copy of the state alone."""
-    global snapshot, saving
-    wait_for_save()
-    if not master and not shard:
-        return
+    global saving
     started = time.time()
-    state = dict(model=net.state_dict(), ema=ema_net.state_dict(), optimizer=[opt.state_dict() for opt in optimizers])
-    snapshot = copied(state, snapshot)
+    wait_for_save()
+    if master or shard:
+        take_snapshot()
     if not master:
         return
     if device.type == 'cuda':
@@ -529,6 +532,9 @@ while True:
         opt.zero_grad(set_to_none=True)
     tokens_seen += sum(batch_size * row_length_of(step, micro) for micro in range(micro_batches)) - global_batch_size * (row_length - block_size)
     step += 1
+    if step == start + 1 and master and not shard:    # the buffers of checkpoints, made while training goes on
+        saving = threading.Thread(target=take_snapshot)
+        saving.start()
     bad_steps, skipped = (bad_steps + 1, skipped + 1) if bad else (0, skipped)
     if master and bad:
         print(f'step {step}: loss {loss}, grad norm {grad_norm}: no numbers, the update is skipped ({bad_steps} in a row, {skipped} since step {start:,})', flush=True)

@@ -8,6 +8,7 @@ How fast, against the dense textbook versions of tests/reference.py in the same 
     python tests/bench.py --part=batch                       8 samples in one batch and one by one
     python tests/bench.py --part=samplers                    the time of each sampler
     python tests/bench.py --part=nelbo --out_dir=out-quickstart      the spread of the estimators of the NELBO over seeds
+    python tests/bench.py --part=checkpoint --n_layer=12 --n_head=12 --n_embd=768    how long training waits for a checkpoint of MDLM's 170M
     python tests/bench.py --part=data --megabytes=2000       text -> bins; the memory it takes
 
 Prints a table, then one JSON line a row. "of matmul" is the share of the FLOP/s of a large matrix product in the same process and
@@ -16,6 +17,8 @@ format; only products that are performed are counted. Peak memory is the process
 import json
 import os
 import platform
+import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -31,7 +34,7 @@ from configurator import configure  # noqa: E402
 from model import DiT, ModelConfig, autocast, corrupt, load_pretrained, loglinear, per_token_loss, pick_device  # noqa: E402
 from sample import generate  # noqa: E402
 
-part = 'train'        # 'train', 'sample', 'batch', 'samplers', 'nelbo', 'data'
+part = 'train'        # 'train', 'sample', 'batch', 'samplers', 'nelbo', 'checkpoint', 'data'
 device = 'cpu'        # 'cpu', 'cuda'
 dtype = None          # 'float32', 'bfloat16'; None: both
 n_layer = 4
@@ -214,6 +217,20 @@ def nelbo():
                        spread_times_root_evaluations=spread * (32 * num_mc) ** 0.5)
 
 
+def checkpoint():
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    with tempfile.TemporaryDirectory(dir='.') as folder:  # this disk, not one in memory
+        with open(os.path.join(folder, 'corpus.txt'), 'w') as f:
+            f.write('\n\n'.join(document for _, document, _, _ in data.read_stdlib()))
+        for command in (['data.py', '--dataset=text:corpus.txt', '--name=corpus', f'--tokenizer={tokenizer}'],
+                        ['train.py', '--dataset=corpus', f'--tokenizer={tokenizer}', f'--n_layer={n_layer}', f'--n_head={n_head}', f'--n_embd={n_embd}', f'--cond_dim={cond_dim}', '--block_size=64',
+                         '--batch_size=1', '--global_batch_size=1', '--max_iters=60', '--ckpt_interval=20', '--eval_iters=1', '--sample_at_end=False', f'--device={device}', '--out_dir=out']):
+            done = subprocess.run([sys.executable, os.path.join(root, command[0]), *command[1:]], cwd=folder, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+    for step, gigabytes, took, waited in re.findall(r'step (\d+): .* written, ([\d.]+) GB in ([\d.]+) s, ([\d.]+) s of which', done.stdout):
+        yield dict(name='checkpoint', step=int(step), gb=float(gigabytes), written_s=float(took), waited_s=float(waited))
+
+
 def prepare():
     text = '\n\n'.join(document for _, document, _, _ in data.read_stdlib())
     with tempfile.TemporaryDirectory() as folder:
@@ -233,14 +250,14 @@ def prepare():
     yield dict(name='data.py', tokens_per_s=rate, one_core=single, cores=os.cpu_count(), of_all_cores=rate / single / os.cpu_count(), megabytes=megabytes, peak_gb=peak_gigabytes())
 
 
-parts = dict(train=train, sample=sample, batch=batch, samplers=samplers, nelbo=nelbo, data=prepare)
+parts = dict(train=train, sample=sample, batch=batch, samplers=samplers, nelbo=nelbo, checkpoint=checkpoint, data=prepare)
 if part not in parts:
     raise ValueError(f"part='{part}' is not known: choose from {', '.join(parts)}")
 formats = [dtype] if dtype else ['float32', 'bfloat16']
 machine = torch.cuda.get_device_name() if device.type == 'cuda' else next(
     (line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name')) if os.path.exists('/proc/cpuinfo') else iter(()), platform.processor())
 print(f'{part} on {machine}, {torch.get_num_threads()} threads, torch {torch.__version__}' + (
-    f', {new_net().num_params() / 1e6:.0f}M parameters ({n_layer} x {n_embd}), vocabulary {vocab_size:,}, rows of {block_size}' if part not in ('data', 'nelbo') else ''))
+    f', {new_net().num_params() / 1e6:.0f}M parameters ({n_layer} x {n_embd}), vocabulary {vocab_size:,}, rows of {block_size}' if part not in ('data', 'nelbo', 'checkpoint') else ''))
 rows = []
 for row in parts[part]():
     if not rows:

@@ -86,7 +86,7 @@ def test_killed_twenty_times_it_ends_with_the_weights_of_the_uninterrupted_run(m
     assert sorted(metrics('parts')[0]) == list(range(1, 601))
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize('number', [signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGINT, signal.SIGUSR1))])
 def test_a_signal_ends_the_run_with_a_checkpoint(mine, run, number):
     process = start(*SMALL, '--max_iters=1000000')
     wait_for(lambda: 'step 5:' in shown(), process)
@@ -98,6 +98,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(mine, run, number):
     assert checkpoint()['iter'] == step + 3 and sorted(metrics()[0]) == list(range(1, step + 4))
 
 
+@pytest.mark.slow
 def test_torchrun_passes_a_signal_to_all_and_the_run_goes_on_from_there(mine, run):
     process = start(*SMALL, '--max_iters=1000000', processes=2)
     wait_for(lambda: 'step 5:' in shown(), process)
@@ -109,12 +110,14 @@ def test_torchrun_passes_a_signal_to_all_and_the_run_goes_on_from_there(mine, ru
     assert checkpoint()['iter'] == step + 2
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_takes_the_job_down(mine):
     began = time.time()
     process = start(injected('if rank == 1 and call == 9: _os._exit(7)'), *SMALL, '--max_iters=1000000', processes=2)
     assert process.wait(90) != 0 and time.time() - began < 80
 
 
+@pytest.mark.slow
 def test_one_process_then_two_are_one_run(mine, run):
     run('train.py', *SMALL, '--out_dir=whole')
     run('train.py', *SMALL, '--out_dir=parts', '--max_iters=5')
@@ -166,6 +169,7 @@ def test_an_out_dir_that_vanishes_is_made_again(mine, here, capsys):
 # --- numbers
 
 
+@pytest.mark.slow
 def test_bad_numbers_on_one_process_are_skipped_by_all(mine, run):
     # 2 micro-batches a step for each process
     run('train.py', injected("loss = loss * float('nan') if rank == 1 and call in (5, 6, 11) else loss"), *SMALL, processes=2)
@@ -194,6 +198,7 @@ def test_out_of_memory_says_what_to_lower(mine, run):
     assert 'Traceback' not in done.stderr
 
 
+@pytest.mark.slow
 def test_what_all_processes_find_wrong_is_said_once(mine, run):
     for fault in ('--n_embd=15', '--dataset=nowhere'):
         assert run('train.py', *SMALL, fault, processes=2, status=1).stderr.count('error: ') == 1
@@ -202,6 +207,7 @@ def test_what_all_processes_find_wrong_is_said_once(mine, run):
 # --- FSDP
 
 
+@pytest.mark.slow
 def test_sharing_the_net_out_equals_ddp(mine, run):
     options = [*SMALL, '--n_layer=3', '--eval_interval=5', '--eval_iters=3']
     run('train.py', *options, '--out_dir=ddp', processes=2)
