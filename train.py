@@ -183,7 +183,7 @@ if causal and not head_mask and mask_id == shape['vocab_size'] - 1:  # no mask a
 if init == 'xlm' and tokenizer_meta['pad_id'] != tokenizer_meta['eos_id']:
     shape['pad_id'] = tokenizer_meta['pad_id']
 
-step, tokens_seen, best_val_loss, checkpoint = 0, 0, math.inf, None
+step, tokens_seen, best_val_loss, checkpoint, changed = 0, 0, math.inf, None, {}
 check_overrides(overrides)
 if not init_from:
     raise ValueError("init_from='': give 'scratch', 'resume' or a source of weights")
@@ -368,6 +368,10 @@ def save(*files):
         take_snapshot()
     if not master:
         return
+    if not os.path.isdir(out_dir):
+        print(f'warning: {out_dir} is gone: it is made again, without what was in it', flush=True)
+        with contextlib.suppress(OSError):            # the checkpoint will say so
+            open_metrics()
     if device.type == 'cuda':
         torch.cuda.synchronize()
     waited = time.time() - started
@@ -413,6 +417,14 @@ def get_lr(step):
     return min_lr + (learning_rate - min_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
 
+def open_metrics():
+    global metrics
+    os.makedirs(out_dir, exist_ok=True)
+    metrics = open(os.path.join(out_dir, 'metrics.jsonl'), 'a', buffering=1)
+    if tokenizer_meta['sha256']:                      # a tokenizer trained with the data goes where the weights go
+        shutil.copy(os.path.join(folder, 'tokenizer.json'), out_dir)
+
+
 def log(**line):
     try:
         metrics.write(json.dumps(line) + '\n')
@@ -442,9 +454,9 @@ if master:
             kept = [line for line in f if (match := re.match(r'\{"iter": (\d+), .*\}\n', line)) and int(match.group(1)) <= step]
     with open(path, 'w') as f:
         f.writelines(kept)
-    metrics = open(path, 'a', buffering=1)
-    if train_rows.meta['tokenizer']['sha256']:        # a tokenizer trained with the data goes where the weights go
-        shutil.copy(os.path.join(folder, 'tokenizer.json'), out_dir)
+    open_metrics()
+    if changed:
+        log(iter=step, changed=changed)
     if wandb_project:
         wandb.init(project=wandb_project, name=out_dir, config=constants)
     print(f'{net.num_params() / 1e6:.2f}M parameters ({net.num_params(embedding=False) / 1e6:.2f}M without embedding and head), {len(train_rows):,} rows of '

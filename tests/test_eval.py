@@ -81,6 +81,7 @@ def save_net(net, folder):
                     constants=dict(dataset='c-bytes', packing='wrap', loss_on_padding=True), optimizer=[], iter=1, tokens_seen=1, best_val_loss=1.0), folder / 'ckpt.pt')
 
 
+@pytest.mark.slow
 def test_eval_py_prints_the_same_figures_on_one_process_and_two(tiny_net, rows, run, tmp_path):
     save_net(tiny_net(vocab_size=258, mask_id=257), tmp_path)
     rows()

@@ -163,7 +163,7 @@ def test_an_out_dir_that_vanishes_is_made_again(mine, here, capsys):
     import shutil
     shutil.rmtree('out', ignore_errors=True)
     here('train.py', injected("if call == 20: __import__('shutil').rmtree('out')"), *SMALL, '--ckpt_interval=4')
-    assert checkpoint()['iter'] == 10
+    assert checkpoint()['iter'] == 10 and 'warning: out is gone: it is made again' in capsys.readouterr().out and 10 in metrics()[0]
 
 
 # --- numbers

@@ -77,6 +77,7 @@ def test_resumed_run_equals_the_uninterrupted_one_to_the_bit(mine, run):
     assert [strip(table) for table in metrics('whole')] == [strip(table) for table in metrics('parts')]
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(mine, run):
     one = run('train.py', *SMALL, '--dropout=0.1', '--eval_interval=5', '--out_dir=one')
     run('train.py', *SMALL, '--dropout=0.1', '--eval_interval=5', '--out_dir=two', processes=2)
