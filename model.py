@@ -817,12 +817,16 @@ def read_checkpoint(path):
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # the CRC of every record: torch.load itself would take a flipped bit
-    except (zipfile.BadZipFile, OSError) as error:
+    except (OSError, MemoryError):  # the machine's fault, not the file's
+        raise
+    except Exception as error:  # BadZipFile, and what else a flipped bit in a header leads to
         damaged = error
     if damaged is not None:
         raise ValueError(f'{path} is truncated or damaged ({damaged}): use another checkpoint')
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except (OSError, MemoryError):
+        raise
     except Exception:  # a zip of something else, or with something else than tensors in it
         checkpoint = None
     sections = dict(model=dict, ema=dict, optimizer=list, iter=int, tokens_seen=int, best_val_loss=float, model_config=dict, constants=dict, tokenizer=dict)
@@ -835,6 +839,8 @@ def read_checkpoint(path):
 def put(folder, name, same):
     """Give the file `same` of folder another name there, in place of what has the name."""
     path = os.path.join(folder, name)
+    if os.path.exists(path) and os.path.samefile(path, os.path.join(folder, same)):
+        return
     if os.path.exists(path + '.unfinished'):
         os.remove(path + '.unfinished')
     try:
@@ -856,6 +862,8 @@ def write_checkpoint(checkpoint, folder, files):
             torch.save(checkpoint, f)
             f.flush()
             os.fsync(f.fileno())
+        for name in files[1:]:  # the first name comes last: where it is, all are
+            put(folder, name, unfinished)
         if 'ckpt.pt' in files and os.path.exists(path('ckpt.pt')):
             put(folder, 'ckpt.prev.pt', 'ckpt.pt')
         os.replace(path(unfinished), path(files[0]))
@@ -863,8 +871,6 @@ def write_checkpoint(checkpoint, folder, files):
         with contextlib.suppress(OSError):
             os.remove(path(unfinished))
         raise
-    for name in files[1:]:
-        put(folder, name, files[0])
     with contextlib.suppress(OSError):  # not everywhere can a folder be opened
         descriptor = os.open(folder, os.O_RDONLY)
         os.fsync(descriptor)
@@ -876,7 +882,7 @@ def read_newest(folder):
     Raises what read_checkpoint raises where neither is whole."""
     try:
         return read_checkpoint(os.path.join(folder, 'ckpt.pt')), None
-    except (ValueError, OSError) as error:
+    except (ValueError, FileNotFoundError) as error:
         if not os.path.isfile(os.path.join(folder, 'ckpt.prev.pt')):
             raise
         return read_checkpoint(os.path.join(folder, 'ckpt.prev.pt')), error

@@ -201,6 +201,8 @@ if init_from == 'resume':
     checkpoint, failed = read_newest(out_dir)
     if failed and master:
         print(f'warning: {failed}; resuming from {out_dir}/ckpt.prev.pt, the checkpoint before it', flush=True)
+        if os.path.exists(os.path.join(out_dir, 'ckpt.pt')):
+            os.replace(os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'ckpt.bad.pt'))
         put(out_dir, 'ckpt.pt', 'ckpt.prev.pt')       # the next one must not make a predecessor of the broken one
     for key, ours in dataclasses.asdict(net.config).items():
         if checkpoint['model_config'].get(key) != ours and 'dropout' not in key:
@@ -214,6 +216,11 @@ if init_from == 'resume':
         print(f"resuming at step {checkpoint['iter']:,}", *(f"{key}={value!r} (was {checkpoint['constants'].get(key)!r})" for key, value in changed.items()), sep=', ', flush=True)
     load_state(net, checkpoint['model'], out_dir)
     step, tokens_seen, best_val_loss = (checkpoint[key] for key in ('iter', 'tokens_seen', 'best_val_loss'))
+if world_size > 1:                                    # folders that are not shared, or a disk that fails one of them
+    steps = [None] * world_size
+    dist.all_gather_object(steps, step)
+    if len(set(steps)) > 1:
+        raise ValueError(f'the processes would go on from different steps, {steps}: out_dir={out_dir} must be one folder that all of them read')
 mean_length = block_size * (1 - ssl_ratio) + ssl_ratio * (1 + block_size) / 2
 if flops is not None:
     max_iters = round(flops / (6 * net.num_params(embedding=False) * global_batch_size * mean_length))
@@ -359,34 +366,48 @@ def take_snapshot():
     snapshot = copied(dict(model=net.state_dict(), ema=ema_net.state_dict(), optimizer=[opt.state_dict() for opt in optimizers]), snapshot)
 
 
+def say(*words):
+    """print, also where what it prints to is full."""
+    with contextlib.suppress(OSError):
+        print(*words, flush=True)
+
+
 def save(*files):
     """Write a checkpoint under these names, in the background: the loop waits for the copy of the state alone."""
-    global saving
+    global newest
     started = time.time()
     wait_for_save()
     if master or shard:
         take_snapshot()
     if not master:
         return
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+    newest = snapshot | dict(iter=step, tokens_seen=tokens_seen, best_val_loss=best_val_loss, model_config=dataclasses.asdict(net.config),
+                             constants=constants, tokenizer=tokenizer_meta), files, started, time.time() - started
+    write_newest()
+
+
+def write_newest():
+    """Begin to write what save has copied."""
+    global saving
+    checkpoint, files, started, waited = newest
     if not os.path.isdir(out_dir):
-        print(f'warning: {out_dir} is gone: it is made again, without what was in it', flush=True)
+        say(f'warning: {out_dir} is gone: it is made again, without what was in it')
         with contextlib.suppress(OSError):            # the checkpoint will say so
             open_metrics()
-    if device.type == 'cuda':
-        torch.cuda.synchronize()
-    waited = time.time() - started
-    checkpoint = snapshot | dict(iter=step, tokens_seen=tokens_seen, best_val_loss=best_val_loss, model_config=dataclasses.asdict(net.config),
-                                 constants=constants, tokenizer=tokenizer_meta)
 
     def write():
         try:
             write_checkpoint(checkpoint, out_dir, files)
-            print(f"step {checkpoint['iter']}: {', '.join(files)} written, {os.path.getsize(os.path.join(out_dir, files[0])) / 1e9:.2f} GB in {time.time() - started:.2f} s, "
-                  f'{waited:.2f} s of which the training waited', flush=True)
         except Exception as error:  # a full disk, a folder that is gone: whatever it is, it is told and tried again
             while error.__context__ and not isinstance(error, OSError):  # torch's own error comes after the disk's
                 error = error.__context__
             failures.append(f"the checkpoint of step {checkpoint['iter']} could not be written to {out_dir} ({type(error).__name__}: {error})")
+            return
+        with contextlib.suppress(OSError):
+            size = os.path.getsize(os.path.join(out_dir, files[0])) / 1e9
+            say(f"step {checkpoint['iter']}: {', '.join(files)} written, {size:.2f} GB in {time.time() - started:.2f} s, {waited:.2f} s of which the training waited")
 
     saving = threading.Thread(target=write)
     saving.start()
@@ -400,11 +421,17 @@ def wait_for_save():
         saving = None
     ok = not failures
     while failures:
-        print(f'warning: {failures.pop()}; training goes on, the next one will be tried', flush=True)
+        say(f'warning: {failures.pop()}; training goes on, the next one will be tried')
     return ok
 
 
-snapshot, saving, failures = None, None, []
+def make_buffers():
+    """The buffers of checkpoints, while training goes on: what they hold is of no account yet."""
+    with contextlib.suppress(RuntimeError):           # the optimizer's state may be growing; then save makes them
+        take_snapshot()
+
+
+snapshot, newest, saving, failures = None, None, None, []
 
 
 def get_lr(step):
@@ -429,7 +456,7 @@ def log(**line):
     try:
         metrics.write(json.dumps(line) + '\n')
     except OSError as error:
-        print(f'warning: {metrics.name} cannot be written ({error})', flush=True)
+        say(f'warning: {metrics.name} cannot be written ({error})')
     if wandb_project:
         wandb.log(line, step=line['iter'])
 
@@ -448,12 +475,19 @@ def print_samples(n):
 
 if master:
     path = os.path.join(out_dir, 'metrics.jsonl')
-    kept = []
-    if checkpoint and os.path.exists(path):           # what came after the checkpoint is going to be done again
+    kept, lines = [], []
+    if os.path.exists(path):
         with open(path, errors='replace') as f:
-            kept = [line for line in f if (match := re.match(r'\{"iter": (\d+), .*\}\n', line)) and int(match.group(1)) <= step]
-    with open(path, 'w') as f:
-        f.writelines(kept)
+            lines = f.readlines()
+    if checkpoint:                                    # what came after the checkpoint is going to be done again
+        kept = [line for line in lines if (match := re.match(r'\{"iter": (\d+), .*\}\n', line)) and int(match.group(1)) <= step]
+    if kept != lines:
+        try:
+            with open(path + '.unfinished', 'w') as f:
+                f.writelines(kept)
+            os.replace(path + '.unfinished', path)
+        except OSError as error:
+            say(f'warning: {path} could not be cut back to step {step} ({error})')
     open_metrics()
     if changed:
         log(iter=step, changed=changed)
@@ -478,10 +512,14 @@ stop_signal = None
 
 
 def ask_to_stop(number, frame):
-    """SIGTERM and SIGUSR1, which queues send before they take the machine, and Ctrl-C: finish the step first. A second one ends at once."""
-    global stop_signal
-    stop_signal = number
-    signal.signal(number, signal.SIG_DFL)
+    """SIGTERM and SIGUSR1, which queues send before they take the machine, and Ctrl-C: finish the step first. One more, later than torchrun
+    passes the first on, ends at once."""
+    global stop_signal, asked
+    if stop_signal is not None and time.time() - asked > 3:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+    elif stop_signal is None:
+        stop_signal, asked = number, time.time()
 
 
 for number in (signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if hasattr(signal, 'SIGUSR1') else [])):
@@ -496,10 +534,11 @@ while True:
     files = []
     if step > start and (step % eval_interval == 0 or step == max_iters):
         val_loss, val_bpb = evaluate()
-        better, best_val_loss = val_loss < best_val_loss, min(val_loss, best_val_loss)
+        better = val_loss < best_val_loss
+        best_val_loss = val_loss if better else best_val_loss  # no number is not better
         files += ['ckpt_best.pt'] * better
         if master:
-            print(f'step {step}: validation {val_loss:.4f} nats/token, {val_bpb:.4f} bits/byte', flush=True)
+            say(f'step {step}: validation {val_loss:.4f} nats/token, {val_bpb:.4f} bits/byte')
             log(iter=step, val_loss=val_loss, val_bpb=val_bpb)
             if sample_interval and step % sample_interval == 0:
                 print_samples(1)
@@ -545,13 +584,13 @@ while True:
     tokens_seen += sum(batch_size * row_length_of(step, micro) for micro in range(micro_batches)) - global_batch_size * (row_length - block_size)
     step += 1
     if step == start + 1 and master and not shard:    # the buffers of checkpoints, made while training goes on
-        saving = threading.Thread(target=take_snapshot)
+        saving = threading.Thread(target=make_buffers)
         saving.start()
     bad_steps, skipped = (bad_steps + 1, skipped + 1) if bad else (0, skipped)
     if master and bad:
-        print(f'step {step}: loss {loss}, grad norm {grad_norm}: no numbers, the update is skipped ({bad_steps} in a row, {skipped} since step {start:,})', flush=True)
+        say(f'step {step}: loss {loss}, grad norm {grad_norm}: no numbers, the update is skipped ({bad_steps} in a row, {skipped} since step {start:,})')
     if not bad and typical_norm and grad_norm > 10 * typical_norm and master:
-        print(f'step {step}: grad norm {grad_norm:.2f}, where {typical_norm:.2f} is usual', flush=True)
+        say(f'step {step}: grad norm {grad_norm:.2f}, where {typical_norm:.2f} is usual')
     if not bad:
         typical_norm = grad_norm if typical_norm is None else 0.98 * typical_norm + 0.02 * grad_norm
 
@@ -562,15 +601,15 @@ while True:
             rate = global_batch_size * block_size / seconds
             mfu = f', MFU {step_flops / seconds / peak / world_size:.1%}' if peak else ''
             left = datetime.timedelta(seconds=round(seconds * (max_iters - step)))
-            print(f'step {step}: loss {loss:.3f}, lr {lr:.2e}, grad norm {grad_norm:.2f}, {rate:,.0f} tokens/s{mfu}, {left} left', flush=True)
+            say(f'step {step}: loss {loss:.3f}, lr {lr:.2e}, grad norm {grad_norm:.2f}, {rate:,.0f} tokens/s{mfu}, {left} left')
             log(iter=step, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=rate)
 
 saved = wait_for_save()
 if not saved and master:
-    save('ckpt.pt')                                   # once more, before all is lost
+    write_newest()                                    # once more, before all is lost
     saved = wait_for_save()
 if master and stopping and saved:
-    print(f'stopped by a signal after step {step}: go on with the same command and --init_from=resume', flush=True)
+    say(f'stopped by a signal after step {step}: go on with the same command and --init_from=resume')
 if master and sample_at_end and step >= max_iters:
     print_samples(4)
 if world_size > 1:

@@ -99,10 +99,13 @@ def test_a_signal_ends_the_run_with_a_checkpoint(mine, run, number):
 
 
 @pytest.mark.slow
-def test_torchrun_passes_a_signal_to_all_and_the_run_goes_on_from_there(mine, run):
+@pytest.mark.parametrize('whole_group', [False, True])
+def test_torchrun_passes_a_signal_to_all_and_the_run_goes_on_from_there(mine, run, whole_group):
     process = start(*SMALL, '--max_iters=1000000', processes=2)
     wait_for(lambda: 'step 5:' in shown(), process)
-    process.terminate()
+    children = open(f'/proc/{process.pid}/task/{process.pid}/children').read().split()
+    for pid in [process.pid, *map(int, children)] if whole_group else [process.pid]:                          # then the workers get two
+        os.kill(pid, signal.SIGTERM)
     process.wait(60)
     step = checkpoint()['iter']
     assert shown().count('stopped by a signal after step') == 1
@@ -157,6 +160,45 @@ def test_a_full_disk_is_told_and_the_run_goes_on(mine):
     assert output.count('warning: the checkpoint of step') >= 3 and 'File too large' in output and 'step 10: loss' in output
     assert 'error: the last checkpoint could not be written to out' in output.splitlines()[-1] and 'Traceback' not in output
     assert not glob.glob('out/*.unfinished') and not os.path.exists('out/ckpt.pt')
+
+
+@pytest.mark.slow
+def test_a_full_disk_under_the_output_and_a_net_that_is_shared_out(mine):
+    process = start(*SMALL, '--max_iters=300', shell='ulimit -f 4')            # out.txt and metrics.jsonl are full soon
+    assert process.wait(60) == 1 and 'Traceback' not in shown()
+    process = start(*SMALL, '--max_iters=3', '--shard=True', processes=2, shell='ulimit -f 20')
+    assert process.wait(120) == 1 and 'the last checkpoint could not be written' in shown()
+
+
+def test_names_come_before_the_one_that_counts(tmp_path, monkeypatch):
+    from model import put, read_newest, write_checkpoint
+    whole = dict(model={}, ema={}, optimizer=[], tokens_seen=1, best_val_loss=1.0, model_config={}, constants={}, tokenizer={})
+    write_checkpoint(whole | dict(iter=1), str(tmp_path), ('ckpt.pt',))
+    write_checkpoint(whole | dict(iter=2), str(tmp_path), ('ckpt.pt', 'ckpt_best.pt', 'ckpt_2.pt'))
+    assert sorted(os.listdir(tmp_path)) == ['ckpt.prev.pt', 'ckpt.pt', 'ckpt_2.pt', 'ckpt_best.pt']
+    for moment in range(1, 5):                                                 # killed before each renaming
+        moves, replace = [], os.replace
+        def killed(a, b):
+            moves.append(b)
+            if len(moves) == moment:
+                raise KeyboardInterrupt
+            replace(a, b)
+        monkeypatch.setattr(os, 'replace', killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_checkpoint(whole | dict(iter=9), str(tmp_path), ('ckpt.pt', 'ckpt_best.pt', 'ckpt_9.pt'))
+        monkeypatch.setattr(os, 'replace', replace)
+        assert read_newest(str(tmp_path)) == (whole | dict(iter=2), None) and checkpoint(tmp_path, 'ckpt.prev.pt')['iter'] == (1 if moment < 4 else 2)
+    put(str(tmp_path), 'ckpt.prev.pt', 'ckpt.pt')
+    put(str(tmp_path), 'ckpt.prev.pt', 'ckpt.pt')
+    whole_file = (tmp_path / 'ckpt.pt').read_bytes()
+    for at in random.Random(0).sample(range(len(whole_file)), 60):             # a flipped bit is seen, or does not matter
+        (tmp_path / 'ckpt.new').write_bytes(whole_file[:at] + bytes([whole_file[at] ^ 16]) + whole_file[at + 1:])
+        os.replace(tmp_path / 'ckpt.new', tmp_path / 'ckpt.pt')
+        assert read_newest(str(tmp_path))[0]['iter'] == 2
+    with monkeypatch.context() as patch:                                       # a disk that cannot be read just now is not a damaged file
+        patch.setattr('zipfile.ZipFile', lambda path: (_ for _ in ()).throw(OSError(5, 'Input/output error')))
+        with pytest.raises(OSError, match='Input/output'):
+            read_newest(str(tmp_path))
 
 
 def test_an_out_dir_that_vanishes_is_made_again(mine, here, capsys):
