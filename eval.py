@@ -579,12 +579,12 @@ if __name__ == '__main__':
         if device.type == 'cuda':
             torch.cuda.set_device(device)
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', device_id=device if device.type == 'cuda' else None, timeout=datetime.timedelta(hours=4))
-    master = int(os.environ.get('RANK', 0)) == 0
+    master, weights = int(os.environ.get('RANK', 0)) == 0, net and weights_hash(net)
     split_of = lambda folder: split or BENCHMARKS.get(read_meta(folder)['source']['dataset'], 'validation')
 
     def finish(name, result, **more):
         if master:
-            record(results, metric=name, source=source, result=more | result, weights=net and weights_hash(net),
+            record(results, metric=name, source=source, result=more | result, weights=weights,
                    settings={key: value for key, value in constants.items() if value is not None})
 
     def likelihood(name):
@@ -635,7 +635,7 @@ if __name__ == '__main__':
         if not from_file:
             length = net.config.block_size if length is None else length
             drawing = dict(length=length, sampler=sampler, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-            settings = drawing | dict(sampler_options=sampler_options, dtype=dtype, weights=weights_hash(net), model=dataclasses.asdict(net.config))
+            settings = drawing | dict(sampler_options=sampler_options, dtype=dtype, weights=weights, model=dataclasses.asdict(net.config))
             drawing |= dict(batch_size=batch_size, **(sampler_options or {}))
             samples_dir = samples_dir or os.path.join(source if os.path.isdir(source) else out_dir, 'samples')
         texts = read_samples(str(input))[0] if from_file else None

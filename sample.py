@@ -293,7 +293,7 @@ class Batch:
 
     def reveal(self, rows, cols, h, ids=None):
         """Put tokens at the masked positions (rows, cols), drawn from h unless they are given as ids -> the probabilities (N,) with
-        which they were drawn."""
+        which they were drawn, None where they were given."""
         if len(rows) == 0:
             return
         step, mask_id = self.step[rows], self.net.config.mask_id

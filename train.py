@@ -20,7 +20,6 @@ import os
 import re
 import shutil
 import signal
-import sys
 import threading
 import time
 
@@ -608,7 +607,7 @@ saved = wait_for_save()
 if not saved and master:
     write_newest()                                    # once more, before all is lost
     saved = wait_for_save()
-if master and stopping and saved:
+if master and stopping and saved and step < max_iters:
     say(f'stopped by a signal after step {step}: go on with the same command and --init_from=resume')
 if master and sample_at_end and step >= max_iters:
     print_samples(4)

@@ -3,8 +3,6 @@ T = 1000 losses, where the released arithmetic cancels)."""
 import dataclasses
 import json
 import os
-import pickle
-import zipfile
 
 import pytest
 import torch

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import reference
-from model import get_schedule, load_pretrained, loglinear
+from model import load_pretrained, loglinear
 from reference import Says, chain, independently, masked_positions, reveal_each_with, revealing, subsets
 from sample import analytic_probs, denoiser_probs, generate
 from test_sample import chi_square_p, counts_of
