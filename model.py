@@ -311,52 +311,61 @@ class DiT(nn.Module):
 
 
 class _NLL(torch.autograd.Function):
-    """Linear layer and cross entropy in one. The forward pass walks over chunks of rows and leaves softmax - onehot, the
-    gradient of each row's nll by its logits, in one (N, V) buffer of the compute dtype; the backward pass is then two
-    matrix products whatever gradient the rows are given. The log-sum-exp is float32 whatever the autocast."""
+    """Linear layer and cross entropy in one, a chunk of the vocabulary after the other: each is small enough to stay in a CPU's cache. The
+    forward pass leaves the softmax of each chunk without the target, in the compute dtype, and its share of the whole, which is
+    exp(lse of the chunk - lse of all); the backward pass is then two matrix products a chunk, whatever gradient the rows are given.
+    The target has a term of its own, exact where its probability is near 1. Sums and exponentials are float32 whatever the autocast."""
 
     @staticmethod
     def forward(ctx, h, weight, bias, target, exclude, needs_grad):
         device = h.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
-        h_, weight_ = h.to(dtype), weight.to(dtype)
-        bias_ = None if bias is None else bias.to(dtype)
-        N, V = h.size(0), weight.size(0)
         wide = torch.promote_types(dtype, torch.float32)
-        nll, logit = torch.empty(2, N, device=h.device, dtype=wide)
-        delta = torch.empty(N, V, device=h.device, dtype=dtype) if needs_grad else None
-        rows = max(128, 2 ** (20 if device == 'cpu' else 28) // V)  # a chunk stays in a CPU's cache; on a GPU it fills the machine
-        for i in range(0, N, rows):
-            at, logits = target[i:i + rows, None], F.linear(h_[i:i + rows], weight_, bias_).to(wide)
-            if exclude is not None:
-                logits[:, exclude] = -math.inf
-            lse = logits.logsumexp(dim=-1, keepdim=True)
-            logit[i:i + rows] = logits.gather(1, at).squeeze(1)
-            nll[i:i + rows] = lse.squeeze(1) - logit[i:i + rows]
+        h_, weight_ = h.to(dtype), weight.to(dtype)
+        N, V = h.size(0), weight.size(0)
+        width = min(V, max(512, 2 ** (21 if device == 'cpu' else 28) // max(N, 1)))            # a GPU wants them large
+        width = math.ceil(V / math.ceil(V / width))                                            # and all alike
+        chunks, pieces, lses, logit = [slice(i, i + width) for i in range(0, V, width)], [], [], 0
+        for chunk in chunks:
+            logits = (h_ @ weight_[chunk].t()).to(wide)                                        # (N, width)
+            if bias is not None:
+                logits += bias[chunk]
+            if exclude is not None and chunk.start <= exclude < chunk.stop:
+                logits[:, exclude - chunk.start] = -1e30                                       # finite: there may be nothing else in the chunk
+            column = (target - chunk.start).clamp(0, logits.size(1) - 1)[:, None]
+            here, value = column == target[:, None] - chunk.start, logits.gather(1, column)
+            logit = torch.where(here, value, logit)
+            p = logits.scatter_(1, column, torch.where(here, -1e30, value)).softmax(dim=1)
+            lses.append(logits.amax(dim=1) - p.amax(dim=1).log())
             if needs_grad:
-                p = logits.sub_(lse).exp_()
-                delta[i:i + rows] = p.scatter_add_(1, at, torch.full_like(lse, -1))
+                pieces.append(p.to(dtype))
+        logit, lses = logit.squeeze(1), torch.stack(lses)                                      # (N,), (chunks, N)
+        nll = F.softplus(lses.logsumexp(dim=0) - logit)
         ctx.set_materialize_grads(False)  # most objectives have no use for the logit
         if needs_grad:
-            ctx.save_for_backward(h_, weight_, delta, target)
-            ctx.dtypes = h.dtype, weight.dtype, None if bias is None else bias.dtype
+            ctx.save_for_backward(h_, weight_, target, nll, torch.exp(lses - (nll + logit)), *pieces)
+            ctx.chunks, ctx.dtypes = chunks, (h.dtype, weight.dtype, None if bias is None else bias.dtype)
         return nll, logit
 
     @staticmethod
     def backward(ctx, grad_nll, grad_logit):
-        h, weight, delta, target = ctx.saved_tensors
+        h, weight, target, nll, shares, *pieces = ctx.saved_tensors
         h_dtype, weight_dtype, bias_dtype = ctx.dtypes
-        grad = torch.zeros(len(h), 1, device=h.device, dtype=h.dtype) if grad_nll is None else grad_nll[:, None].to(h.dtype)
-        dh = ((delta @ weight) * grad).to(h_dtype)
-        dweight = (delta.t() @ (h * grad)).to(weight_dtype)
-        dbias = None if bias_dtype is None else (delta.t() @ grad).squeeze(1).to(bias_dtype)
-        if grad_logit is not None:
-            grad = grad_logit[:, None].to(h.dtype)
-            dh += (weight[target] * grad).to(h_dtype)
-            dweight.index_add_(0, target, (h * grad).to(weight_dtype))
+        grad_nll = torch.zeros_like(nll) if grad_nll is None else grad_nll
+        at_target = grad_nll * torch.expm1(-nll) + (0 if grad_logit is None else grad_logit)   # (N,)
+        dh = weight[target] * at_target[:, None]
+        dweight = torch.empty(weight.shape, device=h.device, dtype=weight_dtype)
+        dbias = None if bias_dtype is None else torch.empty(len(weight), device=h.device, dtype=bias_dtype)
+        for chunk, share, p in zip(ctx.chunks, shares, pieces):
+            grad = (grad_nll * share)[:, None]                                                 # (N, 1)
+            dh += (p @ weight[chunk]) * grad
+            dweight[chunk] = p.t() @ (h * grad).to(p.dtype)
             if dbias is not None:
-                dbias.index_add_(0, target, grad_logit.to(bias_dtype))
-        return dh, dweight, dbias, None, None, None
+                dbias[chunk] = (p.t() @ grad.to(p.dtype)).squeeze(1)
+        dweight.index_add_(0, target, (h * at_target[:, None]).to(weight_dtype))
+        if dbias is not None:
+            dbias.index_add_(0, target, at_target.to(bias_dtype))
+        return dh.to(h_dtype), dweight, dbias, None, None, None
 
 
 # -----------------------------------------------------------------------------

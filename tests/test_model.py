@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
 from conftest import SHARED
@@ -88,7 +89,7 @@ def test_sparse_loss_equals_dense_loss_and_gradients(tiny_net, shape, objective)
 
 def test_sparse_loss_equals_dense_loss_in_bfloat16_and_over_several_chunks(tiny_net):
     net = tiny_net(vocab_size=9001, mask_id=9000, scale=0.05)
-    x0, t = torch.randint(9000, (40, 16)), torch.rand(40) * 0.5 + 0.5  # more than 128 masked positions: more than one chunk
+    x0, t = torch.randint(9000, (40, 16)), torch.rand(40) * 0.5 + 0.5  # a loss that is summed over several chunks of the vocabulary
     xt = corrupt(x0, t, 9000, loglinear)
     assert (xt == 9000).sum() > 256
     grads = []
@@ -198,15 +199,40 @@ def test_attention_looks_both_ways_and_knows_positions(tiny_net):
     assert not torch.allclose(net(x.flip(1)), net(x).flip(1), atol=1e-3)
 
 
-def test_nothing_larger_than_the_masked_positions_reaches_the_vocabulary(tiny_net, monkeypatch):
-    net, seen = tiny_net(), []
-    linear = torch.nn.functional.linear
-    monkeypatch.setattr(torch.nn.functional, 'linear', lambda x, w, *a: (seen.append(x.shape) if w.size(0) == 11 else None, linear(x, w, *a))[1])
-    x0 = torch.randint(10, (4, 16))
+def test_nothing_larger_than_the_masked_positions_reaches_the_vocabulary(tiny_net):
+    net, sizes = tiny_net(vocab_size=9001, mask_id=9000), []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            sizes.extend(x.numel() for x in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(x, torch.Tensor))
+            return out
+
+    x0 = torch.randint(9000, (64, 16))
     xt = x0.clone()
-    xt[:, :3] = 10
-    per_token_loss(net, x0, xt, torch.full((4,), 0.2))
-    assert seen == [(12, 16)]
+    xt[:, :3] = 9000
+    with Sizes():
+        per_token_loss(net, x0, xt, torch.full((64,), 0.2)).sum().backward()
+    assert max(sizes) <= 64 * 3 * 9001                                        # of 64 * 16 * 9001
+
+
+@pytest.mark.parametrize('vocab_size, N', [(9001, 3), (9001, 4500), (2049, 5000), (513, 5000), (2, 3)])
+@pytest.mark.parametrize('bfloat16', [False, True])
+def test_chunks_of_the_vocabulary_add_up_to_the_cross_entropy(tiny_net, vocab_size, N, bfloat16):
+    net = tiny_net(vocab_size=vocab_size, mask_id=vocab_size - 1, scale=0.5)
+    h, target, weight = torch.randn(N, 16), torch.randint(vocab_size - 1, (N,)), torch.rand(N)
+    h[::2] = 30 * torch.nn.functional.normalize(net.lm_head.weight[target[::2]].detach(), dim=1)   # all but certain of the target
+    found = []
+    for ours in (True, False):
+        h_ = h.clone().requires_grad_()
+        with torch.autocast('cpu', torch.bfloat16, enabled=bfloat16 and ours):
+            nll = net.nll(h_, target, vocab_size - 1) if ours else torch.nn.functional.cross_entropy(
+                net.head(h_).index_fill(1, torch.tensor(vocab_size - 1), -torch.inf), target, reduction='none')
+        net.zero_grad()
+        (nll * weight).sum().backward()
+        found.append([nll.detach(), h_.grad, net.lm_head.weight.grad, net.lm_head.bias.grad])
+    for ours, dense in zip(*found):
+        assert ours.isfinite().all() and (ours - dense).norm() <= (0.03 if bfloat16 else 2e-4) * dense.norm() + 1e-6
 
 
 @pytest.mark.parametrize('bad, message', [
