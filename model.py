@@ -30,6 +30,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+try:
+    from flash_attn import flash_attn_func  # optional, for GPUs
+except ImportError:
+    flash_attn_func = None
+
 # -----------------------------------------------------------------------------
 # the network
 
@@ -124,6 +129,29 @@ def apply_rotary(x, cos, sin):
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
 
+def dropout(x, p):
+    """F.dropout, on a CPU with 16 random bits an element: torch draws a whole number for each there, in one thread, which takes longer
+    than the mlp before it."""
+    if not p or x.device.type != 'cpu':
+        return F.dropout(x, p)
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2 ** 63, None).view(torch.int16)[:x.numel()].view(x.shape)
+    return x * (bits >= round(p * 2 ** 16) - 2 ** 15).to(x.dtype).mul_(1 / (1 - p))
+
+
+def attention(q, k, v, attn_mask=None, p=0.0, is_causal=False):
+    """softmax(q k^T / sqrt(C/H)) v, q (B, H, L, C/H), k and v (B, H, K, C/H); attn_mask (B, 1, 1, K) bool: what is looked at; p: dropout of the
+    weights. It is torch's kernel but for two cases: on a GPU the one of flash-attn where that is installed, and in bfloat16 on a CPU plain
+    products, which take half the time there; their (B, H, L, K) is still small at rows of 1,024."""
+    if q.device.type == 'cpu' and q.dtype == torch.bfloat16 and q.size(2) * k.size(2) <= 2 ** 20 and not (p or is_causal):
+        scores = (q * q.size(3) ** -0.5) @ k.transpose(2, 3)
+        if attn_mask is not None:
+            scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
+        return scores.softmax(dim=3) @ v
+    if q.device.type == 'cuda' and q.dtype == torch.bfloat16 and flash_attn_func and attn_mask is None:
+        return flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), dropout_p=p, causal=is_causal).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=p, is_causal=is_causal)
+
+
 class Norm(nn.Module):
     """LayerNorm or RMSNorm, optionally modulated: norm(x) * (1 + scale) + shift, scale and shift (1 or B, 1, n_embd)."""
 
@@ -165,8 +193,7 @@ class Block(nn.Module):
         if cache is not None:
             k, v = cache.extend(self, k, v)
             is_causal = cache.position is None
-        dropout = self.config.attn_dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal)
+        y = attention(q, k, v, attn_mask, self.config.attn_dropout if self.training else 0.0, is_causal)
         return self.attn_out(y.transpose(1, 2).reshape(B, L, C))
 
     def mlp(self, x):
@@ -174,7 +201,7 @@ class Block(nn.Module):
         return self.mlp_out(activation(self.mlp_in(x)) if self.mlp_gate is None else activation(self.mlp_gate(x)) * self.mlp_in(x))
 
     def forward(self, x, c, rotary, attn_mask=None, cache=None):
-        drop = lambda branch: F.dropout(branch, self.config.dropout, self.training)
+        drop = lambda branch: dropout(branch, self.config.dropout) if self.training else branch
         if c is None:
             x = x + drop(self.attention(self.norm1(x), *rotary, attn_mask, cache))
             return x + drop(self.mlp(self.norm2(x)))

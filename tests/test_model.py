@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import model
 import reference
 from conftest import SHARED
 from model import (DiT, ModelConfig, corrupt, corrupt_batch, get_schedule, load_pretrained, loglinear, per_token_loss, pick_device, autocast,
@@ -197,6 +198,53 @@ def test_attention_looks_both_ways_and_knows_positions(tiny_net):
     changed[0, 8] = (x[0, 8] + 1) % 10
     assert ((net(x) - net(changed)).abs().amax(dim=-1) > 1e-6).all()          # every position, before and after
     assert not torch.allclose(net(x.flip(1)), net(x).flip(1), atol=1e-3)
+
+
+@pytest.mark.parametrize('L, K', [(48, 48), (1, 48), (1100, 1100)])  # plain products, one token against a cache, torch's own kernel
+@pytest.mark.parametrize('masked', [False, True])
+def test_attention_in_bfloat16_is_attention(L, K, masked):
+    q, k, v = torch.randn(2, 3, L, 8), torch.randn(2, 3, K, 8), torch.randn(2, 3, K, 8)
+    seen = torch.rand(2, 1, 1, K) < 0.5 if masked else None
+    scores = q.double() @ k.double().transpose(2, 3) / 8 ** 0.5
+    exact = (scores if seen is None else scores.masked_fill(~seen, -math.inf)).softmax(dim=3) @ v.double()
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.02)):
+        found = model.attention(*(x.to(dtype) for x in (q, k, v)), attn_mask=seen)
+        assert found.dtype == dtype and (found.double() - exact).norm() < tolerance * exact.norm()
+
+
+def test_flash_attn_is_used_on_a_gpu_where_it_can_be(monkeypatch):
+    class OnGPU(torch.Tensor):
+        device = torch.device('cuda')
+
+    def flash_attn_func(q, k, v, dropout_p, causal):                          # (B, L, H, C/H), as in the package
+        calls.append((dropout_p, causal))
+        return torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=causal).transpose(1, 2)
+
+    calls, qkv = [], torch.randn(3, 2, 3, 16, 8, dtype=torch.bfloat16)
+    q, k, v = (x.as_subclass(OnGPU) for x in qkv)
+    monkeypatch.setattr(model, 'flash_attn_func', flash_attn_func)
+    for causal in (False, True):
+        expected = torch.nn.functional.scaled_dot_product_attention(*qkv, is_causal=causal)
+        torch.testing.assert_close(model.attention(q, k, v, p=0.1, is_causal=causal).as_subclass(torch.Tensor), expected, rtol=0.02, atol=0.02)
+    assert calls == [(0.1, False), (0.1, True)]
+    model.attention(q, k, v, attn_mask=torch.ones(2, 1, 1, 16, dtype=torch.bool)), model.attention(q.float(), k.float(), v.float()), model.attention(*qkv)
+    assert len(calls) == 2                                                    # it knows neither masks nor float32
+
+
+def test_dropout_on_a_cpu_keeps_what_it_says(tiny_net):
+    x = torch.ones(1001, 999, requires_grad=True)
+    for p in (0.1, 0.5):
+        torch.manual_seed(1)
+        y, x.grad = model.dropout(x, p), None
+        y.sum().backward()
+        n, kept = x.numel(), (y != 0).double()
+        assert torch.equal(x.grad, y.detach()) and set(y.detach().unique().tolist()) == {0.0, torch.tensor(1 / (1 - p)).item()}
+        assert abs(kept.mean() - (1 - p)) < 4 * (p * (1 - p) / n) ** 0.5      # standard errors
+        for step in (1, 2, 3, 4):                                             # four elements share a draw of 64 bits
+            both = (kept.flatten()[:-step] * kept.flatten()[step:]).mean()
+            assert abs(both - (1 - p) ** 2) < 4 / n ** 0.5
+        torch.manual_seed(1)
+        assert torch.equal(model.dropout(x, p), y)
 
 
 def test_nothing_larger_than_the_masked_positions_reaches_the_vocabulary(tiny_net):
