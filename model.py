@@ -13,6 +13,7 @@ References: MDLM (Sahoo et al. 2024, arXiv 2406.07524), DiT (Peebles & Xie 2022,
 SMDM (Nie et al. 2024, arXiv 2410.18514).
 """
 import contextlib
+import ctypes
 import dataclasses
 import json
 import math
@@ -414,6 +415,14 @@ def pick_device(name, local_rank=0):
     if index >= count:
         raise ValueError(f"device='{name}': there is no {kind} device {index} here; device='auto' takes what there is")
     return torch.device(kind, index) if kind == 'cuda' else torch.device(kind)
+
+
+def reuse_memory():
+    """Keep freed memory for the next step rather than give it back to the kernel, which zeroes each page anew before it is used again: that
+    takes a tenth of a training step on a CPU. Where malloc is glibc's; elsewhere nothing is changed."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        malloc = ctypes.CDLL(None).mallopt
+        malloc(-4, 0), malloc(-1, -1)                 # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h: no pages of its own for a large tensor, no trimming
 
 
 def autocast(device, dtype):

@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from configurator import configure
 from data import TokenRows, find_or_prepare, get_tokenizer, key_of, permute
 from model import (SIZES, DiT, ModelConfig, autocast, check_objective, check_overrides, corrupt_batch, get_schedule, load_pretrained, load_state,
-                   nelbo_per_token, on_grid, per_token_loss, pick_device, put, read_newest, stratified_times, write_checkpoint)
+                   nelbo_per_token, on_grid, per_token_loss, pick_device, put, read_newest, reuse_memory, stratified_times, write_checkpoint)
 from sample import generate
 
 # input and output
@@ -115,6 +115,8 @@ rank, local_rank, world_size = (int(os.environ.get(key, default)) for key, defau
 master = rank == 0
 device = pick_device(device, local_rank)
 amp = autocast(device, dtype)
+if device.type == 'cpu':
+    reuse_memory()
 
 for key in ('batch_size', 'global_batch_size', 'eval_interval', 'eval_iters', 'log_interval', 'ckpt_interval', 'max_iters', 'learning_rate', 'max_bad_steps'):
     if not 0 < constants[key] < math.inf:
@@ -566,7 +568,8 @@ while True:
                 micro_loss = loss_module(batch) / len(my_micro_batches)
             micro_loss.backward()
         loss += micro_loss.detach()
-    grad_norm = nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    grad_norm = nn.utils.get_total_norm(gradients)
     grad_norm = grad_norm.full_tensor() if shard else grad_norm
     state = torch.stack([loss.float(), (~torch.isfinite(loss + grad_norm)).float(), torch.full_like(loss, stop_signal is not None, dtype=torch.float32)])
     if world_size > 1:                                # all processes skip, and stop, together
@@ -574,6 +577,8 @@ while True:
         dist.all_reduce(state, op=dist.ReduceOp.SUM)
     loss, bad, stopping, grad_norm = *state.tolist(), float(grad_norm)  # note: this waits for the device
     if not bad:
+        if 0 < grad_clip < grad_norm:
+            torch._foreach_mul_(gradients, grad_clip / grad_norm)
         for opt in optimizers:
             opt.step()
         with torch.no_grad():                         # step + 1 updates with this one
