@@ -618,7 +618,7 @@ if __name__ == '__main__':
         judge_tok, found = loaded_judge[1], []
         plain = [[without_special(text, judge_tok) for text in texts] for texts in columns]
         if references is not None and 'train' in reference_meta['splits']:
-            ids = [[[int(i) for i in row] for row in reference_tok.encode_batch(texts)] for texts in plain]
+            ids = [[reference_tok.encode(text) for text in texts] for texts in plain]
             verbatim = verbatim_shares(ids, os.path.join(references, 'train.bin'), np.dtype(reference_meta['dtype']).newbyteorder('<'))
         for i, texts in enumerate(columns):
             result = dict(judge=judge) | generative_perplexity(plain[i] if protocol == 'xlm' else texts, loaded_judge, protocol, min(batch_size, 8), progress=True)

@@ -241,7 +241,7 @@ def prepare():
         tok = data.get_tokenizer(tokenizer)
         documents = text.split('\n\n')
         counts = []
-        alone = seconds(lambda: counts.append(sum(len(ids) for ids in tok.encode_batch(documents))))
+        alone = seconds(lambda: counts.append(len(tok.encode_batch(documents)[0])))
         reset_peak()
         ours = seconds(lambda: data.prepare('text:corpus.txt', tokenizer, 'corpus'))
         tokens = sum(split['tokens'] for split in data.read_meta('data/corpus')['splits'].values())

@@ -267,7 +267,7 @@ def test_nothing_half_written_stays_when_preparing_fails(tmp_path):
 
 
 def test_large_ids_take_four_bytes(monkeypatch):
-    monkeypatch.setattr(data, 'get_tokenizer', lambda name, folder: data.Tokenizer('big', lambda texts: [[70000, 3]] * len(texts), str, 70001))
+    monkeypatch.setattr(data, 'get_tokenizer', lambda name, folder: data.Tokenizer('big', lambda texts: data.one_after_the_other([[70000, 3]] * len(texts)), str, 70001))
     folder = prepare('text:' + write('c.txt', '\n\n'.join('abc')), 'big')
     assert read_meta(folder)['dtype'] == 'uint32'
     rows = TokenRows(folder, 'train', 3, 'concat')
