@@ -651,8 +651,9 @@ class TokenRows:
             raise ValueError(f"{folder} has no split '{split}', only {', '.join(meta['splits'])}: 5% of the documents are validation where the source has "
                              'none, and a very short text may leave none for it')
         self.counts = meta['splits'][split]
-        self.tokens = np.memmap(os.path.join(folder, f'{split}.bin'), dtype=np.dtype(meta['dtype']).newbyteorder('<'), mode='r')
-        self.offsets = np.memmap(os.path.join(folder, f'{split}.idx'), dtype='<i8', mode='r')
+        # as plain arrays, whose slices take a tenth of the time
+        self.tokens = np.asarray(np.memmap(os.path.join(folder, f'{split}.bin'), dtype=np.dtype(meta['dtype']).newbyteorder('<'), mode='r'))
+        self.offsets = np.asarray(np.memmap(os.path.join(folder, f'{split}.idx'), dtype='<i8', mode='r'))
         self.length = {'wrap': lambda: len(self.tokens) // (block_size - 2), 'concat': lambda: len(self.tokens) // block_size,
                        'pad': lambda: self.counts['documents'], 'sentence': lambda: self.counts['documents']}[packing]()
         if self.length == 0:

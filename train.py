@@ -22,6 +22,7 @@ import shutil
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -529,6 +530,8 @@ for number in (signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if hasattr(sign
 start, timer, timed_from = step, time.time(), step
 skipped = bad_steps = stopping = 0                    # updates skipped in all, and in a row; whether some process is asked to stop
 typical_norm = None                                   # a running mean of the gradient norm
+maker = ThreadPoolExecutor(1)                         # makes the next batch while this one is trained on
+upcoming, began, waited = maker.submit(training_batch, step, rank), time.time(), 0.0
 loss = micro_loss = None
 while True:
 
@@ -560,9 +563,12 @@ while True:
             group['lr'] = lr
     loss = 0.0
     for micro in my_micro_batches:
-        batch = training_batch(step, micro)
-        torch.manual_seed(key_of(seed, step, micro, 2))  # dropout: a stream of its own, not that of the masks
+        waits = time.time()
+        batch = upcoming.result()
+        waited += time.time() - waits
         last = micro == my_micro_batches[-1]
+        upcoming = maker.submit(training_batch, *((step + 1, rank) if last else (step, micro + world_size)))
+        torch.manual_seed(key_of(seed, step, micro, 2))  # dropout: a stream of its own, not that of the masks
         with contextlib.nullcontext() if last or world_size == 1 or shard else loss_module.no_sync():
             with amp:
                 micro_loss = loss_module(batch) / len(my_micro_batches)
@@ -608,6 +614,8 @@ while True:
             say(f'step {step}: loss {loss:.3f}, lr {lr:.2e}, grad norm {grad_norm:.2f}, {rate:,.0f} tokens/s{mfu}, {left} left')
             log(iter=step, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=rate)
 
+if master and step > start:
+    say(f'the loop waited for its batches {waited / (time.time() - began):.2%} of the time')
 saved = wait_for_save()
 if not saved and master:
     write_newest()                                    # once more, before all is lost

@@ -1,19 +1,18 @@
 """
-How fast, against the dense textbook versions of tests/reference.py in the same run:
+How fast, against the dense textbook versions of tests/reference.py and a large matrix product, in the same run:
 
-    python tests/bench.py --part=train                       30M parameters, 8 x 256 tokens, AdamW and EMA included
-    python tests/bench.py --part=train --n_layer=12 --n_head=12 --n_embd=768 --block_size=1024 --batch_size=2       MDLM's 170M
-    python tests/bench.py --part=sample                      4 samples of 256 tokens in 512 steps
-    python tests/bench.py --part=sample --n_layer=12 --n_head=12 --n_embd=768 --block_size=1024 --batch_size=1 --steps=1000 --first=30 --dense_steps=3
-    python tests/bench.py --part=batch                       8 samples in one batch and one by one
-    python tests/bench.py --part=samplers                    the time of each sampler
+    python tests/bench.py                         all that README shows, 20 minutes on 2 cores
+    python tests/bench.py --device=cuda           the same on a GPU
+    python tests/bench.py --compare=FILE          the same, and what changed since FILE, an earlier bench.jsonl
+    python tests/bench.py --part=train --n_layer=12 --n_head=12 --n_embd=768 --block_size=1024 --batch_size=2
     python tests/bench.py --part=nelbo --out_dir=out-quickstart      the spread of the estimators of the NELBO over seeds
-    python tests/bench.py --part=checkpoint --n_layer=12 --n_head=12 --n_embd=768    how long training waits for a checkpoint of MDLM's 170M
-    python tests/bench.py --part=data --megabytes=2000       text -> bins; the memory it takes
 
-Prints a table, then one JSON line a row. "of matmul" is the share of the FLOP/s of a large matrix product in the same process and
-format; only products that are performed are counted. Peak memory is the process's (CPU) or the allocator's (CUDA).
+Prints a table a part and appends each row to `out`. Of a row, whole numbers and words say what was measured, the other numbers what was
+found. "of matmul" is the share of the FLOP/s of a large matrix product in the same process and format; only products that are performed
+are counted, the projection at masked positions. The textbook has torch's own attention and dropout, and ours in all else but what it is
+compared for; both run with freed memory kept (model.reuse_memory). Peak memory is the process's (CPU) or the allocator's (CUDA).
 """
+import contextlib
 import json
 import os
 import platform
@@ -24,23 +23,26 @@ import tempfile
 import time
 
 import torch
+import torch.nn.functional as F
 
 sys.path[:0] = [os.path.dirname(os.path.dirname(os.path.abspath(__file__))), os.path.dirname(os.path.abspath(__file__))]
 
 import data  # noqa: E402
 import eval  # noqa: E402
+import model  # noqa: E402
 import reference  # noqa: E402
 from configurator import configure  # noqa: E402
-from model import DiT, ModelConfig, autocast, corrupt, load_pretrained, loglinear, per_token_loss, pick_device  # noqa: E402
+from model import DiT, ModelConfig, autocast, corrupt, load_pretrained, loglinear, per_token_loss, pick_device, reuse_memory  # noqa: E402
 from sample import generate  # noqa: E402
 
-part = 'train'        # 'train', 'sample', 'batch', 'samplers', 'nelbo', 'checkpoint', 'data'
+part = None           # a key of PARTS; None: all of SUITE
 device = 'cpu'        # 'cpu', 'cuda'
-dtype = None          # 'float32', 'bfloat16'; None: both
+dtype = None          # 'float32', 'bfloat16'; None: both, of parts that take one 'bfloat16'
 n_layer = 4
 n_head = 4
 n_embd = 256
 cond_dim = 128
+dropout = 0.1
 vocab_size = 50258
 block_size = 256      # tokens a row
 batch_size = None     # rows; None: 8, of part sample 4
@@ -48,14 +50,19 @@ repeats = 5           # training steps that are timed, after two that are not; t
 steps = 512           # of the sampler
 first = 0             # so many network evaluations of the first row are timed, and the dense sampler over the steps they cover; 0: all (sample)
 dense_steps = 6       # so many of them are timed in the dense sampler, which does the same work in each; its time for all follows from that
-compile = False       # compile the trunk (train)
-megabytes = 50        # of text (data)
-tokenizer = 'gpt2'    # (data)
+compile = False       # compile the trunk (train, sample)
+megabytes = 200       # of text (data)
+tokenizer = 'gpt2'    # (data, loop, checkpoint, processes)
 out_dir = 'out-quickstart'  # a trained net (nelbo)
 seeds = 16            # (nelbo)
+out = 'bench.jsonl'   # rows are appended to it
+compare = None        # an earlier one: print what changed since
 constants = configure(globals())
 batch_size = batch_size or (4 if part == 'sample' else 8)
 device = pick_device(device)
+root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+if device.type == 'cpu':
+    reuse_memory()
 
 
 def synchronize():
@@ -69,6 +76,12 @@ def seconds(function):
     function()
     synchronize()
     return time.perf_counter() - start
+
+
+def median(function, n=5):
+    """Seconds, of n calls after two."""
+    function(), function()
+    return sorted(seconds(function) for _ in range(n))[n // 2]
 
 
 def reset_peak():
@@ -97,48 +110,216 @@ def matmul_rate(format):
     return 2 * n ** 3 / min(seconds(lambda: a @ b) for _ in range(5))
 
 
-def new_net():
+def new_net(**shape):
     torch.manual_seed(0)
-    net = DiT(ModelConfig(block_size=block_size, vocab_size=vocab_size, mask_id=vocab_size - 1, n_layer=n_layer, n_head=n_head, n_embd=n_embd, cond_dim=cond_dim)).to(device)
+    shape = dict(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, cond_dim=cond_dim, dropout=dropout) | shape
+    net = DiT(ModelConfig(mask_id=shape['vocab_size'] - 1, **shape)).to(device)
     with torch.no_grad():
         for p in net.parameters():  # adaLN-zero would switch the blocks off
             p.add_(torch.randn_like(p) * 0.02)
     return net
 
 
-def train_row(name, loss_function, format, rate):
-    net = new_net().train()
-    if compile:
-        net.trunk = torch.compile(net.trunk)
-    ema = [p.detach().clone() for p in net.parameters()]
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
-    x0 = torch.randint(vocab_size - 1, (batch_size, block_size)).to(device)
-    t = ((torch.arange(batch_size) + 0.5) / batch_size).to(device)
-    xt = corrupt(x0, t, vocab_size - 1, loglinear, torch.Generator().manual_seed(0))
+@contextlib.contextmanager
+def torch_only():
+    """With torch's own attention and dropout."""
+    ours = model.attention, model.dropout
+    model.attention = lambda q, k, v, attn_mask=None, p=0.0, is_causal=False: F.scaled_dot_product_attention(q, k, v, attn_mask, p, is_causal)
+    model.dropout = F.dropout
+    yield
+    model.attention, model.dropout = ours
 
-    def step():
+
+# -----------------------------------------------------------------------------
+# training
+
+
+class Training:
+    """A net, its average and AdamW; step() is one step as train.py makes it, of a batch that is there already."""
+
+    def __init__(self, loss_function=per_token_loss, rows=None, **shape):
+        self.loss_function, self.rows = loss_function, rows or batch_size
+        self.net = net = new_net(**shape).train()
+        if compile:
+            net.trunk = torch.compile(net.trunk)
+        self.parameters, self.ema = list(net.parameters()), [p.detach().clone() for p in net.parameters()]
+        self.optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
+        self.x0 = torch.randint(net.config.mask_id, (self.rows, net.config.block_size)).to(device)
+        self.t = ((torch.arange(self.rows) + 0.5) / self.rows).to(device)
+        self.xt = corrupt(self.x0, self.t, net.config.mask_id, loglinear, torch.Generator().manual_seed(0))
+        self.masked = (self.xt == net.config.mask_id).flatten().nonzero().squeeze(1)
+        self.options = dict(masked=self.masked) if loss_function is per_token_loss else {}
+
+    def step(self, format):
         with autocast(device, format):
-            loss = loss_function(net, x0, xt, t).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        torch._foreach_lerp_(ema, list(net.parameters()), 1e-4)
+            self.loss_function(self.net, self.x0, self.xt, self.t, **self.options).mean().backward()
+        self.update()
 
-    reset_peak()
-    step(), step()
-    median = sorted(seconds(step) for _ in range(repeats))[repeats // 2]
-    scored = (xt == vocab_size - 1).sum().item() if name == 'nanoMDM' else x0.numel()
-    return dict(name=name, dtype=format, tokens_per_s=x0.numel() / median, of_matmul=net.train_flops(batch_size, block_size, scored) / median / rate, peak_gb=peak_gigabytes())
+    def update(self):
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if norm > 1:
+            torch._foreach_mul_(gradients, 1 / norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            torch._foreach_lerp_(self.ema, self.parameters, 1e-4)
+
+    def flops(self):
+        return self.net.train_flops(self.rows, self.net.config.block_size, len(self.masked) if self.options else self.x0.numel())
 
 
 def train():
     dense = lambda net, x0, xt, t: reference.subs_nelbo(net, x0, xt, t, loglinear)
     for format in formats:
+        rate, found = matmul_rate(format), []
+        for name, loss_function in (('nanoMDM', per_token_loss), ('textbook', dense)):
+            reset_peak()
+            with torch_only() if name == 'textbook' else contextlib.nullcontext():
+                training = Training(loss_function)
+                time_ = median(lambda: training.step(format), repeats)
+            found.append(dict(name=name, dtype=format, tokens_per_s=training.x0.numel() / time_, of_matmul=training.flops() / time_ / rate, peak_gb=peak_gigabytes()))
+            del training
+        for row in found:
+            yield row | dict(times_textbook=row['tokens_per_s'] / found[1]['tokens_per_s'], matmul_gflops=rate / 1e9)
+
+
+def projection():
+    """The vocabulary projection and cross entropy of half of the positions, against the dense form of them."""
+    for format in formats:
+        rate, net = matmul_rate(format), new_net(n_layer=1)
+        N = batch_size * block_size // 2
+        h, target = torch.randn(N, n_embd, device=device, requires_grad=True), torch.randint(vocab_size - 1, (N,), device=device)
+        for name, nll in (('nanoMDM', lambda: net.nll(h, target)), ('textbook', lambda: F.cross_entropy(net.head(h), target, reduction='none'))):
+            def both():
+                with autocast(device, format):
+                    loss = nll().sum()
+                parts.append(seconds(lambda: loss.backward()))
+                net.zero_grad()
+            parts = []
+            total = median(both)
+            backward = sorted(parts[2:])[2]
+            yield dict(name=name, dtype=format, positions=N, forward_ms=(total - backward) * 1e3, backward_ms=backward * 1e3, of_matmul=6 * N * n_embd * vocab_size / total / rate)
+
+
+def attentions():
+    """The ways to one layer's attention, forward and backward."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    ways = {'nanoMDM': model.attention, 'torch': F.scaled_dot_product_attention}
+    if device.type == 'cuda':
+        ways |= {f'torch, {backend.name.lower()}': sdpa_kernel(backend)(F.scaled_dot_product_attention)
+                 for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)}
+    for format in formats:
         rate = matmul_rate(format)
-        ours, textbook = train_row('nanoMDM', per_token_loss, format, rate), train_row('textbook', dense, format, rate)
-        for row in (ours, textbook):
-            yield row | dict(times_textbook=row['tokens_per_s'] / textbook['tokens_per_s'], matmul_gflops=rate / 1e9)
+        for B, H, L, D in ((32, 12, 1024, 64), (4, 16, 4096, 128)) if device.type == 'cuda' else ((8, 4, 256, 64), (2, 12, 1024, 64)):
+            q, k, v, grad = torch.randn(4, B, H, L, D, device=device, dtype=getattr(torch, format)).requires_grad_()
+            for name, way in ways.items():
+                try:
+                    forward = median(lambda: way(q.detach(), k.detach(), v.detach()))
+                    total = median(lambda: torch.autograd.grad(way(q, k, v), (q, k, v), grad))
+                except RuntimeError as error:  # a backend that does not take this format
+                    print(f'{name}, {format}: {str(error).splitlines()[0]}')
+                    continue
+                yield dict(name=name, dtype=format, rows=B, heads=H, tokens=L, width=D, forward_ms=forward * 1e3, forward_backward_ms=total * 1e3,
+                           of_matmul=12 * B * H * L * L * D / total / rate)
+
+
+def cost():
+    """How the time of a training step grows, and what is predicted from the first row: its products at the same share of the matmul rate,
+    its updates at the same time a parameter."""
+    format = formats[-1]
+    rate, share = matmul_rate(format), None
+    base = dict(block_size=256, vocab_size=50258, n_layer=4, n_head=4, n_embd=256)
+    shapes = [(16, {}), *((4096 // L, dict(block_size=L)) for L in (512, 1024, 2048, 4096)), *((16, dict(vocab_size=V)) for V in (256, 4096, 32_000, 128_000)),
+              *((16, dict(n_layer=n)) for n in (2, 8, 16)), (16, dict(n_embd=128, n_head=2)), (16, dict(n_embd=512, n_head=8)), *((B, {}) for B in (1, 4, 64))]
+    for rows, shape in shapes:
+        training = Training(rows=rows, **base | shape)
+        measured, P = median(lambda: training.step(format), 3), training.net.num_params()
+        if share is None:
+            for p in training.parameters:
+                p.grad = torch.zeros_like(p)
+            update = seconds(training.update) / P
+            share = training.flops() / (measured - update * P) / rate
+        predicted = training.flops() / share / rate + update * P
+        config = training.net.config
+        yield dict(dtype=format, rows=rows, tokens=config.block_size, vocabulary=config.vocab_size, layers=config.n_layer, width=config.n_embd, millions=round(P / 1e6), gflops=training.flops() / 1e9,
+                   ms=measured * 1e3, predicted_ms=predicted * 1e3, predicted_to_measured=predicted / measured, tokens_per_s=training.x0.numel() / measured)
+        del training
+
+
+# -----------------------------------------------------------------------------
+# whole runs of train.py
+
+
+@contextlib.contextmanager
+def corpus():
+    """A folder on this disk with tokenized text and a function that runs train.py there."""
+    shape = [f'--{key}={constants[key]}' for key in ('tokenizer', 'n_layer', 'n_head', 'n_embd', 'cond_dim', 'dropout', 'device')]
+    with tempfile.TemporaryDirectory(dir='.') as folder:
+        with open(os.path.join(folder, 'corpus.txt'), 'w') as f:
+            f.write('\n\n'.join(document for _, document, _, _ in data.read_stdlib()))
+
+        def run(script, *options, processes=0, **environment):
+            launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}'] if processes else []
+            done = subprocess.run([sys.executable, *launcher, os.path.join(root, script), *options], cwd=folder, capture_output=True, text=True, env=os.environ | environment)
+            assert done.returncode == 0, done.stdout + done.stderr
+            return done.stdout
+
+        def run_train(*options, **how):
+            stdout = run('train.py', '--dataset=corpus', *shape, '--sample_at_end=False', '--eval_iters=1', '--out_dir=out', *options, **how)
+            with open(os.path.join(folder, 'out', 'metrics.jsonl')) as f:
+                rates = sorted(row['tokens_per_s'] for row in map(json.loads, f) if 'tokens_per_s' in row and row['iter'] > 2)
+            return stdout, rates[len(rates) // 2]
+
+        run('data.py', '--dataset=text:corpus.txt', '--name=corpus', f'--tokenizer={tokenizer}')
+        yield run_train
+
+
+def loop():
+    """The whole loop of train.py, and how much of its time it waits for batches."""
+    with corpus() as run_train:
+        for format in formats:
+            stdout, rate = run_train(f'--dtype={format}', f'--batch_size={batch_size}', f'--global_batch_size={batch_size}', f'--block_size={block_size}', '--max_iters=30', '--log_interval=3')
+            waited = float(re.search(r'waited for its batches ([\d.]+)%', stdout).group(1))
+            yield dict(name='train.py', dtype=format, tokens_per_s=rate, waited_percent=waited)
+
+
+def processes():
+    """Several processes of this machine (gloo, or nccl on GPUs) on one global batch, and what all-reducing its gradients would take of 8 and 64 GPUs."""
+    counts = [n for n in (1, 2, 4, 8) if n <= (torch.cuda.device_count() if device.type == 'cuda' else os.cpu_count())]
+    with corpus() as run_train:
+        for n in counts:
+            threads = {} if device.type == 'cuda' else dict(OMP_NUM_THREADS=str(os.cpu_count() // n))
+            _, rate = run_train(f'--batch_size={batch_size}', f'--global_batch_size={batch_size * counts[-1]}', f'--block_size={block_size}', '--max_iters=12', '--log_interval=2', processes=n, **threads)
+            alone = rate if n == 1 else alone
+            yield dict(name='gloo' if device.type == 'cpu' else 'nccl', processes=n, parameters=new_net().num_params(), tokens_per_s=rate, times_one=rate / alone)
+
+
+def estimate():
+    """On paper: MDLM's 170M and SMDM's 1028M on H100s, 512 rows of 1,024 tokens a step at 50% of 989 TFLOP/s. Each GPU sends and receives 2 (n-1)/n times the float32
+    gradients, at 360 GB/s between the GPUs of a node and 45 GB/s a GPU between nodes (of 450 and 50); that runs beside the backward pass, two thirds of
+    the products, but for the last bucket, the embedding's gradient."""
+    for shape in (dict(n_layer=12, n_head=12, n_embd=768), dict(n_layer=20, n_head=14, n_embd=1792)):
+        with torch.device('meta'):
+            net = DiT(ModelConfig(**shape))
+        P, wte = net.num_params(), net.wte.weight.numel()
+        for n in (8, 64):
+            compute = net.train_flops(512, 1024, 512 * 512) / n / (0.5 * 989e12)
+            wire = lambda numbers: 2 * (n - 1) / n * 4 * numbers / (360e9 if n == 8 else 45e9)
+            exposed = wire(wte) + max(0, wire(P - wte) - compute * 2 / 3)
+            yield dict(name='estimate', gpus=n, millions=round(P / 1e6), compute_ms=compute * 1e3, all_reduced_gb=2 * (n - 1) / n * 4 * P / 1e9, all_reduce_ms=wire(P) * 1e3, exposed_ms=exposed * 1e3,
+                       tokens_per_s=512 * 1024 / (compute + exposed), of_linear=compute / (compute + exposed))
+
+
+def checkpoint():
+    with corpus() as run_train:
+        stdout, _ = run_train('--block_size=64', '--batch_size=1', '--global_batch_size=1', '--max_iters=60', '--ckpt_interval=20')
+    for step, gigabytes, took, waited in re.findall(r'step (\d+): .* written, ([\d.]+) GB in ([\d.]+) s, ([\d.]+) s of which', stdout):
+        yield dict(name='checkpoint', step=int(step), gb=float(gigabytes), written_s=float(took), waited_s=float(waited))
+
+
+# -----------------------------------------------------------------------------
+# sampling
 
 
 class Enough(Exception):
@@ -158,12 +339,12 @@ def sample():
 
         def ours_timed():
             try:
-                return generate(net, batch_size, block_size, steps, on_change=stop_after_first if first else None)
+                return generate(net, batch_size, block_size, steps, on_change=stop_after_first if first else None, compile=compile)
             except Enough:
                 return None
 
         with torch.no_grad(), autocast(device, format):
-            generate(net, batch_size, block_size, 2)
+            generate(net, batch_size, block_size, 2, compile=compile)
             reset_peak()
             result = []
             ours, ours_peak = seconds(lambda: result.append(ours_timed())), peak_gigabytes()
@@ -171,7 +352,8 @@ def sample():
             evaluations = batch_size * first if first else result[0].nfe.sum().item()
             projected = sum(n for _, n in events[1:]) if first else batch_size * block_size
             reset_peak()
-            dense = seconds(lambda: reference.ancestral(net, batch_size, block_size, steps, loglinear, only_steps=dense_steps, dtype=torch.float32)) / dense_steps * covered
+            with torch_only():
+                dense = seconds(lambda: reference.ancestral(net, batch_size, block_size, steps, loglinear, only_steps=dense_steps, dtype=torch.float32)) / dense_steps * covered
         baseline = baseline or dense / covered
         flops = lambda evaluations, projected: net.train_flops(evaluations, block_size, projected) / 3
         for name, time_, n, heads, peak in (('nanoMDM', ours, evaluations, projected, ours_peak),
@@ -205,6 +387,23 @@ def samplers():
                        ms_per_evaluation=taken / batch_size / nfe * 1000)
 
 
+def ar():
+    """A causal net with a key/value cache against a diffusion net of the same size, in few and many steps."""
+    nets = {'ar': new_net(causal=True, objective='ar', cond_dim=0).eval(), 'ancestral': new_net().eval()}
+    for format in formats:
+        for rows in (1, batch_size):
+            first_rate = None
+            for name, steps in (('ar', block_size), *(('ancestral', block_size // share) for share in (32, 8, 1))):
+                call = lambda steps: generate(nets[name], rows, block_size, steps, name, prompt=[1], top_p=0.9, batch_size=rows)
+                with torch.no_grad(), autocast(device, format):
+                    call(2)
+                    result = []
+                    rate = rows * block_size / seconds(lambda: result.append(call(steps)))
+                first_rate = first_rate or rate
+                nfe = result[0].nfe.double().mean().item()
+                yield dict(name=name, dtype=format, rows=rows, steps=steps, nfe=nfe, tokens_per_s=rate, ms_per_evaluation=rows * block_size / rate / nfe * 1e3, times_ar=rate / first_rate)
+
+
 def nelbo():
     net = load_pretrained(out_dir, device=device)
     tok = data.get_tokenizer(**net.tokenizer)
@@ -217,52 +416,96 @@ def nelbo():
                        spread_times_root_evaluations=spread * (32 * num_mc) ** 0.5)
 
 
-def checkpoint():
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    with tempfile.TemporaryDirectory(dir='.') as folder:  # this disk, not one in memory
-        with open(os.path.join(folder, 'corpus.txt'), 'w') as f:
-            f.write('\n\n'.join(document for _, document, _, _ in data.read_stdlib()))
-        for command in (['data.py', '--dataset=text:corpus.txt', '--name=corpus', f'--tokenizer={tokenizer}'],
-                        ['train.py', '--dataset=corpus', f'--tokenizer={tokenizer}', f'--n_layer={n_layer}', f'--n_head={n_head}', f'--n_embd={n_embd}', f'--cond_dim={cond_dim}', '--block_size=64',
-                         '--batch_size=1', '--global_batch_size=1', '--max_iters=60', '--ckpt_interval=20', '--eval_iters=1', '--sample_at_end=False', f'--device={device}', '--out_dir=out']):
-            done = subprocess.run([sys.executable, os.path.join(root, command[0]), *command[1:]], cwd=folder, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-    for step, gigabytes, took, waited in re.findall(r'step (\d+): .* written, ([\d.]+) GB in ([\d.]+) s, ([\d.]+) s of which', done.stdout):
-        yield dict(name='checkpoint', step=int(step), gb=float(gigabytes), written_s=float(took), waited_s=float(waited))
+# -----------------------------------------------------------------------------
+# data
 
 
 def prepare():
-    text = '\n\n'.join(document for _, document, _, _ in data.read_stdlib())
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        with open('corpus.txt', 'w') as f:
-            for _ in range(max(1, int(megabytes * 1e6 / len(text.encode())))):
-                f.write(text + '\n\n')
-        tok = data.get_tokenizer(tokenizer)
-        documents = text.split('\n\n')
-        counts = []
-        alone = seconds(lambda: counts.append(len(tok.encode_batch(documents)[0])))
-        reset_peak()
-        ours = seconds(lambda: data.prepare('text:corpus.txt', tokenizer, 'corpus'))
-        tokens = sum(split['tokens'] for split in data.read_meta('data/corpus')['splits'].values())
-        os.chdir('/')
-    single, rate = counts[0] / alone, tokens / ours
-    yield dict(name='data.py', tokens_per_s=rate, one_core=single, cores=os.cpu_count(), of_all_cores=rate / single / os.cpu_count(), megabytes=megabytes, peak_gb=peak_gigabytes())
+    """Text -> bins, in paragraphs of 0.2 kB and in documents of 5 kB, against the tokenizer alone on one core."""
+    paragraphs = '\n\n'.join(document for _, document, _, _ in data.read_stdlib()).split('\n\n')
+    tok, here = data.get_tokenizer(tokenizer), os.getcwd()
+    for name, size in (('paragraphs', 0), ('documents', 5000)):
+        documents, document = [], ''
+        for paragraph in paragraphs:
+            document += paragraph + '\n'
+            if len(document) > size:
+                documents, document = [*documents, document.strip('\n')] if document.strip() else documents, ''
+        text = '\n\n'.join(documents) + '\n\n'
+        with tempfile.TemporaryDirectory() as folder:
+            os.chdir(folder)
+            with open('corpus.txt', 'w') as f:
+                for _ in range(max(1, int(megabytes * 1e6 / len(text.encode())))):
+                    f.write(text)
+            tok.encode_batch(documents)
+            counts = []
+            alone = min(seconds(lambda: counts.append(len(tok.encode_batch(documents)[0]))) for _ in range(3))
+            reset_peak()
+            ours = seconds(lambda: data.prepare('text:corpus.txt', tokenizer, 'corpus'))
+            tokens = sum(split['tokens'] for split in data.read_meta('data/corpus')['splits'].values())
+            os.chdir(here)
+        single, rate = counts[0] / alone, tokens / ours
+        yield dict(name=name, mean_kb=len(text) / len(documents) / 1e3, tokens_per_s=rate, one_core=single, cores=os.cpu_count(), of_all_cores=rate / single / os.cpu_count(), peak_gb=peak_gigabytes())
 
 
-parts = dict(train=train, sample=sample, batch=batch, samplers=samplers, nelbo=nelbo, checkpoint=checkpoint, data=prepare)
-if part not in parts:
-    raise ValueError(f"part='{part}' is not known: choose from {', '.join(parts)}")
-formats = [dtype] if dtype else ['float32', 'bfloat16']
-machine = torch.cuda.get_device_name() if device.type == 'cuda' else next(
-    (line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name')) if os.path.exists('/proc/cpuinfo') else iter(()), platform.processor())
-print(f'{part} on {machine}, {torch.get_num_threads()} threads, torch {torch.__version__}' + (
-    f', {new_net().num_params() / 1e6:.0f}M parameters ({n_layer} x {n_embd}), vocabulary {vocab_size:,}, rows of {block_size}' if part not in ('data', 'nelbo', 'checkpoint') else ''))
-rows = []
-for row in parts[part]():
-    if not rows:
-        print('| ' + ' | '.join(row) + ' |\n|' + '---|' * len(row))
-    rows.append(row)
-    print('| ' + ' | '.join(value if isinstance(value, str) else f'{value:,.0f}' if value >= 100 else f'{value:.3g}' for value in row.values()) + ' |', flush=True)
-for row in rows:
-    print(json.dumps(dict(machine=machine) | constants | row))
+# -----------------------------------------------------------------------------
+
+PARTS = dict(train=train, projection=projection, attention=attentions, cost=cost, loop=loop, processes=processes, estimate=estimate, checkpoint=checkpoint, sample=sample, batch=batch,
+             samplers=samplers, ar=ar, nelbo=nelbo, data=prepare)
+LARGE = '--n_layer=12 --n_head=12 --n_embd=768 --block_size=1024'  # MDLM's 170M
+SUITE = {
+    'cpu': ['train', f'train {LARGE} --batch_size=2 --repeats=3', 'projection', 'attention', 'cost', 'loop', 'processes', 'estimate', f'checkpoint {LARGE}', 'sample',
+            f'sample {LARGE} --batch_size=1 --steps=1000 --first=30 --dense_steps=2', 'batch --steps=64', 'samplers --batch_size=4 --steps=128 --dtype=bfloat16', 'ar --dtype=bfloat16', 'data'],
+    'cuda': ['train', f'train {LARGE} --batch_size=32 --compile=True', f'train {LARGE} --batch_size=64 --compile=True --dtype=bfloat16', f'projection {LARGE} --batch_size=32', 'attention', 'cost',
+             f'loop {LARGE} --batch_size=32', f'processes {LARGE} --batch_size=32', 'estimate', f'checkpoint {LARGE}', 'sample',
+             f'sample {LARGE} --batch_size=1 --steps=1000 --compile=True', f'sample {LARGE} --batch_size=64 --steps=1000 --dtype=bfloat16', f'batch {LARGE} --steps=64',
+             f'samplers {LARGE} --batch_size=4 --steps=128 --dtype=bfloat16', f'ar {LARGE} --batch_size=64 --dtype=bfloat16', 'data']}
+
+
+def read_rows(path):
+    with open(path) as f:
+        return [json.loads(line) for line in f]
+
+
+def changes(old, new):
+    """(what, measure, before, now) of all that both files of rows hold, the last row of a kind counting."""
+    label = lambda row: json.dumps({key: value for key, value in row.items() if not isinstance(value, float) and key not in ('commit', 'torch', 'out', 'compare')}, sort_keys=True)
+    old, new = ({label(row): row for row in rows} for rows in (old, new))
+    for what in new:
+        for key, now in new[what].items():
+            if isinstance(now, float) and what in old:
+                yield new[what], key, old[what][key], now
+
+
+if compare and not os.path.isfile(compare):
+    sys.exit(f'error: compare={compare} is not there: give a file that an earlier run has written')
+before, already = read_rows(compare) if compare else [], len(read_rows(out)) if os.path.isfile(out) else 0
+if part not in (None, *PARTS):
+    sys.exit(f"error: part='{part}' is not known: choose from {', '.join(PARTS)}")
+if part:
+    formats = [dtype] if dtype else ['float32', 'bfloat16']
+    machine = torch.cuda.get_device_name() if device.type == 'cuda' else next(
+        (line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name')) if os.path.exists('/proc/cpuinfo') else iter(()), platform.processor())
+    commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=root, capture_output=True, text=True).stdout.strip()
+    print(f'\n{part} on {machine}, {torch.get_num_threads()} threads, torch {torch.__version__}' + (
+        f', {new_net().num_params() / 1e6:.0f}M parameters ({n_layer} x {n_embd}), vocabulary {vocab_size:,}, rows of {block_size}' if part not in ('data', 'nelbo', 'estimate', 'cost', 'attention') else ''))
+    print(PARTS[part].__doc__ or '')
+    header = None
+    for row in PARTS[part]():
+        if header is None:
+            header = '| ' + ' | '.join(row) + ' |\n|' + '---|' * len(row)
+            print(header)
+        print('| ' + ' | '.join(str(value) if not isinstance(value, float) else f'{value:,.0f}' if value >= 100 else f'{value:.3g}' for value in row.values()) + ' |', flush=True)
+        with open(out, 'a') as f:
+            f.write(json.dumps(dict(machine=machine, threads=torch.get_num_threads(), torch=torch.__version__, commit=commit) | constants | dict(part=part) | row) + '\n')
+else:
+    given = [f'--{key}={constants[key]}' for key in ('device', 'dtype', 'tokenizer', 'megabytes', 'repeats', 'out') if constants[key] is not None]
+    for name, *options in map(str.split, SUITE[device.type]):
+        done = subprocess.run([sys.executable, os.path.abspath(__file__), f'--part={name}', *given, *options])
+        if done.returncode:
+            sys.exit(f'error: part {name} failed')
+if compare:
+    print(f'\nwhat changed by a twentieth or more since {compare}\n\n| part | what | measure | before | now | now / before |\n|---|---|---|---|---|---|')
+    for row, key, was, now in changes(before, read_rows(out)[already:]):
+        if not 0.95 < now / was < 1.05:
+            what = ', '.join(str(value) for name, value in row.items() if name in ('name', 'dtype', 'rows', 'tokens', 'n_layer', 'n_embd', 'vocabulary', 'layers', 'width', 'steps'))
+            print(f"| {row['part']} | {what} | {key} | {was:.4g} | {now:.4g} | {now / was:.2f} |")
