@@ -31,7 +31,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import BENCHMARKS, DATASETS, GPT2_XLM, TokenRows, find_or_prepare, get_tokenizer, key_of, permute, read_meta, splitmix64
-from model import (autocast, check_overrides, corrupt_batch, get_schedule, load_pretrained, loglinear, nelbo_per_token, on_grid, pick_device, stratified_times)
+from model import (autocast, check_overrides, corrupt_batch, get_schedule, load_pretrained, loglinear, nelbo_per_token, on_grid, pick_device,
+                   reuse_memory, stratified_times)
 from sample import generate
 
 metric = 'ppl'          # 'ppl': the NELBO of a split; 'zero_shot': of many datasets; 'samples': of texts; 'table': samples in different steps; 'report'
@@ -561,6 +562,8 @@ if __name__ == '__main__':
     from_file = metric == 'samples' and input is not None and str(input).endswith('.jsonl')
     source = str(input if metric == 'samples' and input is not None else init_from or out_dir)
     device = pick_device(device, int(os.environ.get('LOCAL_RANK', 0)))
+    if device.type == 'cpu':
+        reuse_memory()
     net = tok = None
     if not from_file:
         net = load_pretrained(os.path.join(source, 'ckpt.pt') if source == out_dir else source, ema, device, **(overrides or {}))

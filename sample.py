@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import get_tokenizer, key_of, splitmix64
-from model import KVCache, autocast, check_overrides, get_schedule, load_pretrained, loglinear, pick_device
+from model import KVCache, autocast, check_overrides, get_schedule, load_pretrained, loglinear, pick_device, reuse_memory
 
 out_dir = 'out'         # where train.py left ckpt.pt
 init_from = None        # another source of weights for load_pretrained; None: out_dir
@@ -982,7 +982,10 @@ if __name__ == '__main__':
         return lines
 
     prompts, templates = lines_of('prompt', prompt), lines_of('template', template)
-    net = load_pretrained(str(init_from or os.path.join(out_dir, 'ckpt.pt')), ema, pick_device(device), **(overrides or {}))
+    device = pick_device(device)
+    if device.type == 'cpu':
+        reuse_memory()
+    net = load_pretrained(str(init_from or os.path.join(out_dir, 'ckpt.pt')), ema, device, **(overrides or {}))
     if tokenizer:
         net.tokenizer = (net.tokenizer or {}) | dict(name=str(tokenizer))
     tok = get_tokenizer(**net.tokenizer) if net.tokenizer else None
@@ -996,7 +999,7 @@ if __name__ == '__main__':
     spread = lambda texts: [text for text in texts for _ in range(each)] or None
     show = Terminal(spell) if watch else None
     events = Events(num_samples, show) if watch or trace else None
-    with autocast(pick_device(device), dtype):
+    with autocast(device, dtype):
         samples = generate(net, num_samples, length, steps, sampler, spread(prompts), cfg_scale, temperature, top_p, top_k, seed, batch_size=batch_size,
                            template=spread(templates), progress=not watch, on_change=events, compile=compile, **options)
     rows = [ids[:n] for ids, n in zip(samples.tokens.tolist(), samples.length.tolist())]

@@ -9,8 +9,8 @@ How fast, against the dense textbook versions of tests/reference.py and a large 
 
 Prints a table a part and appends each row to `out`. Of a row, whole numbers and words say what was measured, the other numbers what was
 found. "of matmul" is the share of the FLOP/s of a large matrix product in the same process and format; only products that are performed
-are counted, the projection at masked positions. The textbook has torch's own attention and dropout, and ours in all else but what it is
-compared for; both run with freed memory kept (model.reuse_memory). Peak memory is the process's (CPU) or the allocator's (CUDA).
+are counted, the projection at masked positions. What we are compared with has torch's own attention and dropout, our network otherwise,
+and keeps freed memory as we do (model.reuse_memory) unless it says otherwise. Peak memory is the process's (CPU) or the allocator's (CUDA).
 """
 import contextlib
 import json
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +62,7 @@ constants = configure(globals())
 batch_size = batch_size or (4 if part == 'sample' else 8)
 device = pick_device(device)
 root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-if device.type == 'cpu':
+if device.type == 'cpu' and part != 'train':
     reuse_memory()
 
 
@@ -148,7 +149,7 @@ class Training:
         self.t = ((torch.arange(self.rows) + 0.5) / self.rows).to(device)
         self.xt = corrupt(self.x0, self.t, net.config.mask_id, loglinear, torch.Generator().manual_seed(0))
         self.masked = (self.xt == net.config.mask_id).flatten().nonzero().squeeze(1)
-        self.options = dict(masked=self.masked) if loss_function is per_token_loss else {}
+        self.options, self.dense = dict(masked=self.masked) if loss_function is per_token_loss else {}, loss_function not in (per_token_loss, prototype)
 
     def step(self, format):
         with autocast(device, format):
@@ -166,22 +167,38 @@ class Training:
             torch._foreach_lerp_(self.ema, self.parameters, 1e-4)
 
     def flops(self):
-        return self.net.train_flops(self.rows, self.net.config.block_size, len(self.masked) if self.options else self.x0.numel())
+        return self.net.train_flops(self.rows, self.net.config.block_size, self.x0.numel() if self.dense else len(self.masked))
+
+
+def prototype(net, x0, xt, t):
+    """The NELBO with the one idea of projecting masked positions alone, in plain PyTorch."""
+    masked = xt == net.config.mask_id
+    logits = net.head(net.trunk(xt)[masked]).index_fill(1, torch.tensor(net.config.mask_id, device=device), -torch.inf)
+    return torch.zeros(x0.shape, device=device).masked_scatter(masked, F.cross_entropy(logits, x0[masked], reduction='none')) / t[:, None]
 
 
 def train():
+    """The textbook is dense; the prototype projects masked positions alone; both have torch's own attention and dropout. The last row gives freed memory back."""
     dense = lambda net, x0, xt, t: reference.subs_nelbo(net, x0, xt, t, loglinear)
-    for format in formats:
-        rate, found = matmul_rate(format), []
-        for name, loss_function in (('nanoMDM', per_token_loss), ('textbook', dense)):
-            reset_peak()
-            with torch_only() if name == 'textbook' else contextlib.nullcontext():
-                training = Training(loss_function)
-                time_ = median(lambda: training.step(format), repeats)
-            found.append(dict(name=name, dtype=format, tokens_per_s=training.x0.numel() / time_, of_matmul=training.flops() / time_ / rate, peak_gb=peak_gigabytes()))
-            del training
-        for row in found:
-            yield row | dict(times_textbook=row['tokens_per_s'] / found[1]['tokens_per_s'], matmul_gflops=rate / 1e9)
+    given_back = []
+    for kept in (False, True):
+        if kept and device.type == 'cpu':
+            reuse_memory()
+        for format in formats:
+            rate, found = matmul_rate(format), []
+            for name, loss_function in (('nanoMDM', per_token_loss), ('textbook', dense), ('prototype', prototype))[0 if kept else 2:]:
+                reset_peak()
+                with contextlib.nullcontext() if name == 'nanoMDM' else torch_only():
+                    training = Training(loss_function)
+                    time_ = median(partial(training.step, format), repeats)
+                found.append(dict(name=name if kept else 'prototype, memory given back', dtype=format, tokens_per_s=training.x0.numel() / time_,
+                                  of_matmul=training.flops() / time_ / rate, peak_gb=peak_gigabytes()))
+                del training
+            if not kept:
+                given_back += found
+                continue
+            for row in [*found, given_back[formats.index(format)]]:
+                yield row | dict(times_textbook=row['tokens_per_s'] / found[1]['tokens_per_s'], matmul_gflops=rate / 1e9)
 
 
 def projection():
@@ -234,7 +251,7 @@ def cost():
               *((16, dict(n_layer=n)) for n in (2, 8, 16)), (16, dict(n_embd=128, n_head=2)), (16, dict(n_embd=512, n_head=8)), *((B, {}) for B in (1, 4, 64))]
     for rows, shape in shapes:
         training = Training(rows=rows, **base | shape)
-        measured, P = median(lambda: training.step(format), 3), training.net.num_params()
+        measured, P = median(partial(training.step, format), 3), training.net.num_params()
         if share is None:
             for p in training.parameters:
                 p.grad = torch.zeros_like(p)
@@ -287,12 +304,13 @@ def loop():
 def processes():
     """Several processes of this machine (gloo, or nccl on GPUs) on one global batch, and what all-reducing its gradients would take of 8 and 64 GPUs."""
     counts = [n for n in (1, 2, 4, 8) if n <= (torch.cuda.device_count() if device.type == 'cuda' else os.cpu_count())]
+    rates = []
     with corpus() as run_train:
         for n in counts:
             threads = {} if device.type == 'cuda' else dict(OMP_NUM_THREADS=str(os.cpu_count() // n))
             _, rate = run_train(f'--batch_size={batch_size}', f'--global_batch_size={batch_size * counts[-1]}', f'--block_size={block_size}', '--max_iters=12', '--log_interval=2', processes=n, **threads)
-            alone = rate if n == 1 else alone
-            yield dict(name='gloo' if device.type == 'cpu' else 'nccl', processes=n, parameters=new_net().num_params(), tokens_per_s=rate, times_one=rate / alone)
+            rates.append(rate)
+            yield dict(name='gloo' if device.type == 'cpu' else 'nccl', processes=n, parameters=new_net().num_params(), tokens_per_s=rate, times_one=rate / rates[0])
 
 
 def estimate():

@@ -12,16 +12,16 @@ def test_the_benchmark_writes_what_it_prints_and_says_what_changed(run, tmp_path
     table = run(BENCH, '--part=train', *SHAPE).stdout
     with open('bench.jsonl') as f:
         rows = [json.loads(line) for line in f]
-    assert [(row['name'], row['dtype']) for row in rows] == [(name, dtype) for dtype in ('float32', 'bfloat16') for name in ('nanoMDM', 'textbook')]
+    assert [(row['name'], row['dtype']) for row in rows] == [(name, dtype) for dtype in ('float32', 'bfloat16') for name in ('nanoMDM', 'textbook', 'prototype', 'prototype, memory given back')]
     assert all(row['part'] == 'train' and row['n_embd'] == 32 and row['tokens_per_s'] > 0 and 0 < row['of_matmul'] < 1 and row['machine'] for row in rows)
     assert all(row['times_textbook'] == 1 for row in rows if row['name'] == 'textbook') and table.count('nanoMDM') == 2
 
     with open('old.jsonl', 'w') as f:                                          # as if it had been four times as fast
         f.writelines(json.dumps(row | dict(tokens_per_s=4 * row['tokens_per_s'], times_textbook=row['times_textbook'] / 1000)) + '\n' for row in rows)
     found = run(BENCH, '--part=train', '--compare=old.jsonl', *SHAPE).stdout.split('what changed')[1]
-    assert found.count('| times_textbook |') == 4 and found.count('| tokens_per_s |') == 4
+    assert found.count('| times_textbook |') == 8 and found.count('| tokens_per_s |') == 8
     with open('bench.jsonl') as f:
-        assert len(f.readlines()) == 8
+        assert len(f.readlines()) == 16
 
     for part in ('projection', 'ar', 'estimate'):
         run(BENCH, f'--part={part}', *SHAPE)
