@@ -516,7 +516,7 @@ def training_texts(documents, limit=2 ** 27):
 
 def chunks(documents, progress):
     """About a megabyte of documents at a time: per split, the texts and which of them end a document."""
-    chunk, size = {}, 0
+    chunk, size, total = {}, 0, None
     for split, text, last, total in documents:
         texts, ends = chunk.setdefault(split, ([], []))
         texts.append(text)
@@ -526,6 +526,7 @@ def chunks(documents, progress):
             progress.total = progress.total or total
             yield chunk
             chunk, size = {}, 0
+    progress.total = progress.total or total
     yield chunk
 
 

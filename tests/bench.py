@@ -13,6 +13,7 @@ are counted, the projection at masked positions. What we are compared with has t
 and keeps freed memory as we do (model.reuse_memory) unless it says otherwise. Peak memory is the process's (CPU) or the allocator's (CUDA).
 """
 import contextlib
+import ctypes
 import json
 import os
 import platform
@@ -89,6 +90,7 @@ def reset_peak():
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats()
     elif os.path.exists('/proc/self/clear_refs'):
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier rows have freed is not of this one
         with open('/proc/self/clear_refs', 'w') as f:
             f.write('5')  # Linux: forget the peak of the resident memory
 
@@ -441,7 +443,7 @@ def nelbo():
 def prepare():
     """Text -> bins, in paragraphs of 0.2 kB and in documents of 5 kB, against the tokenizer alone on one core."""
     paragraphs = '\n\n'.join(document for _, document, _, _ in data.read_stdlib()).split('\n\n')
-    tok, here = data.get_tokenizer(tokenizer), os.getcwd()
+    here = os.getcwd()
     for name, size in (('paragraphs', 0), ('documents', 5000)):
         documents, document = [], ''
         for paragraph in paragraphs:
@@ -454,15 +456,15 @@ def prepare():
             with open('corpus.txt', 'w') as f:
                 for _ in range(max(1, int(megabytes * 1e6 / len(text.encode())))):
                     f.write(text)
-            tok.encode_batch(documents)
-            counts = []
-            alone = min(seconds(lambda: counts.append(len(tok.encode_batch(documents)[0]))) for _ in range(3))
             reset_peak()
-            ours = seconds(lambda: data.prepare('text:corpus.txt', tokenizer, 'corpus'))
-            tokens = sum(split['tokens'] for split in data.read_meta('data/corpus')['splits'].values())
+            ours, peak = seconds(lambda: data.prepare('text:corpus.txt', tokenizer, 'corpus')), peak_gigabytes()
+            tokens = sum(split['tokens'] - split['documents'] for split in data.read_meta('data/corpus')['splits'].values())  # without EOS
+            tok, counts = data.get_tokenizer(tokenizer, 'data/corpus'), []
+            tok.encode_batch(documents)
+            alone = min(seconds(lambda: counts.append(len(tok.encode_batch(documents)[0]))) for _ in range(3))
             os.chdir(here)
         single, rate = counts[0] / alone, tokens / ours
-        yield dict(name=name, mean_kb=len(text) / len(documents) / 1e3, tokens_per_s=rate, one_core=single, cores=os.cpu_count(), of_all_cores=rate / single / os.cpu_count(), peak_gb=peak_gigabytes())
+        yield dict(name=name, mean_kb=len(text) / len(documents) / 1e3, tokens_per_s=rate, one_core=single, cores=os.cpu_count(), of_all_cores=rate / single / os.cpu_count(), peak_gb=peak)
 
 
 # -----------------------------------------------------------------------------
@@ -479,24 +481,30 @@ SUITE = {
              f'samplers {LARGE} --batch_size=4 --steps=128 --dtype=bfloat16', f'ar {LARGE} --batch_size=64 --dtype=bfloat16', 'data']}
 
 
-def read_rows(path):
-    with open(path) as f:
-        return [json.loads(line) for line in f]
+def label(row):
+    """What tells a row from others: all but what was found, and the versions."""
+    return json.dumps({key: value for key, value in row.items() if key in constants and key not in ('out', 'compare') or not isinstance(value, float) and key not in (*constants, 'commit', 'torch')},
+                      sort_keys=True)
 
 
 def changes(old, new):
-    """(what, measure, before, now) of all that both files of rows hold, the last row of a kind counting."""
-    label = lambda row: json.dumps({key: value for key, value in row.items() if not isinstance(value, float) and key not in ('commit', 'torch', 'out', 'compare')}, sort_keys=True)
-    old, new = ({label(row): row for row in rows} for rows in (old, new))
-    for what in new:
-        for key, now in new[what].items():
-            if isinstance(now, float) and what in old:
-                yield new[what], key, old[what][key], now
+    """(row, measure, before, now) of all that both lists of rows hold; of rows that are alike the last one counts."""
+    old = {label(row): row for row in old}
+    for what, row in {label(row): row for row in new}.items():
+        if what in old:
+            yield from ((row, key, old[what][key], now) for key, now in row.items() if isinstance(now, float) and key not in constants)
 
 
-if compare and not os.path.isfile(compare):
-    sys.exit(f'error: compare={compare} is not there: give a file that an earlier run has written')
-before, already = read_rows(compare) if compare else [], len(read_rows(out)) if os.path.isfile(out) else 0
+before, already = [], 0
+if compare:
+    try:
+        with open(compare) as f:
+            before = [json.loads(line) for line in f]
+    except (OSError, ValueError) as error:
+        sys.exit(f'error: compare={compare} is not a file that an earlier run has written ({error})')
+if os.path.isfile(out):
+    with open(out) as f:
+        already = len(f.readlines())
 if part not in (None, *PARTS):
     sys.exit(f"error: part='{part}' is not known: choose from {', '.join(PARTS)}")
 if part:
@@ -516,14 +524,15 @@ if part:
         with open(out, 'a') as f:
             f.write(json.dumps(dict(machine=machine, threads=torch.get_num_threads(), torch=torch.__version__, commit=commit) | constants | dict(part=part) | row) + '\n')
 else:
-    given = [f'--{key}={constants[key]}' for key in ('device', 'dtype', 'tokenizer', 'megabytes', 'repeats', 'out') if constants[key] is not None]
+    given = [argument for argument in sys.argv[1:] if not argument.startswith('--compare')]
     for name, *options in map(str.split, SUITE[device.type]):
-        done = subprocess.run([sys.executable, os.path.abspath(__file__), f'--part={name}', *given, *options])
-        if done.returncode:
+        if subprocess.run([sys.executable, os.path.abspath(__file__), f'--part={name}', *given, *options]).returncode:
             sys.exit(f'error: part {name} failed')
 if compare:
-    print(f'\nwhat changed by a twentieth or more since {compare}\n\n| part | what | measure | before | now | now / before |\n|---|---|---|---|---|---|')
-    for row, key, was, now in changes(before, read_rows(out)[already:]):
-        if not 0.95 < now / was < 1.05:
+    with open(out) as f:
+        found = list(changes(before, [json.loads(line) for line in f.readlines()[already:]]))
+    print(f'\n{len({label(row) for row, *_ in found})} rows are in {compare} too; what changed by a twentieth or more\n\n| part | what | measure | before | now | now / before |\n|---|---|---|---|---|---|')
+    for row, key, was, now in found:
+        if abs(now - was) > 0.05 * abs(was):
             what = ', '.join(str(value) for name, value in row.items() if name in ('name', 'dtype', 'rows', 'tokens', 'n_layer', 'n_embd', 'vocabulary', 'layers', 'width', 'steps'))
-            print(f"| {row['part']} | {what} | {key} | {was:.4g} | {now:.4g} | {now / was:.2f} |")
+            print(f"| {row['part']} | {what} | {key} | {was:.4g} | {now:.4g} | {f'{now / was:.2f}' if was else '-'} |")

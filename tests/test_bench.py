@@ -18,7 +18,7 @@ def test_the_benchmark_writes_what_it_prints_and_says_what_changed(run, tmp_path
 
     with open('old.jsonl', 'w') as f:                                          # as if it had been four times as fast
         f.writelines(json.dumps(row | dict(tokens_per_s=4 * row['tokens_per_s'], times_textbook=row['times_textbook'] / 1000)) + '\n' for row in rows)
-    found = run(BENCH, '--part=train', '--compare=old.jsonl', *SHAPE).stdout.split('what changed')[1]
+    found = run(BENCH, '--part=train', '--compare=old.jsonl', *SHAPE).stdout.split('8 rows are in old.jsonl too')[1]
     assert found.count('| times_textbook |') == 8 and found.count('| tokens_per_s |') == 8
     with open('bench.jsonl') as f:
         assert len(f.readlines()) == 16
@@ -30,6 +30,12 @@ def test_the_benchmark_writes_what_it_prints_and_says_what_changed(run, tmp_path
     assert (parts.count('projection'), parts.count('ar'), parts.count('estimate')) == (4, 16, 4)
 
 
-def test_the_benchmark_refuses_what_is_not_there(run):
-    assert run(BENCH, '--compare=nix', status=1).stderr.startswith('error: compare=nix is not there')
+    last = run(BENCH, '--part=estimate', '--compare=old.jsonl', *SHAPE).stdout
+    assert '\n0 rows are in old.jsonl too' in last
+
+
+def test_the_benchmark_refuses_what_is_not_there(run, tmp_path):
+    (tmp_path / 'broken.jsonl').write_text('{"part": ')
+    for name in ('nix', 'broken.jsonl'):
+        assert run(BENCH, f'--compare={name}', status=1).stderr.startswith(f'error: compare={name} is not a file that an earlier run has written')
     assert run(BENCH, '--part=nix', status=1).stderr.startswith("error: part='nix' is not known")

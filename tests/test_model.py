@@ -205,6 +205,7 @@ def test_attention_looks_both_ways_and_knows_positions(tiny_net):
 def test_attention_in_bfloat16_is_attention(L, K, masked):
     q, k, v = torch.randn(2, 3, L, 8), torch.randn(2, 3, K, 8), torch.randn(2, 3, K, 8)
     seen = torch.rand(2, 1, 1, K) < 0.5 if masked else None
+    q = 2 * q                                                                 # scores of some size
     scores = q.double() @ k.double().transpose(2, 3) / 8 ** 0.5
     exact = (scores if seen is None else scores.masked_fill(~seen, -math.inf)).softmax(dim=3) @ v.double()
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.02)):
@@ -238,13 +239,14 @@ def test_dropout_on_a_cpu_keeps_what_it_says(tiny_net):
         y, x.grad = model.dropout(x, p), None
         y.sum().backward()
         n, kept = x.numel(), (y != 0).double()
-        assert torch.equal(x.grad, y.detach()) and set(y.detach().unique().tolist()) == {0.0, torch.tensor(1 / (1 - p)).item()}
+        assert torch.equal(x.grad, y.detach()) and len(y.unique()) == 2 and abs(y.max() * (1 - p) - 1) < 2e-5
         assert abs(kept.mean() - (1 - p)) < 4 * (p * (1 - p) / n) ** 0.5      # standard errors
         for step in (1, 2, 3, 4):                                             # four elements share a draw of 64 bits
             both = (kept.flatten()[:-step] * kept.flatten()[step:]).mean()
             assert abs(both - (1 - p) ** 2) < 4 / n ** 0.5
         torch.manual_seed(1)
         assert torch.equal(model.dropout(x, p), y)
+    assert (model.dropout(x, 1 - 1e-9) != 0).float().mean() < 1e-4            # next to nothing
 
 
 def test_nothing_larger_than_the_masked_positions_reaches_the_vocabulary(tiny_net):
