@@ -353,7 +353,7 @@ class _NLL(torch.autograd.Function):
         wide = torch.promote_types(dtype, torch.float32)
         h_, weight_ = h.to(dtype), weight.to(dtype)
         N, V = h.size(0), weight.size(0)
-        width = min(V, max(512, 2 ** (21 if device == 'cpu' else 28) // max(N, 1)))            # a GPU wants them large
+        width = min(V, max(512, 2 ** (23 if device == 'cpu' else 29) // dtype.itemsize // max(N, 1)))  # of so many bytes: a GPU wants them large
         width = math.ceil(V / math.ceil(V / width))                                            # and all alike
         chunks, pieces, lses, logit = [slice(i, i + width) for i in range(0, V, width)], [], [], 0
         for chunk in chunks:
