@@ -244,26 +244,27 @@ def attentions():
 
 
 def cost():
-    """How the time of a training step grows, and what is predicted from the first row: its products at the same share of the matmul rate,
-    its updates at the same time a parameter."""
-    format = formats[-1]
-    rate, share = matmul_rate(format), None
+    """How the time of a training step grows, and a model of it, fitted to these rows: so much for a FLOP of products, for one of attention, for an element of the
+    activations, for a logit, and for a parameter."""
+    format, rows, terms = formats[-1], [], []
     base = dict(block_size=256, vocab_size=50258, n_layer=4, n_head=4, n_embd=256)
     shapes = [(16, {}), *((4096 // L, dict(block_size=L)) for L in (512, 1024, 2048, 4096)), *((16, dict(vocab_size=V)) for V in (256, 4096, 32_000, 128_000)),
               *((16, dict(n_layer=n)) for n in (2, 8, 16)), (16, dict(n_embd=128, n_head=2)), (16, dict(n_embd=512, n_head=8)), *((B, {}) for B in (1, 4, 64))]
-    for rows, shape in shapes:
-        training = Training(rows=rows, **base | shape)
-        measured, P = median(partial(training.step, format), 3), training.net.num_params()
-        if share is None:
-            for p in training.parameters:
-                p.grad = torch.zeros_like(p)
-            update = seconds(training.update) / P
-            share = training.flops() / (measured - update * P) / rate
-        predicted = training.flops() / share / rate + update * P
-        config = training.net.config
-        yield dict(dtype=format, rows=rows, tokens=config.block_size, vocabulary=config.vocab_size, layers=config.n_layer, width=config.n_embd, millions=round(P / 1e6), gflops=training.flops() / 1e9,
-                   ms=measured * 1e3, predicted_ms=predicted * 1e3, predicted_to_measured=predicted / measured, tokens_per_s=training.x0.numel() / measured)
+    for B, shape in shapes:
+        training = Training(rows=B, **base | shape)
+        time_, c, P = median(partial(training.step, format), 3), training.net.config, training.net.num_params()
+        tokens, flops = training.x0.numel(), training.flops()
+        attention = 12 * tokens * c.n_layer * c.block_size * c.n_embd
+        terms.append([(flops - attention) / 1e9, attention / 1e9, tokens * c.n_layer * c.n_embd / 1e6, len(training.masked) * c.vocab_size / 1e6, P / 1e6])
+        rows.append(dict(dtype=format, rows=B, tokens=c.block_size, vocabulary=c.vocab_size, layers=c.n_layer, width=c.n_embd, millions=round(P / 1e6), gflops=flops / 1e9, ms=time_ * 1e3,
+                         tokens_per_s=tokens / time_))
         del training
+    terms, measured = torch.tensor(terms, dtype=torch.float64), torch.tensor([row['ms'] for row in rows], dtype=torch.float64)
+    factors = torch.linalg.lstsq(terms / measured[:, None], torch.ones(len(rows), 1, dtype=torch.float64)).solution     # the least relative errors
+    names = ('GFLOPs of products', 'GFLOPs of attention', 'million tokens x layers x width', 'million masked tokens x vocabulary', 'million parameters')
+    print('ms = ' + ' + '.join(f'{factor:.3g} x {name}' for factor, name in zip(factors.flatten().tolist(), names)))
+    for row, predicted in zip(rows, (terms @ factors).flatten().tolist()):
+        yield row | dict(model_ms=predicted, model_to_measured=predicted / row['ms'])
 
 
 # -----------------------------------------------------------------------------
