@@ -649,7 +649,7 @@ class TokenRows:
         if block_size < (3 if packing in ('wrap', 'sentence') else 1):
             raise ValueError(f"block_size={block_size} is too short for packing '{packing}'")
         if split not in meta['splits']:
-            raise ValueError(f"{folder} has no split '{split}', only {', '.join(meta['splits'])}: 5% of the documents are validation where the source has "
+            raise ValueError(f"{folder} has no split '{split}', only {', '.join(meta['splits'])} (--val_split of train.py, --split of eval.py): 5% of the documents are validation where the source has "
                              'none, and a very short text may leave none for it')
         self.counts = meta['splits'][split]
         # as plain arrays, whose slices take a tenth of the time

@@ -30,7 +30,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from configurator import configure
+from configurator import configure, constants_of
 from data import TokenRows, find_or_prepare, get_tokenizer, key_of, permute
 from model import (SIZES, DiT, ModelConfig, autocast, check_objective, check_overrides, corrupt_batch, get_schedule, load_pretrained, load_state,
                    nelbo_per_token, on_grid, per_token_loss, pick_device, put, read_newest, reuse_memory, stratified_times, write_checkpoint)
@@ -138,6 +138,9 @@ if global_batch_size % (batch_size * world_size):
                      f'{world_size} processes: make it a multiple of {batch_size * world_size}')
 if size is not None and size not in SIZES:
     raise ValueError(f"size='{size}' is not known: choose from {', '.join(SIZES)}")
+for key, wins in [*((key, f'size={size}') for key in (SIZES[size] if size is not None else {}) if key != 'cond_dim'), *([('max_iters', f'flops={flops:g}')] if flops is not None else [])]:
+    if master and constants[key] != constants_of(__file__)[key][0] and (size is None or constants[key] != SIZES[size].get(key)):
+        print(f'warning: {wins} says what {key} is, {key}={constants[key]} is not used: give --{wins.partition("=")[0]}=None to choose it yourself', flush=True)
 if objective != 'mlm' and (use_num_masked_factor or loss_on_visible_tokens):
     raise ValueError(f"use_num_masked_factor and loss_on_visible_tokens go with objective mlm, not '{objective}'")
 if shard and (world_size == 1 or optimizer == 'muon'):

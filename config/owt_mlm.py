@@ -37,7 +37,6 @@ grad_clip = 1.0
 ema = 0.9999
 
 dtype = 'bfloat16'
-compile = True
 eval_interval = 50_000
 ckpt_interval = 2500
 keep_interval = 100_000

@@ -34,18 +34,18 @@ import eval  # noqa: E402
 import model  # noqa: E402
 import reference  # noqa: E402
 from configurator import configure  # noqa: E402
-from model import DiT, ModelConfig, autocast, corrupt, load_pretrained, loglinear, per_token_loss, pick_device, reuse_memory  # noqa: E402
+from model import SIZES, DiT, ModelConfig, autocast, corrupt, load_pretrained, loglinear, per_token_loss, pick_device, reuse_memory  # noqa: E402
 from sample import generate  # noqa: E402
 
-part = None           # a key of PARTS; None: all of SUITE
+part = None           # train projection attention cost loop processes estimate checkpoint sample batch samplers ar nelbo data; None: all but nelbo
 device = 'cpu'        # 'cpu', 'cuda'
-dtype = None          # 'float32', 'bfloat16'; None: both, of parts that take one 'bfloat16'
-n_layer = 4
+dtype = None          # 'float32' or 'bfloat16'; None: both (cost: bfloat16)
+n_layer = 4           # the shape of the net
 n_head = 4
 n_embd = 256
-cond_dim = 128
-dropout = 0.1
-vocab_size = 50258
+cond_dim = 128        # width of the adaLN conditioning
+dropout = 0.1         # on the residual branches
+vocab_size = 50258    # ids, the mask included
 block_size = 256      # tokens a row
 batch_size = None     # rows; None: 8, of part sample 4
 repeats = 5           # training steps that are timed, after two that are not; the median counts
@@ -60,8 +60,13 @@ seeds = 16            # (nelbo)
 out = 'bench.jsonl'   # rows are appended to it
 compare = None        # an earlier one: print what changed since
 constants = configure(globals())
-batch_size = batch_size or (4 if part == 'sample' else 8)
+batch_size = (4 if part == 'sample' else 8) if batch_size is None else batch_size
 device = pick_device(device)
+for key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'repeats', 'steps', 'dense_steps', 'megabytes', 'seeds'):
+    if constants[key] < 1:
+        sys.exit(f'error: {key}={constants[key]}: it must be at least 1')
+if dtype not in (None, 'float32', 'bfloat16') or constants['batch_size'] is not None and batch_size < 1:
+    sys.exit(f"error: dtype={dtype!r}, batch_size={constants['batch_size']}: the one is float32, bfloat16 or None, the other at least 1 or None")
 root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if device.type == 'cpu' and part != 'train':
     reuse_memory()
@@ -90,7 +95,8 @@ def reset_peak():
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats()
     elif os.path.exists('/proc/self/clear_refs'):
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier rows have freed is not of this one
+        with contextlib.suppress(AttributeError):  # not glibc
+            ctypes.CDLL(None).malloc_trim(0)  # what earlier rows have freed is not of this one
         with open('/proc/self/clear_refs', 'w') as f:
             f.write('5')  # Linux: forget the peak of the resident memory
 
@@ -317,19 +323,20 @@ def processes():
 
 
 def estimate():
-    """On paper: MDLM's 170M and SMDM's 1028M on H100s, 512 rows of 1,024 tokens a step at 50% of 989 TFLOP/s. Each GPU sends and receives 2 (n-1)/n times the float32
-    gradients, at 360 GB/s between the GPUs of a node and 45 GB/s a GPU between nodes (of 450 and 50); that runs beside the backward pass, two thirds of
-    the products, but for the last bucket, the embedding's gradient."""
-    for shape in (dict(n_layer=12, n_head=12, n_embd=768), dict(n_layer=20, n_head=14, n_embd=1792)):
+    """On paper: MDLM's 170M (rows of 1,024) and SMDM's 1028M (rows of 2,048) on H100s, 524,288 tokens a step at 50% of 989 TFLOP/s. Each GPU sends and receives
+    2 (n-1)/n times the float32 gradients, at 360 GB/s between the GPUs of a node and 45 GB/s a GPU between nodes (of 450 and 50); that runs beside the
+    backward pass, two thirds of the products, but for the last bucket, the embedding's gradient."""
+    smdm = dict(SIZES['1028M'], block_size=2048, vocab_size=32001, mask_id=32000, cond_dim=0, norm='rmsnorm', mlp='swiglu', mlp_bias=False, head_bias=False, head_mask=False)
+    for name, shape in (('MDLM 170M', dict(n_layer=12, n_head=12, n_embd=768)), ('SMDM 1028M', smdm)):
         with torch.device('meta'):
             net = DiT(ModelConfig(**shape))
-        P, wte = net.num_params(), net.wte.weight.numel()
+        P, wte, L = net.num_params(), net.wte.weight.numel(), net.config.block_size
         for n in (8, 64):
-            compute = net.train_flops(512, 1024, 512 * 512) / n / (0.5 * 989e12)
+            compute = net.train_flops(2 ** 19 // L, L, 2 ** 18) / n / (0.5 * 989e12)
             wire = lambda numbers: 2 * (n - 1) / n * 4 * numbers / (360e9 if n == 8 else 45e9)
             exposed = wire(wte) + max(0, wire(P - wte) - compute * 2 / 3)
-            yield dict(name='estimate', gpus=n, millions=round(P / 1e6), compute_ms=compute * 1e3, all_reduced_gb=2 * (n - 1) / n * 4 * P / 1e9, all_reduce_ms=wire(P) * 1e3, exposed_ms=exposed * 1e3,
-                       tokens_per_s=512 * 1024 / (compute + exposed), of_linear=compute / (compute + exposed))
+            yield dict(name=name, gpus=n, parameters=P, compute_ms=compute * 1e3, all_reduced_gb=2 * (n - 1) / n * 4 * P / 1e9, all_reduce_ms=wire(P) * 1e3, exposed_ms=exposed * 1e3,
+                       tokens_per_s=2 ** 19 / (compute + exposed), of_linear=compute / (compute + exposed))
 
 
 def checkpoint():
@@ -442,7 +449,7 @@ def nelbo():
 
 
 def prepare():
-    """Text -> bins, in paragraphs of 0.2 kB and in documents of 5 kB, against the tokenizer alone on one core."""
+    """Text -> bins, in paragraphs of 0.12 kB and in documents of 5 kB, against the tokenizer alone on one core."""
     paragraphs = '\n\n'.join(document for _, document, _, _ in data.read_stdlib()).split('\n\n')
     here = os.getcwd()
     for name, size in (('paragraphs', 0), ('documents', 5000)):
@@ -496,18 +503,24 @@ def changes(old, new):
             yield from ((row, key, old[what][key], now) for key, now in row.items() if isinstance(now, float) and key not in constants)
 
 
+if part not in (None, *PARTS):
+    sys.exit(f"error: part='{part}' is not known: choose from {', '.join(PARTS)}")
+shared = ('device', 'dtype', 'tokenizer', 'megabytes', 'repeats', 'out', 'compare')
+if part is None and (own := [argument for argument in sys.argv[1:] if argument.lstrip('-').partition('=')[0] not in shared]):
+    sys.exit(f'error: {own[0]} goes with a --part: those have shapes of their own')
 before, already = [], 0
+try:
+    open(out, 'a').close()
+except OSError as error:
+    sys.exit(f'error: out={out} cannot be written ({error.strerror})')
 if compare:
     try:
         with open(compare) as f:
             before = [json.loads(line) for line in f]
     except (OSError, ValueError) as error:
         sys.exit(f'error: compare={compare} is not a file that an earlier run has written ({error})')
-if os.path.isfile(out):
-    with open(out) as f:
-        already = len(f.readlines())
-if part not in (None, *PARTS):
-    sys.exit(f"error: part='{part}' is not known: choose from {', '.join(PARTS)}")
+with open(out) as f:
+    already = len(f.readlines())
 if part:
     formats = [dtype] if dtype else ['float32', 'bfloat16']
     machine = torch.cuda.get_device_name() if device.type == 'cuda' else next(

@@ -200,6 +200,13 @@ def test_attention_looks_both_ways_and_knows_positions(tiny_net):
     assert not torch.allclose(net(x.flip(1)), net(x).flip(1), atol=1e-3)
 
 
+@pytest.mark.parametrize('mlp', ['gelu', 'swiglu'])
+def test_flops_are_those_of_the_matrices(tiny_net, mlp):
+    net = tiny_net(mlp=mlp)
+    matrices = sum(p.numel() for name, p in net.blocks.named_parameters() if p.dim() == 2 and 'adaLN' not in name)
+    assert net.train_flops(3, 16, 20) == 6 * (3 * 16 * (matrices + 2 * net.config.n_layer * 16 * net.config.n_embd) + 20 * net.lm_head.weight.numel())
+
+
 @pytest.mark.parametrize('L, K', [(48, 48), (1, 48), (1100, 1100)])  # plain products, one token against a cache, torch's own kernel
 @pytest.mark.parametrize('masked', [False, True])
 def test_attention_in_bfloat16_is_attention(L, K, masked):

@@ -135,10 +135,12 @@ def test_a_flop_budget_sets_the_number_of_steps(mine, here):
     assert abs(last['tokens_seen'] / (last['iter'] * 8 * mean_length) - 1) < 0.2
 
 
-def test_named_sizes_set_the_shape(mine, here):
+def test_named_sizes_set_the_shape_and_say_what_they_overrule(mine, here, capsys):
     here('train.py', *SMALL, '--size=6M', '--max_iters=1', '--cond_dim=0', '--norm=rmsnorm', '--mlp=swiglu', '--mlp_bias=False', '--head_bias=False', '--head_mask=False', '--init=smdm')
     config = load_pretrained('out').config
     assert (config.n_layer, config.n_head, config.n_embd, config.n_mlp) == (6, 4, 256, 1024)
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith('warning')]
+    assert len(warnings) == 3 and warnings[0] == 'warning: size=6M says what n_layer is, n_layer=1 is not used: give --size=None to choose it yourself'
 
 
 def test_resuming_says_what_changed_and_takes_it(mine, here, capsys):
