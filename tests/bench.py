@@ -1,10 +1,11 @@
 """
 How fast, against the dense textbook versions of tests/reference.py and a large matrix product, in the same run:
 
-    python tests/bench.py                         all that README shows, 20 minutes on 2 cores
+    python tests/bench.py                         the tables of README's "How fast", 20 minutes on 2 cores
     python tests/bench.py --device=cuda           the same on a GPU
     python tests/bench.py --compare=FILE          the same, and what changed since FILE, an earlier bench.jsonl
     python tests/bench.py --part=train --n_layer=12 --n_head=12 --n_embd=768 --block_size=1024 --batch_size=2
+    python tests/bench.py --part=optimizers       AdamW and Muon on the quickstart, 5 minutes
     python tests/bench.py --part=nelbo --out_dir=out-quickstart      the spread of the estimators of the NELBO over seeds
 
 Prints a table a part and appends each row to `out`. Of a row, whole numbers and words say what was measured, the other numbers what was
@@ -37,7 +38,7 @@ from configurator import configure  # noqa: E402
 from model import SIZES, DiT, ModelConfig, autocast, corrupt, load_pretrained, loglinear, per_token_loss, pick_device, reuse_memory  # noqa: E402
 from sample import generate  # noqa: E402
 
-part = None           # train projection attention cost loop processes estimate checkpoint sample batch samplers ar nelbo data; None: all but nelbo
+part = None           # train projection attention cost loop processes estimate checkpoint sample batch samplers ar nelbo optimizers data; None: all but nelbo, optimizers
 device = 'cpu'        # 'cpu', 'cuda'
 dtype = None          # 'float32' or 'bfloat16'; None: both (cost: bfloat16)
 n_layer = 4           # the shape of the net
@@ -339,6 +340,21 @@ def estimate():
                        tokens_per_s=2 ** 19 / (compute + exposed), of_linear=compute / (compute + exposed))
 
 
+def optimizers():
+    """The quickstart with AdamW and with Muon: bits/byte of the averaged weights at its end, and the first step, of those evaluated, that is no worse than AdamW's last."""
+    last = None
+    with tempfile.TemporaryDirectory(dir='.') as folder:
+        for name, learning_rate in (('adamw', '1e-3'), ('muon', '6e-3')):
+            done = subprocess.run([sys.executable, os.path.join(root, 'train.py'), os.path.join(root, 'config', 'quickstart.py'), f'--optimizer={name}', f'--learning_rate={learning_rate}', '--eval_interval=30',
+                                   '--ckpt_interval=1000', '--sample_at_end=False', f'--device={device}', '--out_dir=out'], cwd=folder, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
+            with open(os.path.join(folder, 'out', 'metrics.jsonl')) as f:
+                found = [(row['iter'], row['val_bpb']) for row in map(json.loads, f) if 'val_bpb' in row]
+            last = found[-1][1] if last is None else last
+            reached = [step for step, bpb in found if bpb <= last]
+            yield dict(name=name, learning_rate=learning_rate, last_step=found[-1][0], val_bpb=found[-1][1], steps_to_adamw=float(min(reached, default='nan')))
+
+
 def checkpoint():
     with corpus() as run_train:
         stdout, _ = run_train('--block_size=64', '--batch_size=1', '--global_batch_size=1', '--max_iters=60', '--ckpt_interval=20')
@@ -478,7 +494,7 @@ def prepare():
 # -----------------------------------------------------------------------------
 
 PARTS = dict(train=train, projection=projection, attention=attentions, cost=cost, loop=loop, processes=processes, estimate=estimate, checkpoint=checkpoint, sample=sample, batch=batch,
-             samplers=samplers, ar=ar, nelbo=nelbo, data=prepare)
+             samplers=samplers, ar=ar, nelbo=nelbo, optimizers=optimizers, data=prepare)
 LARGE = '--n_layer=12 --n_head=12 --n_embd=768 --block_size=1024'  # MDLM's 170M
 SUITE = {
     'cpu': ['train', f'train {LARGE} --batch_size=2 --repeats=3', 'projection', 'attention', 'cost', 'loop', 'processes', 'estimate', f'checkpoint {LARGE}', 'sample',
@@ -527,7 +543,7 @@ if part:
         (line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name')) if os.path.exists('/proc/cpuinfo') else iter(()), platform.processor())
     commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=root, capture_output=True, text=True).stdout.strip()
     print(f'\n{part} on {machine}, {torch.get_num_threads()} threads, torch {torch.__version__}' + (
-        f', {new_net().num_params() / 1e6:.0f}M parameters ({n_layer} x {n_embd}), vocabulary {vocab_size:,}, rows of {block_size}' if part not in ('data', 'nelbo', 'estimate', 'cost', 'attention') else ''))
+        f', {new_net().num_params() / 1e6:.0f}M parameters ({n_layer} x {n_embd}), vocabulary {vocab_size:,}, rows of {block_size}' if part not in ('data', 'nelbo', 'optimizers', 'estimate', 'cost', 'attention') else ''))
     print(PARTS[part].__doc__ or '')
     header = None
     for row in PARTS[part]():

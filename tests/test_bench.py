@@ -29,7 +29,6 @@ def test_the_benchmark_writes_what_it_prints_and_says_what_changed(run, tmp_path
         parts = [json.loads(line)['part'] for line in f]
     assert (parts.count('projection'), parts.count('ar'), parts.count('estimate')) == (4, 16, 4)
 
-
     last = run(BENCH, '--part=estimate', '--compare=old.jsonl', *SHAPE).stdout
     assert '\n0 rows are in old.jsonl too' in last
 
