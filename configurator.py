@@ -3,14 +3,23 @@ Constants from config files and the command line:
 
     python train.py config/quickstart.py --max_iters=20 --learning_rate=1e-3
 
-A script has its constants at the top, each a literal with a comment behind it, and calls configure(globals()). Files and
---key=value are taken in the order in which they are given; a config file is plain Python that assigns constants (it may import
-modules to compute them with; names that begin with an underscore are its own).
-The only code run here is that of the config files named by the user.
+A script has its constants at the top, literals with a comment, and calls configure(globals()).
+Files and --key=value are taken in the order given. A config file is Python that assigns constants;
+modules that it imports and names that begin with an underscore are its own.
+
+A comment may begin with what its constant takes, which is checked last:
+
+    batch_size = 32     # [>= 1] rows a micro-batch     (a range never holds inf or NaN)
+    beta1 = 0.9         # [0 <= x < 1]
+    T = None            # [int >= 0] steps              (or the None that is the default)
+    norm = 'rmsnorm'    # [layernorm | rmsnorm]
 """
 import ast
 import difflib
+import math
+import operator
 import os
+import re
 import signal
 import sys
 import time
@@ -18,26 +27,74 @@ import traceback
 import types
 
 
+def require(condition, message):
+    """Raise ValueError(message) unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
 def constants_of(path):
-    """name -> (default, comment) of the literals assigned at the top of a script, up to its first function, class, if or configure()."""
+    """name -> (default, comment) of the literals assigned at the top of a script, up to its first
+    function, class, if or configure()."""
     with open(path, encoding='utf-8') as f:
         source = f.read()
-    lines, constants = source.splitlines(), {}
+    lines = source.splitlines()
+    constants = {}
     for node in ast.parse(source).body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.If)) or 'configure(' in ast.unparse(node):
+        behind = isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.If))
+        if behind or 'configure(' in ast.unparse(node):
             break
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             try:
                 default = ast.literal_eval(node.value)
             except ValueError:
-                continue  # not a constant: computed
+                continue  # computed: not a constant
             comment = lines[node.end_lineno - 1][node.end_col_offset:].partition('#')[2].strip()
             constants[node.targets[0].id] = default, comment
     return constants
 
 
+# -----------------------------------------------------------------------------
+# what a constant takes
+
+KINDS = {
+    'int': 'a whole number', 'number': 'a number', 'bool': 'True or False',
+    'str': 'a string', 'dict': 'a dict', 'tuple': 'a tuple'}
+BOUNDS = {
+    '>': (operator.gt, 'above'), '>=': (operator.ge, 'at least'),
+    '<': (operator.lt, 'below'), '<=': (operator.le, 'at most')}
+
+
+def check_spec(key, value, default, comment):
+    """Raise ValueError where the value is not what the [...] at the start of the comment names."""
+    if not comment.startswith('[') or value is None and default is None:
+        return
+    spec = comment[1:].partition(']')[0]
+    if ' | ' in spec:
+        choices = spec.split(' | ')
+        known = value in choices
+        require(known, f'{key}={value!r} is not known: choose from {", ".join(choices)}')
+        return
+    spec = re.sub(r'(\S+) <(=?) x ', r'>\2 \1 ', spec)  # 0 <= x < 1: >= 0 < 1
+    match = re.fullmatch(rf'({"|".join(KINDS)})?(?: ?[<>]=? \S+)*', spec)
+    assert spec and match, f'{key}: [{spec}] is neither a kind, a range nor choices'
+    kind = match[1]
+    bounds = re.findall(r'([<>]=?) (\S+)', spec)
+    words = [KINDS[kind]] if kind else []
+    fits = type(value).__name__ in (['int', 'float'] if kind in (None, 'number') else [kind])
+    if bounds:
+        fits = fits and abs(value) < math.inf
+        fits = fits and all(BOUNDS[sign][0](value, float(bound)) for sign, bound in bounds)
+        words.append(' and '.join(f'{BOUNDS[sign][1]} {bound}' for sign, bound in bounds))
+    if value in (math.inf, -math.inf):
+        words.append('finite')
+    if default is None:
+        words.append('or None')
+    require(fits, f'{key}={value!r}: it must be {", ".join(words)}')
+
+
 def checked(key, value, default):
-    """value as the type of the constant's default. Raises ValueError where it is of another."""
+    """The value as the type of the constant's default. Raises ValueError where it has another."""
     kind = type(default)
     if default is None or type(value) is kind:
         return value
@@ -45,49 +102,77 @@ def checked(key, value, default):
         return float(value)
     if kind is tuple and type(value) is list:
         return tuple(value)
-    raise ValueError(f'{key}={value!r}: {key} takes {"an" if kind is int else "a"} {kind.__name__}, like {default!r}')
+    article = 'an' if kind is int else 'a'
+    raise ValueError(f'{key}={value!r}: {key} takes {article} {kind.__name__}, like {default!r}')
 
 
 def parsed(key, text, default):
-    """The value that --key=text stands for: text as it is where the constant is a string, else a Python literal."""
+    """What --key=text stands for: the text where the constant is a string, else a literal."""
     if isinstance(default, str):
         return text
     try:
-        return checked(key, ast.literal_eval(text), default)
-    except (SyntaxError, TypeError):
-        pass
-    except ValueError as error:
-        if str(error).startswith(f'{key}='):
-            raise
-    return checked(key, text, default)  # not a literal: a string, which a None default takes
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        value = text  # no literal: a string, which a None default takes
+    return checked(key, value, default)
 
 
-def known(key, constants, where):
+def default_of(key, constants, where):
     if key not in constants:
         near = difflib.get_close_matches(key, constants, n=1, cutoff=0)
-        raise ValueError(f"{where}: there is no constant '{key}' in this script; the nearest is '{near[0]}' (--help lists them all)")
+        raise ValueError(
+            f"{where}: there is no constant '{key}' in this script; the nearest is '{near[0]}' "
+            '(--help lists them all)')
     return constants[key][0]
+
+
+# -----------------------------------------------------------------------------
+
+
+def run_config(path, values):
+    """Run a config file, which sees the values so far -> what it assigns."""
+    scope = dict(values)
+    try:
+        with open(path, encoding='utf-8') as f:
+            exec(compile(f.read(), path, 'exec'), scope)
+    except SyntaxError as error:
+        raise ValueError(f'{path}, line {error.lineno}: {error.msg}') from None
+    except (Exception, SystemExit) as error:
+        raise ValueError(f'{path}: {type(error).__name__}: {error}') from None
+    return {
+        key: value for key, value in scope.items()
+        if not key.startswith('_') and not isinstance(value, types.ModuleType)
+        and not (key in values and value is values[key])}
 
 
 def show_constants_and_exit(script, constants):
     print(f'usage: python {os.path.basename(script)} [config/FILE.py ...] [--key=value ...]\n')
-    width = max(len(f'--{key}={default!r}') for key, (default, _) in constants.items())
-    for key, (default, comment) in constants.items():
-        print(f'  {f"--{key}={default!r}":<{width}}  {comment}'.rstrip())
+    keys = {key: f'--{key}={default!r}' for key, (default, _) in constants.items()}
+    width = max(len(text) for text in keys.values())
+    for key, (_, comment) in constants.items():
+        print(f'  {keys[key]:<{width}}  {comment}'.rstrip())
     sys.exit(0)
 
 
 def one_line_for_bad_input(kind, error, tb):
-    """Exceptions that our own files raise on purpose are messages to the user; anything else is a bug and keeps its traceback."""
-    raised_in = os.path.dirname(os.path.abspath(traceback.extract_tb(tb)[-1].filename)) if tb else None
+    """The excepthook: what our own files raise on purpose is one line to the user; anything else is
+    a bug and keeps its traceback."""
+    ours = False
+    if tb:
+        file = os.path.abspath(traceback.extract_tb(tb)[-1].filename)
+        ours = os.path.dirname(file) == os.path.dirname(os.path.abspath(__file__))
+    process = ''
     rank = os.environ.get('RANK', '0')
-    if rank != '0':  # what all processes find wrong the first one says, and torchrun ends the others meanwhile
+    if rank != '0':  # what all find wrong the first process says; torchrun then ends the others
+        process = f'process {rank}: '
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
-    if issubclass(kind, (ValueError, OSError)) and raised_in == os.path.dirname(os.path.abspath(__file__)):
-        print(f"error: {f'process {rank}: ' if rank != '0' else ''}{error}", file=sys.stderr, flush=True)
+    if issubclass(kind, (ValueError, OSError)) and ours:
+        print(f'error: {process}{error}', file=sys.stderr, flush=True)
     elif kind.__name__ == 'OutOfMemoryError':
-        print(f'error: the device is out of memory ({str(error).split(". ")[0]}): lower batch_size, which changes nothing else', file=sys.stderr, flush=True)
+        why = str(error).split('. ')[0]
+        advice = 'lower batch_size, which changes nothing else'
+        print(f'error: the device is out of memory ({why}): {advice}', file=sys.stderr, flush=True)
     elif issubclass(kind, KeyboardInterrupt):
         print('interrupted', file=sys.stderr)
     else:
@@ -95,9 +180,8 @@ def one_line_for_bad_input(kind, error, tb):
 
 
 def configure(module, argv=None):
-    """Override the constants of a script from argv (default: the command line) and return them all as a dict.
-    module: the script's globals(). Raises ValueError or FileNotFoundError; from here on these, where one of our files raises
-    them, end the script with one line and exit status 1."""
+    """Override the constants of a script and return them all as a dict. module: its globals().
+    Raises ValueError or FileNotFoundError; from here on these end the script with one line."""
     sys.excepthook = one_line_for_bad_input
     constants = constants_of(module['__file__'])
     for argument in sys.argv[1:] if argv is None else argv:
@@ -105,25 +189,18 @@ def configure(module, argv=None):
             show_constants_and_exit(module['__file__'], constants)
         elif argument.startswith('--'):
             key, equals, text = argument[2:].partition('=')
-            default = known(key, constants, argument)
-            if not equals:
-                raise ValueError(f'{argument}: write --{key}=VALUE, with an equals sign and no space')
+            default = default_of(key, constants, argument)
+            require(equals, f'{argument}: write --{key}=VALUE, with an equals sign and no space')
             module[key] = parsed(key, text, default)
         elif not argument.endswith('.py'):
-            raise ValueError(f"'{argument}' is neither a config file (*.py) nor of the form --key=value")
+            raise ValueError(
+                f"'{argument}' is neither a config file (*.py) nor of the form --key=value")
         elif not os.path.isfile(argument):
             raise FileNotFoundError(f'there is no config file {argument}')
         else:
-            before = {key: module[key] for key in constants}  # a config may compute with the values so far
-            scope = dict(before)
-            try:
-                with open(argument, encoding='utf-8') as f:
-                    exec(compile(f.read(), argument, 'exec'), scope)
-            except SyntaxError as error:
-                raise ValueError(f'{argument}, line {error.lineno}: {error.msg}') from None
-            except (Exception, SystemExit) as error:
-                raise ValueError(f'{argument}: {type(error).__name__}: {error}') from None
-            for key, value in scope.items():
-                if not (key.startswith('_') or isinstance(value, types.ModuleType) or key in before and value is before[key]):
-                    module[key] = checked(key, value, known(key, constants, argument))
+            assigned = run_config(argument, {key: module[key] for key in constants})
+            for key, value in assigned.items():
+                module[key] = checked(key, value, default_of(key, constants, argument))
+    for key, (default, comment) in constants.items():
+        check_spec(key, module[key], default, comment)
     return {key: module[key] for key in constants}

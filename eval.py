@@ -1,16 +1,16 @@
 """
 Measure a trained net, or samples:
 
-    python eval.py --out_dir=out-quickstart                               the NELBO of the validation split
-    python eval.py --out_dir=out --metric=zero_shot                       the same of MDLM's benchmarks, into one table
-    python eval.py --metric=samples --input=samples.jsonl --dataset=stdlib        generative perplexity, entropy, MAUVE, distinct-n, memorisation
-    python eval.py config/eval_owt_mlm.py                                 the table of the xlm experiment: samples and metrics for each T
-    python eval.py --metric=report                                        results.jsonl -> results.md and plots
-    torchrun --nproc_per_node=8 eval.py ...                               rows and samples are shared among the processes, the figures are the same
+    python eval.py --out_dir=out                        the NELBO of the validation split
+    python eval.py --out_dir=out --metric=zero_shot     the same of MDLM's benchmarks, in one table
+    python eval.py --metric=samples --input=samples.jsonl --dataset=stdlib
+                                generative perplexity, entropy, MAUVE, distinct-n, memorisation
+    python eval.py config/eval_owt_mlm.py       the xlm experiment's table: samples in 128 ... steps
+    python eval.py --metric=report              results.jsonl -> results.md and plots
 
-A perplexity here is never without its tokens, its unit and its standard error, and what was left out is counted. The loglinear schedule
-masks with probability (1 - eps) t but weighs by 1/t, as published, so that a NELBO by sampled times reads eps = 0.1% low; one by sampled
-counts does not.
+Under torchrun the processes share rows and samples; the figures are the same. Every perplexity has
+its tokens, unit and standard error. The loglinear schedule masks with probability (1 - eps) t but
+weighs by 1/t, as published: a NELBO by sampled times reads eps = 0.1% low, one by counts does not.
 """
 import collections
 import contextlib
@@ -23,6 +23,7 @@ import math
 import os
 import platform
 import random
+import types
 
 import numpy as np
 import torch
@@ -30,213 +31,297 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import BENCHMARKS, DATASETS, GPT2_XLM, TokenRows, find_or_prepare, get_tokenizer, key_of, permute, read_meta, splitmix64
-from model import (autocast, check_overrides, corrupt_batch, get_schedule, load_pretrained, loglinear, nelbo_per_token, on_grid, pick_device,
-                   reuse_memory, stratified_times)
+from configurator import configure, require
+from data import (
+    BENCHMARKS, DATASETS, GPT2_XLM, TokenRows, Tokenizer, find_or_prepare, get_tokenizer, key_of,
+    permute, read_meta, splitmix64)
+from model import (
+    OBJECTIVES, DiT, autocast, check_overrides, corrupt_batch, get_schedule, load_pretrained,
+    loglinear, on_grid, per_token_loss, pick_device, reuse_memory, stratified_times)
 from sample import generate
 
-metric = 'ppl'          # 'ppl': the NELBO of a split; 'zero_shot': of many datasets; 'samples': of texts; 'table': samples in different steps; 'report'
+metric = 'ppl'          # ppl, zero_shot, samples, table or report
 out_dir = 'out'         # where train.py left ckpt.pt
 init_from = None        # another source of weights for load_pretrained; None: out_dir
-overrides = None        # fields of ModelConfig that the source cannot tell, such as "{'objective': 'sedd', 'time_conditioning': True}"
+overrides = None        # [dict] ModelConfig fields that the source lacks: "{'objective': 'sedd'}"
 ema = True              # the averaged weights; False: the last ones
 device = 'auto'         # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'float32'       # 'bfloat16' (autocast) is faster and reads a little differently
 seed = 0
-batch_size = 16         # rows that go through the net, or texts through the judge, together
-results = 'results.jsonl'  # every result is appended to this file, with the settings that made it
+batch_size = 16         # [>= 1] rows through the net, or texts through the judge, at a time
+results = 'results.jsonl'  # every result is appended to it, with the settings that made it
 
 # likelihood (ppl, zero_shot)
-dataset = None          # a folder in data/, or what data.py knows; None: what the net was trained on. samples, table: what MAUVE and memorisation compare with, '': none
+dataset = None          # a folder in data/ or a name of data.py; None: what the net was trained on
 tokenizer = None        # None: the one the checkpoint names
 split = None            # None: 'test' for lm1b, ag_news and text8, else 'validation'
-packing = None          # how rows are cut: 'wrap', 'concat', 'pad', 'sentence'; None: as the net was trained, else 'wrap'
-block_size = None       # tokens a row; None: the net's
-T = None                # steps of the bound, for subs and d3pm nets; 0: continuous time; None: as the net was trained, else 0
-estimator = None        # 'time': masks at sampled times; 'count': exactly k masks, k sampled; None: 'count' where it is defined (README: why)
-num_mc = 4              # times, or counts, drawn for each row
-max_rows = None         # evaluate so many rows, spread over the split; None: all
-datasets = ('ptb', 'wikitext2', 'lm1b', 'lambada', 'ag_news', 'scientific_papers_pubmed', 'scientific_papers_arxiv')  # of zero_shot
+packing = None          # [wrap | concat | pad | sentence] None: as trained, else 'wrap'
+block_size = None       # [int >= 1] tokens a row; None: the net's
+T = None                # [int >= 0] steps of the bound; 0: continuous time; None: as trained
+estimator = None        # [time | count] see nelbo; None: 'count' where it is defined
+num_mc = 4              # [>= 1] times, or counts, drawn for each row
+max_rows = None         # [int >= 1] evaluate so many rows, spread over the split; None: all
+datasets = (
+    'ptb', 'wikitext2', 'lm1b', 'lambada', 'ag_news', 'scientific_papers_pubmed',
+    'scientific_papers_arxiv')  # of zero_shot
 
-# samples (samples, table)
+# samples (samples, table); dataset: what MAUVE and memorisation compare with, '': nothing
 input = None            # samples: a .jsonl file with a "text" field; None: draw them from the net
-judge = 'gpt2-large'    # causal net that generative perplexity is measured with: a Hugging Face name or folder
-protocol = 'xlm'        # 'xlm': every special token is left out, each text from its second token; 'mdlm': texts with their <|endoftext|>
-featurizer = 'gpt2-large'  # of MAUVE, a Hugging Face name or folder with gpt2 or bert in it; '': no MAUVE
-num_samples = 16
+judge = 'gpt2-large'    # causal net of generative perplexity: a Hugging Face name or folder
+protocol = 'xlm'        # [xlm | mdlm] texts without special tokens, or with their <|endoftext|>
+featurizer = 'gpt2-large'  # of MAUVE: a gpt2 or bert, Hugging Face name or folder; '': no MAUVE
+num_samples = 16        # [>= 1]
 length = None           # tokens a sample; None: the net's block_size
 steps = 1024
 sampler = None          # a sampler of sample.py; None: by the net's objective
-sampler_options = None  # a dict of its own options
+sampler_options = None  # [dict] its own options
 temperature = 1.0
 top_p = None
 top_k = 0
 table_steps = (128, 256, 512, 1024)  # table: the steps of each column
-samples_dir = None      # where the samples are kept, in a folder for each number of steps; None: <out_dir>/samples
-published = None        # published values to stand beside the results: zero_shot {'ptb': 95.26}, table {'gen_ppl': {128: 78.34}}
+samples_dir = None      # samples are kept here, a folder for each steps; None: <out_dir>/samples
+published = None        # [dict] to compare: zero_shot {'ptb': 95.26}, table {'gen_ppl': {128: 78}}
 
 
 # -----------------------------------------------------------------------------
 # likelihood
 
 
+def ranks():
+    """(rank, world_size), (0, 1) without torch.distributed."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def require_positive(**counts):
+    for name, value in counts.items():
+        good = type(value) is int and value >= 1
+        require(good, f'{name}={value!r}: it must be a whole number of at least 1')
+
+
+def require_known(what, name, choices):
+    require(name in choices, f"{what} '{name}' is not known: choose from {', '.join(choices)}")
+
+
 def ratio_with_error(sums, counts):
-    """sum / count over rows (n,) and its standard error, rows being independent (the ratio estimator of survey sampling)."""
-    ratio = sums.sum() / counts.sum()
-    residual = sums - ratio * counts
+    """sum / count over independent rows (n,), and its standard error (the ratio estimator)."""
     n = len(sums)
-    error = math.sqrt(n / (n - 1) * (residual ** 2).sum()) / counts.sum() if n > 1 else math.nan
+    ratio = sums.sum() / counts.sum()
+    if n == 1:
+        return float(ratio), math.nan
+    residual = sums - ratio * counts
+    error = math.sqrt(n / (n - 1) * (residual ** 2).sum()) / counts.sum()
     return float(ratio), float(error)
 
 
 def natural_estimator(net, T=0):
-    """'count' has the smaller variance; it is defined for nets that say the same whatever the time, in continuous time."""
-    return 'count' if net.config.objective in ('subs', 'mlm') and not net.config.time_conditioning and not T else 'time'
+    """'count' has the smaller variance; it needs continuous time and a net that ignores time."""
+    config = net.config
+    timeless = OBJECTIVES[config.objective].predicts == 'x0' and not config.time_conditioning
+    return 'count' if timeless and not T else 'time'
+
+
+def draw_times(u, stratum, num_strata, estimator, T, maskable):
+    """Times (B,) of rows that share the uniform u, each in its stratum (B,). 'count': t = k/n, k
+    uniform in 1 ... n, the number of maskable (B,) tokens. T > 0: on the grid of T steps."""
+    if estimator == 'time' and not T:
+        return stratified_times(u, stratum, num_strata)
+    t = stratified_times(u, stratum, num_strata, eps=0)
+    if T:
+        return on_grid(t, T)
+    return ((t * maskable).floor().clamp(max=maskable - 1) + 1) / maskable
 
 
 @torch.no_grad()
-def nelbo(net, rows, num_mc=1, batch_size=16, seed=0, max_rows=None, schedule=loglinear, T=0, subs_masking=False, estimator=None, progress=False):
-    """The negative evidence lower bound of rows (data.TokenRows) by the net's own objective ('mlm' nets: by MDLM's equation 10; 'ar' nets:
-    the likelihood itself), in continuous time or in T steps, with num_mc draws a row, stratified within the row and over the rows.
-    estimator: 'time', each position is masked by chance at a drawn time; 'count', exactly k of the n positions of a row are, k drawn from
-    1 ... n, and their losses weighed by n / k, which has the same mean (Ou et al. 2024, arXiv 2406.03736, section 3.3) but for eps.
-    Under torch.distributed the rows are shared, and every process returns the same dict:
+def nelbo(
+    net, rows, num_mc=1, batch_size=16, seed=0, max_rows=None, schedule=loglinear, T=0,
+    subs_masking=False, estimator=None, progress=False,
+):
+    """The negative evidence lower bound of rows (data.TokenRows) by the net's own objective ('mlm':
+    MDLM's equation 10; 'ar': the likelihood itself), in continuous time or in T steps, with num_mc
+    draws a row, stratified within and over the rows, which torch.distributed shares.
 
-    nats_per_token, ppl: over all scored tokens, those that the packing added included (as published); bits_per_byte: over the tokens of
-    documents alone, times tokens/bytes of the split; each with its standard error (.._se); tokens, document_tokens, rows, num_mc, estimator.
-    The errors are those of independent rows: stratification makes the true ones a little smaller."""
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    estimator 'time': each position is masked by chance at a drawn time. 'count': exactly k of n
+    are, k uniform in 1 ... n, and losses weigh n/k; the same mean but for eps (Ou et al. 2024,
+    arXiv 2406.03736, section 3.3).
+    -> dict of nats_per_token and ppl, over all scored tokens, the packing's too (as published), and
+    bits_per_byte, over those of documents, each with its standard error (.._se, as if rows were
+    independent: a little high); tokens, document_tokens, rows, num_mc, estimator.
+    Raises ValueError for a bad number, or an estimator that is not defined for the net."""
+    max_rows = len(rows) if max_rows is None else max_rows
+    num_mc = 1 if net.config.causal else num_mc           # nothing is drawn
+    natural = natural_estimator(net, T)
+    estimator = natural if estimator is None else estimator
+    require_positive(num_mc=num_mc, batch_size=batch_size, max_rows=max_rows)
+    require_known('estimator', estimator, ('time', 'count'))
+    require(
+        estimator in ('time', natural),
+        "estimator 'count' is for subs and mlm nets without time conditioning in continuous time")
+
+    rank, world_size = ranks()
     device = next(net.parameters()).device
-    num_mc = 1 if net.config.causal else num_mc               # nothing is drawn
-    for name, value in (('num_mc', num_mc), ('batch_size', batch_size), ('max_rows', len(rows) if max_rows is None else max_rows)):
-        if type(value) is not int or value < 1:
-            raise ValueError(f'{name}={value!r}: it must be a whole number of at least 1')
-    estimator = natural_estimator(net, T) if estimator is None else estimator
-    if estimator not in ('time', 'count'):
-        raise ValueError(f"estimator '{estimator}' is not known: choose from time, count")
-    if estimator == 'count' and natural_estimator(net, T) != 'count':
-        raise ValueError(f"estimator 'count' is for subs and mlm nets without time conditioning in continuous time: this one, {net.config.objective}, takes 'time'")
-    n = min(len(rows), max_rows or len(rows))
+    bound = OBJECTIVES[net.config.objective].bound
+    by_count = estimator == 'count'
+    schedule = loglinear if by_count else schedule        # weighs by 1/t = n/k
+    n = min(len(rows), max_rows)
     chosen = np.arange(n) * len(rows) // n
-    u = torch.rand((), generator=torch.Generator().manual_seed(key_of(seed)), dtype=torch.float64)
-    sums = torch.zeros(4, n, dtype=torch.float64)         # of the losses and the numbers of tokens: all scored ones, those of documents
-    for start in tqdm(range(rank * batch_size, n, world_size * batch_size), desc='rows', unit_scale=batch_size, disable=not progress or rank > 0):
-        here = np.arange(start, min(start + batch_size, n))
-        batch = rows[chosen[here]]
+    generator = torch.Generator().manual_seed(key_of(seed))
+    u = torch.rand((), generator=generator, dtype=torch.float64)
+    # of each row: nats and number of all scored tokens, nats and number of those of documents
+    sums = torch.zeros(4, n, dtype=torch.float64)
+    starts = range(rank * batch_size, n, world_size * batch_size)
+    quiet = not progress or rank > 0
+    for start in tqdm(starts, desc='rows', unit_scale=batch_size, disable=quiet):
+        index = np.arange(start, min(start + batch_size, n))
+        clean = rows[chosen[index]]
         for j in range(num_mc):
-            index = torch.from_numpy(permute(here, n, seed)) + j * n
-            if estimator == 'count':
-                maskable = batch['maskable'].sum(dim=1)
-                t = ((stratified_times(u, index, num_mc * n, eps=0) * maskable).floor().clamp(max=maskable - 1) + 1) / maskable
-                at = loglinear                            # weighs by 1/t
-            else:
-                t = stratified_times(u, index, num_mc * n, **dict(eps=0) if T else {})
-                t, at = on_grid(t, T) if T else t, schedule
-            noised = corrupt_batch(batch, t, net.config, at, key_of(seed, start, j), device, exactly=estimator == 'count')
-            loss = nelbo_per_token(net, noised, at, T, subs_masking).cpu()
-            scored = noised['scored'].cpu()
-            document = scored & batch['document']
-            sums[:, here] += torch.stack([x.double().sum(dim=1) for x in (loss * scored, scored, loss * document, document)]) / num_mc
-    sums = shared_sum(sums, device)
+            stratum = torch.from_numpy(permute(index, n, seed)) + j * n
+            maskable = clean['maskable'].sum(dim=1)
+            t = draw_times(u, stratum, num_mc * n, estimator, T, maskable)
+            key = key_of(seed, start, j)
+            batch = corrupt_batch(clean, t, net.config, schedule, key, device, exactly=by_count)
+            loss = per_token_loss(
+                net, batch['x0'], batch['xt'], batch['t'], bound, schedule, T, subs_masking,
+                masked=batch['masked'], attention_mask=batch['attention_mask'],
+                reconstruction=True).cpu()
+            scored = batch['scored'].cpu()
+            document = scored & clean['document']
+            parts = (loss * scored, scored, loss * document, document)
+            sums[:, index] += torch.stack([part.double().sum(dim=1) for part in parts]) / num_mc
+    if dist.is_initialized():
+        sums = sums.to(device)
+        dist.all_reduce(sums)
+        sums = sums.cpu()
+
     nats, nats_se = ratio_with_error(sums[0], sums[1])
     document_nats, document_se = ratio_with_error(sums[2], sums[3])
-    to_bits_per_byte = rows.counts['tokens'] / rows.counts['bytes'] / math.log(2)
-    return dict(nats_per_token=nats, nats_per_token_se=nats_se, ppl=math.exp(nats), ppl_se=math.exp(nats) * nats_se,
-                bits_per_byte=document_nats * to_bits_per_byte, bits_per_byte_se=document_se * to_bits_per_byte,
-                tokens=int(sums[1].sum()), document_tokens=int(sums[3].sum()), rows=n, num_mc=num_mc, estimator=None if net.config.causal else estimator)
+    to_bits = rows.counts['tokens'] / rows.counts['bytes'] / math.log(2)
+    return dict(
+        nats_per_token=nats, nats_per_token_se=nats_se,
+        ppl=math.exp(nats), ppl_se=math.exp(nats) * nats_se,
+        bits_per_byte=document_nats * to_bits, bits_per_byte_se=document_se * to_bits,
+        tokens=int(sums[1].sum()), document_tokens=int(sums[3].sum()), rows=n, num_mc=num_mc,
+        estimator=None if net.config.causal else estimator)
 
 
-def shared_sum(sums, device):
-    """The sum over all processes."""
-    if not dist.is_initialized():
-        return sums
-    sums = sums.to(device)
-    dist.all_reduce(sums)
-    return sums.cpu()
+# -----------------------------------------------------------------------------
+# likelihood of a continuation
 
 
 def guided_log_probs(net, x, position, prompt_length, cfg_scale, schedule):
-    """log p at the positions (row, col) of x (B, L), (N, V) float32, the mask excluded; guided where cfg_scale is not 0."""
-    mask_id, masked = net.config.mask_id, (x == net.config.mask_id)
-    sigma = schedule.conditioning_at(masked.double().mean(dim=1)).float()
+    """log p at the N positions (row, col) of x (B, L) -> (N, V) float32, the mask excluded; guided
+    away from the net with the prompt masked (SMDM: Nie et al. 2024, arXiv 2410.18514)."""
+    mask_id = net.config.mask_id
+    mask_prob = (x == mask_id).double().mean(dim=1)
+    sigma = schedule.conditioning_at(mask_prob).float()
     logits = net.head(net.trunk(x, sigma)[position])
     if cfg_scale:
-        un = x.clone()
-        un[:, :prompt_length] = mask_id
-        un = net.head(net.trunk(un, sigma)[position])
-        logits = un + (1 + cfg_scale) * (logits - un)
+        x = x.clone()
+        x[:, :prompt_length] = mask_id
+        unconditional = net.head(net.trunk(x, sigma)[position])
+        logits = unconditional + (1 + cfg_scale) * (logits - unconditional)
     logits[:, mask_id] = -torch.inf
     return logits.log_softmax(dim=-1)
 
 
-def ids_of(net, prefix, target, cfg_scale):
-    """prefix and target as tensors (P,), (T,) on the net's device. Raises ValueError where they or the net do not fit."""
-    if net.config.objective not in ('subs', 'mlm', 'ar'):
-        raise ValueError(f"conditional likelihoods are for subs, mlm and ar nets, not {net.config.objective}")
-    if type(cfg_scale) not in (int, float) or not -1 <= cfg_scale < math.inf:
-        raise ValueError(f'cfg_scale={cfg_scale!r}: it must be -1 or more, and finite')
-    if cfg_scale and net.config.objective == 'ar':
-        raise ValueError(f'cfg_scale={cfg_scale}: guidance masks the prompt, which a causal net does not know')
-    pair = [torch.as_tensor(ids, dtype=torch.int64).to(next(net.parameters()).device) for ids in (prefix, target)]
-    for name, ids in zip(('prefix', 'target'), pair):
-        if ids.dim() != 1 or ids.numel() and not (0 <= ids.min() and ids.max() < net.config.vocab_size and not (ids == (-1 if net.config.mask_id is None else net.config.mask_id)).any()):
-            raise ValueError(f'{name}: ids (n,) below {net.config.vocab_size}, without the mask, are needed')
-    if len(pair[1]) == 0 or len(pair[0]) + len(pair[1]) > net.config.block_size:
-        raise ValueError(f'prefix and target have {len(pair[0])} and {len(pair[1])} tokens: at least one target token, and at most {net.config.block_size} in all, are needed')
+def prefix_and_target(net, prefix, target, cfg_scale):
+    """Both as tensors (P,), (n,) on the net's device. Raises ValueError for what does not fit."""
+    config = net.config
+    good = OBJECTIVES[config.objective].predicts in ('x0', 'next token')
+    require(good, f'conditional likelihoods: for subs, mlm and ar nets, not {config.objective}')
+    finite = type(cfg_scale) in (int, float) and -1 <= cfg_scale < math.inf
+    require(finite, f'cfg_scale={cfg_scale!r}: it must be -1 or more, and finite')
+    guided = cfg_scale and config.causal
+    require(not guided, f'cfg_scale={cfg_scale}: a causal net does not know a masked prompt')
+    pair = []
+    for name, ids in (('prefix', prefix), ('target', target)):
+        ids = torch.as_tensor(ids, dtype=torch.int64).to(next(net.parameters()).device)
+        good = (ids >= 0) & (ids < config.vocab_size)
+        if config.mask_id is not None:
+            good &= ids != config.mask_id
+        good = ids.dim() == 1 and good.all()
+        require(good, f'{name}: ids (n,) below {config.vocab_size}, not the mask, are needed')
+        pair.append(ids)
+    P, n = map(len, pair)
+    most = config.block_size
+    found = f'prefix and target have {P} and {n} tokens'
+    require(n > 0, f'{found}: at least one target token is needed')
+    require(P + n <= most, f'{found}: they may have at most {most} in all')
     return pair
 
 
-@torch.no_grad()
-def continuation_nll(net, prefix, target, method='chain_rule', cfg_scale=0.0, num_mc=128, padding=False, batch_size=16, seed=0, schedule=loglinear):
-    """-log p(target | prefix) in nats, summed over the target; ids (P,), (T,) -> float. 'ar' nets: exactly, whatever the method.
+def chain_rule_masks(P, n, L):
+    """Row i hides all from token i of the target on, and scores this token.
+    -> hidden, scored (n, L) bool, weight (n,)"""
+    column = torch.arange(L)
+    first = P + torch.arange(n)[:, None]
+    return column >= first, column == first, torch.ones(n)
 
-    'chain_rule': the tokens of the target from left to right, each given those before it with all after it masked (SMDM), one row a
-    token. 'monte_carlo': the bound, an average over num_mc low-discrepancy times, the prefix always seen. cfg_scale: unsupervised guidance.
-    padding: masks fill up the row to the net's block_size, as in SMDM's evaluation."""
-    prefix, target = ids_of(net, prefix, target, cfg_scale)
+
+def monte_carlo_masks(P, n, L, num_mc, seed):
+    """Row i hides each token of the target with probability t_i, and weighs it by 1/t_i (MDLM,
+    equation 10). -> as above, num_mc rows"""
+    generator = torch.Generator().manual_seed(key_of(seed))
+    u = torch.rand((), generator=generator)
+    t = stratified_times(u, torch.arange(num_mc), num_mc)
+    scored = torch.zeros(num_mc, L, dtype=torch.bool)
+    scored[:, P:P + n] = torch.rand(num_mc, n, generator=generator) < t[:, None]
+    hidden = scored.clone()
+    hidden[:, P + n:] = True                              # the padding
+    return hidden, scored, 1 / (num_mc * t)
+
+
+@torch.no_grad()
+def continuation_nll(
+    net, prefix, target, method='chain_rule', cfg_scale=0.0, num_mc=128, padding=False,
+    batch_size=16, seed=0, schedule=loglinear,
+):
+    """-log p(target | prefix) in nats, summed over the target; ids (P,), (n,) -> float.
+
+    'chain_rule': the target from left to right, each token given those before it with all after it
+    masked (SMDM), one row a token. 'monte_carlo': the bound, over num_mc low-discrepancy times, the
+    prefix always seen. 'ar' nets: exactly. cfg_scale: of guided_log_probs. padding: with masks to
+    block_size, as SMDM evaluates. Raises ValueError for what does not fit the net."""
+    prefix, target = prefix_and_target(net, prefix, target, cfg_scale)
     P, n, mask_id = len(prefix), len(target), net.config.mask_id
-    if method not in ('chain_rule', 'monte_carlo'):
-        raise ValueError(f"method '{method}' is not known: choose from chain_rule, monte_carlo")
-    for name, value in (('num_mc', num_mc), ('batch_size', batch_size)):
-        if type(value) is not int or value < 1:
-            raise ValueError(f'{name}={value!r}: it must be a whole number of at least 1')
-    if net.config.objective == 'ar':
-        if P == 0:
-            raise ValueError('a causal net begins with a token: give a prefix, such as its BOS')
-        x = torch.cat((prefix, target))[None]
-        return net.nll(net.trunk(x[:, :-1])[0, P - 1:], target, mask_id).double().sum().item()
-    row = torch.cat((prefix, target, target.new_full((net.config.block_size - P - n if padding else 0,), mask_id)))
+    require_known('method', method, ('chain_rule', 'monte_carlo'))
+    require_positive(num_mc=num_mc, batch_size=batch_size)
+    begins = P > 0 or not net.config.causal
+    require(begins, 'a causal net begins with a token: give a prefix, such as its BOS')
+
+    row = torch.cat((prefix, target))
+    if net.config.causal:
+        h = net.trunk(row[None, :-1])[0, P - 1:]
+        return net.nll(h, target, mask_id).double().sum().item()
+    if padding:
+        row = F.pad(row, (0, net.config.block_size - len(row)), value=mask_id)
     if method == 'chain_rule':
-        hidden = torch.arange(len(row), device=row.device) >= P + torch.arange(n, device=row.device)[:, None]    # (n, L)
-        scored, weight = torch.arange(len(row), device=row.device) == P + torch.arange(n, device=row.device)[:, None], torch.ones(n)
+        hidden, scored, weight = chain_rule_masks(P, n, len(row))
     else:
-        generator = torch.Generator().manual_seed(key_of(seed))
-        t = stratified_times(torch.rand((), generator=generator), torch.arange(num_mc), num_mc)
-        hidden = torch.zeros(num_mc, len(row), dtype=torch.bool)
-        hidden[:, P:P + n] = torch.rand(num_mc, n, generator=generator) < t[:, None]
-        scored, weight = hidden.clone().to(row.device), 1 / (num_mc * t)
-        hidden[:, P + n:] = True
+        hidden, scored, weight = monte_carlo_masks(P, n, len(row), num_mc, seed)
     total = 0.0
     for i in range(0, len(hidden), batch_size):
-        some = slice(i, i + batch_size)
-        x = torch.where(hidden[some].to(row.device), mask_id, row)
-        at = scored[some].nonzero(as_tuple=True)
-        log_p = guided_log_probs(net, x, at, P, cfg_scale, schedule).gather(1, row[at[1]][:, None]).squeeze(1)
-        total -= (log_p.double().cpu() * weight[some].double()[at[0].cpu()]).sum().item()
+        chunk = slice(i, i + batch_size)
+        x = torch.where(hidden[chunk].to(row.device), mask_id, row)
+        position = scored[chunk].to(row.device).nonzero(as_tuple=True)
+        log_p = guided_log_probs(net, x, position, P, cfg_scale, schedule)
+        log_p = log_p.gather(1, row[position[1]][:, None]).squeeze(1).double().cpu()
+        total -= (log_p * weight[chunk].double()[position[0].cpu()]).sum().item()
     return total
 
 
 def greedy_matches(net, prefix, target, cfg_scale=0.0):
-    """Does revealing the most confident position with its most probable token, one a step, give target? ids (P,), (T,) -> bool."""
-    prefix, target = ids_of(net, prefix, target, cfg_scale)
-    sampler = 'ar' if net.config.objective == 'ar' else 'low_confidence'
-    options = dict(eos_id=-1) if sampler == 'ar' else {}
-    out = generate(net, 1, len(prefix) + len(target), len(target), sampler, prompt=prefix.tolist(), cfg_scale=cfg_scale, temperature=0.0, **options)
-    return torch.equal(out.tokens[0, len(prefix):], target.cpu())
+    """Does unmasking the most confident position with its most probable token, one a step, give
+    target? ids (P,), (n,) -> bool. Raises as continuation_nll."""
+    prefix, target = prefix_and_target(net, prefix, target, cfg_scale)
+    P, n = len(prefix), len(target)
+    options = dict(sampler='ar', eos_id=-1) if net.config.causal else dict(sampler='low_confidence')
+    options |= dict(prompt=prefix.tolist(), cfg_scale=cfg_scale, temperature=0.0)
+    out = generate(net, 1, P + n, n, **options)
+    return torch.equal(out.tokens[0, P:], target.cpu())
 
 
 # -----------------------------------------------------------------------------
-# samples
+# metrics of texts
 
 
 @contextlib.contextmanager
@@ -245,22 +330,24 @@ def one_line(what):
     try:
         yield
     except Exception as error:
-        raise ValueError(f'{what} cannot be loaded ({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ""})') from None
+        reason = f'{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}'
+        raise ValueError(f'{what} cannot be loaded ({reason})') from None
 
 
 def load_judge(name, device='cpu'):
-    """(causal language model, its tokenizer) of a Hugging Face name or folder. Raises ValueError where it is not causal."""
+    """(causal language model, its tokenizer) of a Hugging Face name or folder, else ValueError."""
     import transformers
     transformers.utils.logging.disable_progress_bar()
     with one_line(f"the judge '{name}'"):
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device).eval()
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        model = model.to(device).eval()
         tok = transformers.AutoTokenizer.from_pretrained(name)
+    x = torch.zeros(2, 4, dtype=torch.int64, device=device)
+    x[1, 3] = 1                                           # only the last token differs
     with torch.no_grad():
-        x = torch.zeros(2, 4, dtype=torch.int64, device=device)
-        x[1, 3] = 1
-        logits = model(x).logits[:, 0]
-    if not torch.allclose(logits[0], logits[1], atol=1e-4):
-        raise ValueError(f"the judge '{name}' looks ahead: a causal language model is needed, such as gpt2-large")
+        first, second = model(x).logits[:, 0]
+    causal = torch.allclose(first, second, atol=1e-4)
+    require(causal, f"the judge '{name}' looks ahead: a causal language model is needed")
     return model, tok
 
 
@@ -271,58 +358,80 @@ def entropy_of(ids):
     return float(-(p * np.log(p)).sum())
 
 
-def mean_with_error(values):
-    n = len(values)
-    return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(n)) if n > 1 else math.nan
+def mdlm_protocol(rows, eos):
+    """As MDLM's release: texts keep their EOS, and one closes those shorter than the longest.
+    Scored are the tokens up to the first EOS, itself included, and later ones that are no EOS.
+    rows: lists of ids -> rows, scored (n,) bool of each, entropy of each"""
+    longest = max(map(len, rows), default=0)
+    closed = [ids + [eos] if len(ids) < longest else ids for ids in rows]
+    is_eos = [np.array(ids) == eos for ids in closed]
+    scored = [(ends.cumsum() == 1) | ~ends for ends in is_eos]
+    return closed, scored, [entropy_of(ids) for ids in rows]
+
+
+def xlm_protocol(rows, eos):
+    """As the xlm experiment: all tokens of texts without special ones."""
+    scored = [np.ones(len(ids), dtype=bool) for ids in rows]
+    return rows, scored, [entropy_of(ids[1:]) for ids in rows]
+
+
+PROTOCOLS = {'mdlm': mdlm_protocol, 'xlm': xlm_protocol}
 
 
 @torch.no_grad()
-def generative_perplexity(texts, judge='gpt2-large', protocol='mdlm', batch_size=8, max_length=1024, device='cpu', progress=False):
-    """The perplexity of texts (str) under a causal judge (a name, a folder, or (model, tokenizer)), each cut to max_length of its tokens.
+def generative_perplexity(
+    texts, judge='gpt2-large', protocol='mdlm', batch_size=8, max_length=1024, device='cpu',
+    progress=False,
+):
+    """The perplexity of texts (str) under a causal judge: a name, a folder, or (model, tokenizer).
 
-    protocol 'mdlm' (as its release): a text is kept with its <|endoftext|> and closed by one if it is shorter than the longest; scored are
-    the tokens from the second up to and including the first EOS, and every later one that is no EOS. 'xlm': scored are all tokens but
-    the first; texts are expected as without_special leaves them, no special token in them, EOS included. A text without a scored token is skipped, and counted.
-    -> dict of gen_ppl (nats pooled over tokens) and its standard error gen_ppl_se (texts being independent), gen_ppl_mean (of the texts'
-    own), entropy (nats, of each text's histogram of tokens, averaged) and entropy_se, tokens, texts, skipped. Raises ValueError where
-    no text is left. The result does not depend on batch_size."""
-    if protocol not in ('mdlm', 'xlm'):
-        raise ValueError(f"protocol '{protocol}' is not known: choose from mdlm, xlm")
-    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-        raise ValueError('texts: a list of str is needed')
+    Texts are cut to max_length tokens. Scored is what the protocol says but for the first token;
+    texts without a scored token are skipped. 'xlm' expects texts as without_special leaves them.
+    -> dict of gen_ppl (nats pooled over tokens), gen_ppl_se (texts being independent), gen_ppl_mean
+    (mean over texts), entropy (nats, of a text's tokens, averaged), entropy_se, tokens, texts,
+    skipped, protocol; the same for every batch_size. Raises ValueError if no text can be scored."""
+    require_known('protocol', protocol, PROTOCOLS)
+    strings = not isinstance(texts, str) and all(isinstance(text, str) for text in texts)
+    require(strings, 'texts: a list of str is needed')
     model, tok = load_judge(judge, device) if isinstance(judge, str) else judge
-    device, eos, texts = next(model.parameters()).device, tok.eos_token_id, list(texts)
-    if protocol == 'mdlm' and eos is None:
-        raise ValueError("protocol 'mdlm' closes texts with the EOS of the judge's tokenizer, which has none")
-    max_length = min(max_length, getattr(model.config, 'n_positions', None) or getattr(model.config, 'max_position_embeddings', max_length))
-    rows = [ids[:max_length] for ids in tok(texts, add_special_tokens=False)['input_ids']] if texts else []
-    entropies = [entropy_of(ids[1:] if protocol == 'xlm' else ids) for ids in rows]
-    if protocol == 'mdlm':
-        longest = max(map(len, rows), default=0)
-        rows = [ids + [eos] if len(ids) < longest else ids for ids in rows]
-    scored = []
-    for ids in rows:
-        ids = np.array(ids)
-        scored.append(((ids == eos).cumsum() == 1) | (ids != eos) if protocol == 'mdlm' else np.ones(len(ids), dtype=bool))
-    kept = [i for i, ids in enumerate(rows) if scored[i][1:].any()]
-    if not kept:
-        raise ValueError(f'of {len(texts)} texts none has a token that can be scored: there is nothing to measure')
+    closable = protocol != 'mdlm' or tok.eos_token_id is not None
+    require(closable, "protocol 'mdlm' needs an EOS in the judge's tokenizer")
+
+    device, texts = next(model.parameters()).device, list(texts)
+    for key in ('n_positions', 'max_position_embeddings'):
+        max_length = min(max_length, getattr(model.config, key, None) or max_length)
+    rows = tok(texts, add_special_tokens=False)['input_ids'] if texts else []
+    rows = [ids[:max_length] for ids in rows]
+    rows, scored, entropies = PROTOCOLS[protocol](rows, tok.eos_token_id)
+    kept = [i for i in range(len(rows)) if scored[i][1:].any()]
+    require(kept, f'of {len(texts)} texts none has a token that can be scored')
     nats, counts = torch.zeros(2, len(rows), dtype=torch.float64)
-    order = sorted(kept, key=lambda i: len(rows[i]))                                           # texts of one length together
-    for start in tqdm(range(0, len(order), batch_size), desc='judging', unit_scale=batch_size, disable=not progress):
-        some = order[start:start + batch_size]
-        width = max(len(rows[i]) for i in some)
-        ids = torch.tensor([rows[i] + [0] * (width - len(rows[i])) for i in some])
-        mask = torch.tensor([scored[i].tolist() + [False] * (width - len(rows[i])) for i in some])
-        attended = torch.tensor([[1] * len(rows[i]) + [0] * (width - len(rows[i])) for i in some])
-        logits = model(ids.to(device), attention_mask=attended.to(device)).logits[:, :-1]
-        nll = torch.stack([F.cross_entropy(row.float(), target, reduction='none') for row, target in zip(logits, ids[:, 1:].to(device))]).cpu().double()
-        nats[some], counts[some] = (nll * mask[:, 1:]).sum(dim=1), mask[:, 1:].double().sum(dim=1)
-    nats, counts = nats[kept], counts[kept]
+    order = sorted(kept, key=lambda i: len(rows[i]))      # texts of one length together
+    starts = range(0, len(order), batch_size)
+    for start in tqdm(starts, desc='judging', unit_scale=batch_size, disable=not progress):
+        chunk = order[start:start + batch_size]
+        width = len(rows[chunk[-1]])
+        ids, attention_mask, loss_mask = torch.zeros(3, len(chunk), width, dtype=torch.int64)
+        for row, i in enumerate(chunk):
+            L = len(rows[i])
+            ids[row, :L] = torch.tensor(rows[i])
+            attention_mask[row, :L] = 1
+            loss_mask[row, :L] = torch.from_numpy(scored[i])
+        ids, loss_mask = ids.to(device), loss_mask[:, 1:]
+        logits = model(ids, attention_mask=attention_mask.to(device)).logits[:, :-1]
+        pairs = zip(logits, ids[:, 1:], strict=True)
+        nll = [F.cross_entropy(row.float(), goal, reduction='none') for row, goal in pairs]
+        nats[chunk] = (torch.stack(nll).cpu().double() * loss_mask).sum(dim=1)
+        counts[chunk] = loss_mask.double().sum(dim=1)
+    nats, counts, n = nats[kept], counts[kept], len(kept)
     mean, error = ratio_with_error(nats, counts)
-    entropy, entropy_se = mean_with_error([entropies[i] for i in kept])
-    return dict(gen_ppl=math.exp(mean), gen_ppl_se=math.exp(mean) * error, gen_ppl_mean=float((nats / counts).exp().mean()), entropy=entropy,
-                entropy_se=entropy_se, tokens=int(counts.sum()), texts=len(kept), skipped=len(texts) - len(kept), protocol=protocol)
+    entropies = np.array(entropies)[kept]
+    entropy_se = entropies.std(ddof=1) / math.sqrt(n) if n > 1 else math.nan
+    return dict(
+        gen_ppl=math.exp(mean), gen_ppl_se=math.exp(mean) * error,
+        gen_ppl_mean=float((nats / counts).exp().mean()), entropy=float(entropies.mean()),
+        entropy_se=float(entropy_se), tokens=int(counts.sum()), texts=n, skipped=len(texts) - n,
+        protocol=protocol)
 
 
 def without_special(text, tok=None):
@@ -333,131 +442,160 @@ def without_special(text, tok=None):
 
 
 def mauve(texts, references, featurizer='gpt2-large', max_length=256, device='cpu'):
-    """MAUVE of texts against reference texts as the xlm experiment computes it: both stripped, of at least 8 characters, references
-    shuffled with seed 42 and as many as texts, 256 tokens, its own seed 25 -> dict of mauve, mauve_texts, mauve_skipped."""
-    kept, references = ([text.strip() for text in some if len(text.strip()) >= 8] for some in (texts, references))
+    """MAUVE (Pillutla et al. 2021, arXiv 2102.01454) as the xlm experiment computes it: texts and
+    references stripped, of at least 8 characters, references shuffled with seed 42 and as many as
+    texts, 256 tokens, its own seed 25 -> dict of mauve, mauve_texts, mauve_skipped."""
+    kept = [text.strip() for text in texts if len(text.strip()) >= 8]
+    references = [text.strip() for text in references if len(text.strip()) >= 8]
+    n = len(kept)
+    found = f'{n} texts and {len(references)} references of at least 8 characters'
+    require(min(n, len(references)) >= 2, f'MAUVE: {found} are too few')
+    require(n <= len(references), f'MAUVE takes as many references as texts: there are {found}')
     random.Random(42).shuffle(references)
-    if min(len(kept), len(references)) < 2:
-        raise ValueError(f'MAUVE compares two distributions: {len(kept)} texts and {len(references)} references of at least 8 characters are too few')
-    if len(references) < len(kept):
-        raise ValueError(f'MAUVE takes as many references as texts: there are {len(references)} for {len(kept)}')
+    device = torch.device(device)
+    device_id = (device.index or 0) if device.type == 'cuda' else -1
     with one_line(f"MAUVE with the featurizer '{featurizer}'"):
         from mauve import compute_mauve
-        result = compute_mauve(p_text=references[:len(kept)], q_text=kept, featurize_model_name=featurizer, max_text_length=max_length, seed=25,
-                               num_buckets='auto', device_id=(torch.device(device).index or 0) if torch.device(device).type == 'cuda' else -1, verbose=False)
-    return dict(mauve=float(result.mauve), mauve_texts=len(kept), mauve_skipped=len(texts) - len(kept))
+        result = compute_mauve(
+            p_text=references[:n], q_text=kept, featurize_model_name=featurizer, seed=25,
+            max_text_length=max_length, num_buckets='auto', device_id=device_id, verbose=False)
+    return dict(mauve=float(result.mauve), mauve_texts=n, mauve_skipped=len(texts) - n)
 
 
 def load_featurizer(name):
-    """Raises ValueError where MAUVE's featurizer cannot be had."""
+    """Raises ValueError if MAUVE or its featurizer cannot be had."""
     import transformers
+    with one_line('mauve-text'):
+        import mauve as _  # noqa: F401 (is it installed?)
+    good = 'gpt2' in name or 'bert' in name
+    require(good, f"featurizer='{name}': mauve-text needs gpt2 or bert in the name; '': no MAUVE")
     with one_line(f"the featurizer '{name}'"):
         transformers.AutoConfig.from_pretrained(name)
         transformers.AutoTokenizer.from_pretrained(name)
 
 
 def distinct(rows, n):
-    """The share of different n-grams among all of rows, lists of ids; None where they are all shorter."""
+    """Distinct n-grams over all n-grams of rows, lists of ids; None where all are shorter."""
     grams = [tuple(row[i:i + n]) for row in rows for i in range(len(row) - n + 1)]
     return len(set(grams)) / len(grams) if grams else None
 
 
 def hashes(ids, n):
-    """64-bit hashes of the n-grams of ids (N,) -> uint64 (N - n + 1,), none where it is shorter."""
+    """64-bit hashes of the n-grams of ids (N,) -> uint64 (N - n + 1,), none where it is shorter:
+    a polynomial modulo 2^64, put together from runs of 1, 2, 4, ... ids."""
     ids = splitmix64(np.asarray(ids).astype(np.uint64))
     if len(ids) < n:
         return ids[:0]
-    total, width, at, power = np.zeros(len(ids) - n + 1, dtype=np.uint64), 1, 0, ids           # n-grams from runs of 1, 2, 4, ... ids
+    total = np.zeros(len(ids) - n + 1, dtype=np.uint64)
+    runs, width, done = ids, 1, 0
     while width <= n:
+        factor = np.uint64(pow(0x9E3779B97F4A7C15, width, 2 ** 64))
         if n & width:
-            total = total * np.uint64(pow(0x9E3779B97F4A7C15, width, 2 ** 64)) + power[at:at + len(total)]
-            at += width
-        power = power[:-width] * np.uint64(pow(0x9E3779B97F4A7C15, width, 2 ** 64)) + power[width:] if len(power) > width else power[:0]
+            total = total * factor + runs[done:done + len(total)]
+            done += width
+        runs = runs[:-width] * factor + runs[width:] if len(runs) > width else runs[:0]
         width *= 2
     return total
 
 
 def verbatim_shares(columns, path, dtype, n=20, chunk=2 ** 22):
-    """For each of columns, lists of rows of ids, the share of its n-grams that stand word for word in the bin of token ids at path
-    (memorisation); None where its rows are all shorter. The bin is read once."""
-    ours = [np.concatenate([hashes(row, n) for row in rows] or [np.zeros(0, dtype=np.uint64)]) for rows in columns]
-    wanted, bin = np.unique(np.concatenate(ours)), np.memmap(path, dtype=dtype, mode='r')
-    sieve = np.zeros(2 ** 24, dtype=bool)                                                      # most are told apart by 24 bits
-    sieve[wanted >> np.uint64(40)] = True
+    """Memorisation: for each of columns, lists of rows of ids, the fraction of its n-grams that
+    stand in the bin of ids at path; None where all rows are shorter. The bin is read once."""
+    none = np.zeros(0, dtype=np.uint64)
+    ours = [np.concatenate([none, *(hashes(row, n) for row in rows)]) for rows in columns]
+    wanted = np.unique(np.concatenate(ours))
     found = np.zeros(len(wanted), dtype=bool)
-    for start in range(0, max(len(bin) - n + 1, 0) if len(wanted) else 0, chunk):
-        there = hashes(bin[start:start + chunk + n - 1], n)
-        there = there[sieve[there >> np.uint64(40)]]
-        at = np.searchsorted(wanted, there).clip(max=len(wanted) - 1)
-        found[at[wanted[at] == there]] = True
-    return [float(found[np.searchsorted(wanted, grams)].mean()) if len(grams) else None for grams in ours]
+    sieve = np.zeros(2 ** 24, dtype=bool)                 # 24 bits tell most of them apart
+    sieve[wanted >> np.uint64(40)] = True
+    corpus = np.memmap(path, dtype=dtype, mode='r')
+    for start in range(0, len(corpus) - n + 1 if len(wanted) else 0, chunk):
+        theirs = hashes(corpus[start:start + chunk + n - 1], n)
+        theirs = theirs[sieve[theirs >> np.uint64(40)]]
+        place = np.searchsorted(wanted, theirs).clip(max=len(wanted) - 1)
+        found[place[wanted[place] == theirs]] = True
+    places = [np.searchsorted(wanted, grams) for grams in ours]
+    return [float(found[place].mean()) if len(place) else None for place in places]
+
+
+# -----------------------------------------------------------------------------
+# samples
 
 
 def read_samples(path):
     """(texts, ids or None for each) of a .jsonl file with a "text" field."""
-    texts, ids = [], []
     if not os.path.isfile(path):
         raise FileNotFoundError(f'input={path}: there is no such file')
+    texts, ids = [], []
     with open(path, encoding='utf-8') as f:
         for number, line in enumerate(f, 1):
             try:
                 row = json.loads(line)
+                row['text'].encode()                      # a string of whole characters
                 texts.append(row['text'])
                 ids.append(row.get('ids'))
-                texts[-1].encode()  # a string, and whole letters in it
             except (ValueError, KeyError, TypeError, AttributeError):
-                raise ValueError(f'{path}, line {number}: not a JSON object with a "text" field that holds a string') from None
-    if not texts:
-        raise ValueError(f'{path} holds no text')
+                message = f'{path}, line {number}: not a JSON object with a "text" that is a string'
+                raise ValueError(message) from None
+    require(texts, f'{path} holds no text')
     return texts, ids
 
 
-def draw_samples(net, folder, n, settings, **options):
-    """n samples of the net by sample.generate, (texts, ids). Those already in the folder are not drawn again; under torch.distributed
-    the rest is shared. Raises ValueError where the folder holds samples drawn with other settings (a dict)."""
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    tok = get_tokenizer(**net.tokenizer)
-    os.makedirs(folder, exist_ok=True)
+def read_drawn(folder, settings):
+    """number -> row of the samples in a folder; ValueError where other settings drew them."""
+    rows = {}
+    for path in glob.glob(os.path.join(glob.escape(folder), '*.jsonl')):
+        with open(path, encoding='utf-8') as f:
+            for line in f:
+                try:
+                    row = json.loads(line)
+                    theirs = row['settings']
+                    rows[row['row']] = row
+                except (ValueError, KeyError, TypeError):
+                    raise ValueError(f'{path} holds no samples of eval.py') from None
+                for key in {**theirs, **settings}:
+                    value, wanted = theirs.get(key), settings.get(key)
+                    message = f'{folder} holds samples drawn with {key}={value!r}, not {wanted!r}'
+                    require(value == wanted, f'{message}: remove it, or give another samples_dir')
+    return rows
 
-    def read():
-        rows = {}
-        for path in glob.glob(os.path.join(glob.escape(folder), '*.jsonl')):
-            with open(path, encoding='utf-8') as f:
-                for line in f:
-                    try:
-                        row = json.loads(line)
-                        theirs = row['settings']
-                        rows[row['row']] = row
-                    except (ValueError, KeyError, TypeError):
-                        raise ValueError(f'{path} holds no samples of this script: give another samples_dir') from None
-                    for key in {**theirs, **settings}:
-                        if theirs.get(key) != settings.get(key):
-                            raise ValueError(f'{folder} holds samples drawn with {key}={theirs.get(key)!r}, not {settings.get(key)!r}: remove it, or give another samples_dir')
-        return rows
-    settings = json.loads(json.dumps(settings))
-    done = read()
+
+def draw_samples(net, folder, n, settings, **options):
+    """n samples of the net by sample.generate(**options), kept in folder -> (texts, ids).
+    Those already there are not drawn again; torch.distributed shares the rest. Raises ValueError
+    where the folder holds samples drawn with other settings (a dict)."""
+    rank, world_size = ranks()
+    tok, batch_size = get_tokenizer(**net.tokenizer), options['batch_size']
+    os.makedirs(folder, exist_ok=True)
+    settings = json.loads(json.dumps(settings))           # as they will be read
+    done = read_drawn(folder, settings)
     missing = np.array([i for i in range(n) if i not in done], dtype=np.int64)
-    runs = [run[i:i + options['batch_size']] for run in np.split(missing, np.flatnonzero(np.diff(missing) != 1) + 1) for i in range(0, len(run), options['batch_size'])]
+    batches = []                                          # of consecutive rows
+    for run in np.split(missing, np.flatnonzero(np.diff(missing) != 1) + 1):
+        batches += [run[i:i + batch_size].tolist() for i in range(0, len(run), batch_size)]
     if dist.is_initialized():
-        dist.barrier()                                                                         # all have read before one writes
-    for run in tqdm(runs[rank::world_size], desc=f'sampling {os.path.basename(folder)}', disable=rank > 0):
-        out = generate(net, len(run), first_row=int(run[0]), **options)
-        path = os.path.join(folder, f'{run[0]:06}-{run[-1]:06}.jsonl')
+        dist.barrier()                                    # all have read before one writes
+    title = f'sampling {os.path.basename(folder)}'
+    for batch in tqdm(batches[rank::world_size], desc=title, disable=rank > 0):
+        out = generate(net, len(batch), first_row=batch[0], **options)
+        path = os.path.join(folder, f'{batch[0]:06}-{batch[-1]:06}.jsonl')
         with open(path + '.unfinished', 'w', encoding='utf-8') as f:
-            for i, ids, nfe, length in zip(run.tolist(), out.tokens.tolist(), out.nfe.tolist(), out.length.tolist()):
-                f.write(json.dumps(dict(row=i, ids=ids[:length], text=tok.decode(ids[:length]), nfe=nfe, settings=settings)) + '\n')
+            for k, i in enumerate(batch):
+                ids = out.tokens[k, :out.length[k]].tolist()
+                row = dict(row=i, ids=ids, text=tok.decode(ids), nfe=out.nfe[k].item())
+                f.write(json.dumps(row | dict(settings=settings)) + '\n')
         os.replace(path + '.unfinished', path)
     if dist.is_initialized():
         dist.barrier()
-    rows = read()
+    rows = read_drawn(folder, settings)
     return [rows[i]['text'] for i in range(n)], [rows[i]['ids'] for i in range(n)]
 
 
 def reference_texts(folder, split, tok, n, seed=42):
     """n documents of a split, spread over it (fewer where it has fewer)."""
     rows = TokenRows(folder, split, 1, 'concat')
-    chosen = permute(np.arange(min(n, len(rows.offsets) - 1)), len(rows.offsets) - 1, seed)
-    return [tok.decode(rows.tokens[rows.offsets[i]:rows.offsets[i + 1] - 1].tolist()) for i in chosen]
+    offsets, total = rows.offsets, len(rows.offsets) - 1
+    chosen = permute(np.arange(min(n, total)), total, seed)
+    return [tok.decode(rows.tokens[offsets[i]:offsets[i + 1] - 1].tolist()) for i in chosen]
 
 
 # -----------------------------------------------------------------------------
@@ -468,246 +606,344 @@ def weights_hash(net):
     """The first 16 digits of the sha256 of the weights."""
     digest = hashlib.sha256()
     for name, tensor in sorted(net.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        raw = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+        digest.update(name.encode() + raw.tobytes())
     return digest.hexdigest()[:16]
 
 
 def record(path, **line):
     """Append a result, with what made it, to a .jsonl file."""
-    line = json.loads(json.dumps(line), parse_constant=lambda name: None)                      # no number: null
-    made_by = dict(time=datetime.datetime.now().isoformat(timespec='seconds'), torch=torch.__version__, python=platform.python_version())
+    line = json.loads(json.dumps(line), parse_constant=lambda name: None)  # NaN: null
+    now = datetime.datetime.now().isoformat(timespec='seconds')
+    line |= dict(time=now, torch=torch.__version__, python=platform.python_version())
     with open(path, 'a', encoding='utf-8') as f:
-        f.write(json.dumps(line | made_by) + '\n')
+        f.write(json.dumps(line) + '\n')
+
+
+def cell(value, error):
+    if value is None:
+        return ''
+    if type(value) is int:
+        return f'{value:,}'
+    text = f'{value:.4g}' if isinstance(value, float) else str(value)
+    return f'{text} ± {error:.2g}' if error and math.isfinite(error) else text
 
 
 def table(rows):
-    """Markdown of a list of dicts, in the order of their keys; values with a standard error beside them (key_se) show it."""
+    """Markdown of a list of dicts, in the order of their keys; key_se is the error beside key."""
     keys = list(dict.fromkeys(key for row in rows for key in row if not key.endswith('_se')))
-    show = lambda value: '' if value is None else f'{value:,}' if type(value) is int else f'{value:.4g}' if isinstance(value, float) else str(value)
-    cell = lambda row, key: show(row.get(key)) + (f' ± {row[key + "_se"]:.2g}' if row.get(key) is not None and math.isfinite(row.get(key + '_se') or math.nan) else '')
-    return '\n'.join(['| ' + ' | '.join(keys) + ' |', '|' + '---|' * len(keys)] + ['| ' + ' | '.join(cell(row, key) for key in keys) + ' |' for row in rows])
+    lines = [keys, *([cell(row.get(key), row.get(key + '_se')) for key in keys] for row in rows)]
+    lines = ['| ' + ' | '.join(line) + ' |' for line in lines]
+    return '\n'.join([lines[0], '|' + '---|' * len(keys), *lines[1:]])
+
+
+def plot(rows, x, ys, path):
+    """A panel for each of ys against x, in it a line for each way to draw samples."""
+    with one_line('matplotlib, which plots (pip install matplotlib),'):
+        import matplotlib
+        matplotlib.use('Agg')
+        from matplotlib import pyplot
+    lines = collections.defaultdict(list)
+    for row in rows:
+        keys = ('source', 'sampler', 'top_p', 'temperature', 'judge', 'protocol')
+        lines[', '.join(str(row[key]) for key in keys if row.get(key) is not None)].append(row)
+    figure, axes = pyplot.subplots(1, len(ys), figsize=(4 * len(ys), 3.2), squeeze=False)
+    for axis, y in zip(axes[0], ys, strict=True):
+        for label, line in lines.items():
+            line = [row for row in line if row.get(x) and row.get(y) is not None]
+            points = sorted({(row[x], row[y], row.get(y + '_se') or 0) for row in line})
+            if points:
+                axis.errorbar(*zip(*points, strict=True), marker='o', capsize=2, label=label)
+        scale = 'log' if x == 'steps' else 'linear'
+        axis.set(xlabel=x, ylabel=y.replace('_', ' '), xscale=scale)
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
 
 
 def report(path):
-    """results.jsonl -> results.md, and plots of quality against steps and of generative perplexity against entropy, beside it."""
+    """results.jsonl -> results.md, and plots of quality against steps and of generative perplexity
+    against entropy, beside it."""
     if not os.path.isfile(path):
-        raise FileNotFoundError(f'there is no {path}: every run of eval.py appends its result to it')
-    stem, kinds = os.path.splitext(path)[0], collections.defaultdict(list)
+        raise FileNotFoundError(f'there is no {path}: every run of eval.py appends to it')
+    kinds = collections.defaultdict(list)
     with open(path, encoding='utf-8') as f:
         for number, line in enumerate(f, 1):
             try:
                 row = json.loads(line)
-                kinds[row['metric']].append(dict(source=row['source']) | row['result'] | dict(seed=row['settings']['seed'], weights=row['weights']))
+                made_by = dict(seed=row['settings']['seed'], weights=row['weights'])
+                kinds[row['metric']].append(dict(source=row['source']) | row['result'] | made_by)
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f'{path}, line {number}: not a result of eval.py') from None
-    if not kinds:
-        raise ValueError(f'{path} holds no result')
+    require(kinds, f'{path} holds no result')
     text = '\n\n'.join(f'## {kind}\n\n{table(rows)}' for kind, rows in kinds.items())
     drawn = [row for row in kinds['table'] + kinds['samples'] if row.get('gen_ppl')]
-    if drawn:
-        try:
-            import matplotlib
-        except ImportError:
-            raise ValueError('the plots of a report need matplotlib: pip install matplotlib') from None
-        matplotlib.use('Agg')
-        from matplotlib import pyplot
-        label = lambda row: ', '.join(str(row[key]) for key in ('source', 'sampler', 'top_p', 'temperature', 'judge', 'protocol') if row.get(key) is not None)
-        for name, x, ys in (('steps', 'steps', ('gen_ppl', 'entropy', 'mauve')), ('entropy', 'entropy', ('gen_ppl',))):
-            figure, axes = pyplot.subplots(1, len(ys), figsize=(4 * len(ys), 3.2), squeeze=False)
-            for axis, y in zip(axes[0], ys):
-                for source in dict.fromkeys(map(label, drawn)):
-                    points = sorted({(row[x], row[y], row.get(y + '_se') or 0) for row in drawn if label(row) == source and row.get(x) and row.get(y) is not None})
-                    if points:
-                        axis.errorbar(*zip(*[point[:2] for point in points]), yerr=[point[2] for point in points], marker='o', capsize=2, label=source)
-                axis.set(xlabel=x, ylabel=y.replace('_', ' '), xscale='log' if x == 'steps' else 'linear')
-                axis.grid(alpha=0.3)
-            axes[0][0].legend(fontsize=8)
-            figure.tight_layout()
-            figure.savefig(f'{stem}-{name}.png', dpi=150)
-            pyplot.close(figure)
-            text += f'\n\n![{name}]({os.path.basename(stem)}-{name}.png)'
+    stem = os.path.splitext(path)[0]
+    for x, ys in (('steps', ('gen_ppl', 'entropy', 'mauve')), ('entropy', ('gen_ppl',))):
+        if drawn:
+            plot(drawn, x, ys, f'{stem}-{x}.png')
+            text += f'\n\n![{x}]({os.path.basename(stem)}-{x}.png)'
     with open(stem + '.md', 'w', encoding='utf-8') as f:
         f.write(text + '\n')
     return text
 
 
 # -----------------------------------------------------------------------------
+# what --metric names: functions of the constants, c, that load what they need, record each result
+# as soon as it is there, and return the results and the text to print
 
-if __name__ == '__main__':
-    from configurator import configure
-    constants = configure(globals())
-    check_overrides(overrides)
-    for key in ('sampler_options', 'published'):
-        if not isinstance(globals()[key], (dict, type(None))) or not all(isinstance(name, str) for name in globals()[key] or ()):
-            raise ValueError(f'{key}={globals()[key]!r}: a dict is needed')
-    if set(sampler_options or ()) & {'steps', 'length', 'seed', 'sampler', 'temperature', 'top_p', 'top_k', 'batch_size', 'first_row', 'num_samples', 'schedule'}:
-        raise ValueError(f'sampler_options={sampler_options}: only what belongs to one sampler; the rest are constants of their own')
-    if not table_steps or not all(type(T) is int and T >= 1 for T in table_steps):
-        raise ValueError(f'table_steps={table_steps}: whole numbers of at least 1 are needed')
-    if metric == 'table' and not all(isinstance(values, dict) for values in (published or {}).values()):
-        raise ValueError(f"published={published}: for the table a dict of dicts, such as {{'gen_ppl': {{128: 78.34}}}}")
-    if T is not None and (type(T) is not int or T < 0):
-        raise ValueError(f'T={T!r}: a number of steps, or 0 for continuous time')
-    if not os.path.isdir(os.path.dirname(results) or '.'):
-        raise ValueError(f'results={results}: there is no folder {os.path.dirname(results)}')
-    if metric not in ('ppl', 'zero_shot', 'samples', 'table', 'report'):
-        raise ValueError(f"metric '{metric}' is not known: choose from ppl, zero_shot, samples, table, report")
-    if block_size is not None and type(block_size) is not int:
-        raise ValueError(f'block_size={block_size!r}: it must be a whole number')
-    if type(num_samples) is not int or num_samples < 1 or type(batch_size) is not int or batch_size < 1:
-        raise ValueError(f'num_samples={num_samples}, batch_size={batch_size}: whole numbers of at least 1 are needed')
-    if metric == 'report':
-        print(report(results))
-        raise SystemExit
-    from_file = metric == 'samples' and input is not None and str(input).endswith('.jsonl')
-    source = str(input if metric == 'samples' and input is not None else init_from or out_dir)
-    device = pick_device(device, int(os.environ.get('LOCAL_RANK', 0)))
+
+@dataclasses.dataclass
+class Run:
+    """What is measured, and the constants."""
+    c: types.SimpleNamespace
+    source: str               # of the weights, or of the texts
+    device: torch.device
+    net: DiT = None           # None: texts come from a file
+    tok: Tokenizer = None
+    weights: str = None       # weights_hash
+
+    def trained(self, key, default=None):
+        """A constant, or where it is None what the net was trained with."""
+        value = getattr(self.c, key, None)
+        if value is None and self.net:
+            value = self.net.constants.get(key)
+        return default if value is None else value
+
+    def record(self, result):
+        if ranks()[0] > 0:
+            return
+        settings = {key: value for key, value in vars(self.c).items() if value is not None}
+        made_of = dict(metric=self.c.metric, source=self.source, result=result)
+        record(self.c.results, **made_of, weights=self.weights, settings=settings)
+
+
+def load(c):
+    """The net and its tokenizer, or a file with texts. Starts torch.distributed under torchrun."""
+    source, from_file = str(c.init_from or c.out_dir), False
+    if c.metric == 'samples' and c.input is not None:
+        source, from_file = str(c.input), str(c.input).endswith('.jsonl')
+    distributed = 'RANK' in os.environ
+    require(not (from_file and distributed), 'samples in a file are measured without torchrun')
+    device = pick_device(c.device, int(os.environ.get('LOCAL_RANK', 0)))
     if device.type == 'cpu':
         reuse_memory()
-    net = tok = None
-    if not from_file:
-        net = load_pretrained(os.path.join(source, 'ckpt.pt') if source == out_dir else source, ema, device, **(overrides or {}))
-        if tokenizer or net.tokenizer is None:
-            net.tokenizer = (net.tokenizer or {}) | dict(name=str(tokenizer or 'gpt2'))
-        tok = get_tokenizer(**net.tokenizer)
-        own_dataset = dataset is None
-        dataset = net.constants.get('dataset') if dataset is None else dataset
-        T = net.constants.get('T', 0) if T is None else T
-        schedule = get_schedule(net.constants.get('schedule', 'loglinear'))
-        if tok.vocab_size != net.config.vocab_size and net.config.mask_id is not None:
-            raise ValueError(f"tokenizer '{tok.name}' has {tok.vocab_size} ids, the net {net.config.vocab_size}: give the one it was trained with")
-    elif 'RANK' in os.environ:
-        raise ValueError('samples in a file are measured by one process: run it without torchrun')
-    if 'RANK' in os.environ:
+    if from_file:
+        return Run(c, source, device)
+    path = os.path.join(source, 'ckpt.pt') if source == c.out_dir else source
+    net = load_pretrained(path, c.ema, device, **(c.overrides or {}))
+    if c.tokenizer or net.tokenizer is None:
+        net.tokenizer = (net.tokenizer or {}) | dict(name=str(c.tokenizer or 'gpt2'))
+    tok, size = get_tokenizer(**net.tokenizer), net.config.vocab_size
+    fits = tok.vocab_size == size or net.config.mask_id is None
+    require(fits, f"tokenizer '{tok.name}' has {tok.vocab_size} ids, the net {size}: give its own")
+    if distributed:
+        hours = datetime.timedelta(hours=4)
         if device.type == 'cuda':
             torch.cuda.set_device(device)
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', device_id=device if device.type == 'cuda' else None, timeout=datetime.timedelta(hours=4))
-    master, weights = int(os.environ.get('RANK', 0)) == 0, net and weights_hash(net)
-    split_of = lambda folder: split or BENCHMARKS.get(read_meta(folder)['source']['dataset'], 'validation')
+            dist.init_process_group('nccl', device_id=device, timeout=hours)
+        else:
+            dist.init_process_group('gloo', timeout=hours)
+    return Run(c, source, device, net, tok, weights_hash(net))
 
-    def finish(name, result, **more):
-        if master:
-            record(results, metric=name, source=source, result=more | result, weights=weights,
-                   settings={key: value for key, value in constants.items() if value is not None})
 
-    def likelihood(name):
-        """nelbo of the split of a dataset, which is named with it."""
-        how = packing or net.constants.get('packing', 'wrap')
-        L = (net.config.block_size if block_size is None else block_size) + (net.config.causal and how == 'concat')
-        folder = find_or_prepare(name, tok.name)
-        if metric == 'zero_shot' and name in DATASETS and read_meta(folder)['source']['dataset'] != name:
-            raise ValueError(f"{folder} was made from {read_meta(folder)['source']['dataset']}, which is not the benchmark: remove it or give it another name")
-        rows = TokenRows(folder, split_of(folder), L, how, net.constants.get('loss_on_padding', True))
-        if rows.meta['tokenizer'] != tok.meta():
-            raise ValueError(f"the net has ids of the tokenizer {tok.meta()}, the data those of {rows.meta['tokenizer']}: measure it on data prepared with its own")
-        with autocast(device, dtype):
-            return dict(dataset=name, split=split_of(folder)) | nelbo(net, rows, num_mc, batch_size, seed, max_rows, schedule, T, net.constants.get('subs_masking', False),
-                                                                      estimator, progress=True)
+def split_of(folder, c):
+    return c.split or BENCHMARKS.get(read_meta(folder)['source']['dataset'], 'validation')
 
-    def folder_of_references():
-        """The data that samples are compared with; None where none is named, or the net's own is not here."""
-        if not dataset:
-            return None
+
+def likelihood(run, name, folder):
+    """nelbo of the data in a folder, which the result calls by name."""
+    c, net, split = run.c, run.net, split_of(folder, run.c)
+    packing = run.trained('packing', 'wrap')
+    block_size = net.config.block_size if c.block_size is None else c.block_size
+    if net.config.causal and packing == 'concat':
+        block_size += 1                                   # the first token is not predicted
+    rows = TokenRows(folder, split, block_size, packing, run.trained('loss_on_padding', True))
+    ours, theirs = run.tok.meta(), rows.meta['tokenizer']
+    require(ours == theirs, f'the net has ids of the tokenizer {ours}, the data those of {theirs}')
+    schedule, T = get_schedule(run.trained('schedule', 'loglinear')), run.trained('T', 0)
+    with autocast(run.device, c.dtype):
+        result = nelbo(
+            net, rows, c.num_mc, c.batch_size, c.seed, c.max_rows, schedule, T,
+            run.trained('subs_masking', False), c.estimator, progress=True)
+    return dict(dataset=name, split=split) | result
+
+
+def measure_ppl(c):
+    """The NELBO of one split."""
+    run = load(c)
+    name = run.trained('dataset')
+    require(name is not None, 'the weights do not say which data to measure: give --dataset=NAME')
+    r = likelihood(run, name, find_or_prepare(name, run.tok.name))
+    run.record(r)
+    return r, (
+        f"{'NLL' if run.net.config.causal else 'NELBO'} of {run.source} on {name}/{r['split']}, "
+        f"{r['rows']:,} rows x {r['num_mc']} {r['estimator'] or 'pass'}s, "
+        f"{r['tokens']:,} tokens ({r['document_tokens']:,} of documents)\n"
+        f"  {r['nats_per_token']:.4f} ± {r['nats_per_token_se']:.4f} nats/token\n"
+        f"  {r['ppl']:.2f} ± {r['ppl_se']:.2f} perplexity (exp of nats/token)\n"
+        f"  {r['bits_per_byte']:.4f} ± {r['bits_per_byte_se']:.4f} bits/byte")
+
+
+def measure_zero_shot(c):
+    """The NELBO of many datasets. A ValueError names those that fail, after the others."""
+    run, rows, failed = load(c), [], []
+    shown = (
+        'dataset', 'split', 'ppl', 'ppl_se', 'nats_per_token', 'nats_per_token_se',
+        'bits_per_byte', 'bits_per_byte_se', 'tokens')
+    for name in c.datasets:
         try:
-            return find_or_prepare(dataset, str(tokenizer or (tok.name if tok else 'gpt2')))
-        except FileNotFoundError as error:
-            if net is None or not own_dataset:
-                raise
-            if master:
-                print(f'no MAUVE and no memorisation: {error}')
+            folder = find_or_prepare(name, run.tok.name)
+            origin = read_meta(folder)['source']['dataset']
+            good = origin == name or name not in DATASETS
+            require(good, f'{folder} was made from {origin}, which is not the benchmark')
+            result = likelihood(run, name, folder)
+        except (ValueError, OSError) as error:
+            failed.append(f'{name}: {error}')
+            continue
+        run.record(result)
+        row = {key: result[key] for key in shown}
+        rows.append(row | dict(published=(c.published or {}).get(name)))
+    text = table(rows)
+    if failed and rows and ranks()[0] == 0:
+        print(text)
+    count = f'{len(failed)} of {len(c.datasets)}'
+    require(not failed, f'{count} datasets could not be measured: ' + '; '.join(failed))
+    return rows, text
 
-    def quality(columns):
-        """All that is measured of each of columns, lists of texts -> dicts."""
-        judge_tok, found = loaded_judge[1], []
-        plain = [[without_special(text, judge_tok) for text in texts] for texts in columns]
-        if references is not None and 'train' in reference_meta['splits']:
-            ids = [[reference_tok.encode(text) for text in texts] for texts in plain]
-            verbatim = verbatim_shares(ids, os.path.join(references, 'train.bin'), np.dtype(reference_meta['dtype']).newbyteorder('<'))
-        for i, texts in enumerate(columns):
-            result = dict(judge=judge) | generative_perplexity(plain[i] if protocol == 'xlm' else texts, loaded_judge, protocol, min(batch_size, 8), progress=True)
-            result |= {f'distinct_{n}': distinct(judge_tok(plain[i], add_special_tokens=False, verbose=False)['input_ids'], n) for n in (1, 2, 3)}
-            if references is not None and 'train' in reference_meta['splits']:
-                result['verbatim_20'] = verbatim[i]
-            if references is not None and featurizer:
-                result |= mauve(plain[i], texts_of_references, featurizer, device=device)
-            found.append(result)
-        return found
 
-    if metric in ('samples', 'table'):                                                         # what can fail fails before hours of sampling, not after
-        drawing = None
-        if not from_file:
-            length = net.config.block_size if length is None else length
-            drawing = dict(length=length, sampler=sampler, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-            settings = drawing | dict(sampler_options=sampler_options, dtype=dtype, weights=weights, model=dataclasses.asdict(net.config))
-            drawing |= dict(batch_size=batch_size, **(sampler_options or {}))
-            samples_dir = samples_dir or os.path.join(source if os.path.isdir(source) else out_dir, 'samples')
-        texts = read_samples(str(input))[0] if from_file else None
-        references = folder_of_references()
-        loaded_judge = load_judge(judge, device) if master else None
-        if master and references is not None:
-            reference_meta = read_meta(references)
-            reference_tok = get_tokenizer(reference_meta['tokenizer']['name'], references)
-            if featurizer:
-                with one_line('mauve-text'):
-                    import mauve as _
-                if 'gpt2' not in featurizer and 'bert' not in featurizer:
-                    raise ValueError(f"featurizer='{featurizer}': mauve-text takes models with gpt2 or bert in their name, or '' for no MAUVE")
-                wanted = len(texts) if from_file else num_samples
-                texts_of_references = reference_texts(references, split_of(references), reference_tok, 2 * wanted + 100)
-                usable = sum(len(text.strip()) >= 8 for text in texts_of_references)
-                if usable < wanted or wanted < 2:
-                    raise ValueError(f"MAUVE takes as many references as texts, and at least 2: {references} has {usable} of 8 characters for {wanted} texts; --featurizer= leaves it out")
-                load_featurizer(featurizer)
+def load_references(run, num_texts):
+    """What samples are compared with: a folder of data, its tokenizer and, for MAUVE, documents of
+    it; Nones where no data are named, or the net's are not on this machine."""
+    c, name, texts = run.c, run.trained('dataset'), None
+    if not name:
+        return None, None, None
+    try:
+        folder = find_or_prepare(name, str(c.tokenizer or (run.tok.name if run.tok else 'gpt2')))
+    except FileNotFoundError as error:
+        if c.dataset is not None:
+            raise
+        print(f'no MAUVE and no memorisation: {error}')
+        return None, None, None
+    tok = get_tokenizer(read_meta(folder)['tokenizer']['name'], folder)
+    if c.featurizer:
+        load_featurizer(c.featurizer)
+        texts = reference_texts(folder, split_of(folder, c), tok, 2 * num_texts + 100)
+        usable = sum(len(text.strip()) >= 8 for text in texts)
+        require(
+            2 <= num_texts <= usable,
+            f'MAUVE takes as many references as texts, at least 2: {folder} has {usable} of 8 '
+            f'characters for {num_texts} texts; --featurizer= leaves it out')
+    return folder, tok, texts
 
-    if metric == 'ppl':
-        if dataset is None:
-            raise ValueError('the source of the weights does not say what to measure them on: give --dataset=NAME')
-        result = likelihood(dataset)
-        if master:
-            print(f"{'NLL' if net.config.causal else 'NELBO'} of {source} on {dataset}/{result['split']}, {result['rows']:,} rows x {result['num_mc']} "
-                  f"{result['estimator'] or 'pass'}s, {result['tokens']:,} tokens ({result['document_tokens']:,} of documents)")
-            print(f"  {result['nats_per_token']:.4f} ± {result['nats_per_token_se']:.4f} nats/token")
-            print(f"  {result['ppl']:.2f} ± {result['ppl_se']:.2f} perplexity (exp of nats/token)")
-            print(f"  {result['bits_per_byte']:.4f} ± {result['bits_per_byte_se']:.4f} bits/byte")
-        finish('ppl', result)
 
-    elif metric == 'zero_shot':
-        rows, missing = [], []
-        for name in datasets:
-            try:
-                result = likelihood(name)
-            except (ValueError, OSError) as error:
-                missing.append(f'{name}: {error}')
-                continue
-            finish('zero_shot', result)
-            rows.append({key: result[key] for key in ('dataset', 'split', 'ppl', 'ppl_se', 'nats_per_token', 'nats_per_token_se', 'bits_per_byte', 'bits_per_byte_se', 'tokens')}
-                        | dict(published=(published or {}).get(name)))
-        if master and rows:
-            print(table(rows))
-        if missing:
-            raise ValueError(f'{len(missing)} of {len(datasets)} datasets could not be measured: ' + '; '.join(missing))
+def load_measures(run, num_texts):
+    """(judge, references), in the first process alone: what can fail fails before hours of
+    sampling."""
+    if ranks()[0] > 0:
+        return None
+    return load_judge(run.c.judge, run.device), load_references(run, num_texts)
 
-    elif metric == 'samples':
-        if not from_file:
-            with autocast(device, dtype):
-                texts, _ = draw_samples(net, os.path.join(samples_dir, f'{steps}'), num_samples, settings | dict(steps=steps), steps=steps, **drawing)
-        if master:
-            result, = quality([texts])
-            print(table([result]))
-            finish('samples', result, **{} if from_file else dict(steps=steps, sampler=sampler, top_p=top_p, temperature=temperature))
 
-    elif metric == 'table':
-        columns = []
-        for T in table_steps:                                                                  # all of them before the others leave
-            with autocast(device, dtype):
-                columns.append(draw_samples(net, os.path.join(samples_dir, f'{T}'), num_samples, settings | dict(steps=T), steps=T, **drawing)[0])
-        if master:
-            rows = []
-            for T, result in zip(table_steps, quality(columns)):
-                finish('table', result, steps=T, sampler=sampler, top_p=top_p, temperature=temperature)
-                shown = ('gen_ppl', 'gen_ppl_se', 'gen_ppl_mean', 'entropy', 'entropy_se', 'mauve', 'mauve_texts', 'distinct_2', 'verbatim_20', 'texts', 'skipped')
-                rows.append(dict(steps=T) | {key: result[key] for key in shown if key in result} | {f'{key} published': values.get(T) for key, values in (published or {}).items()})
-            print(table(rows))
+def draw(run, steps):
+    """num_samples texts of the net in so many steps, kept in samples_dir."""
+    c, config = run.c, run.net.config
+    shared = dict(
+        length=config.block_size if c.length is None else c.length, sampler=c.sampler,
+        temperature=c.temperature, top_p=c.top_p, top_k=c.top_k, seed=c.seed)
+    options = shared | dict(steps=steps, batch_size=c.batch_size) | (c.sampler_options or {})
+    settings = shared | dict(sampler_options=c.sampler_options, dtype=c.dtype, weights=run.weights)
+    settings |= dict(model=dataclasses.asdict(config), steps=steps)
+    home = run.source if os.path.isdir(run.source) else c.out_dir
+    folder = os.path.join(c.samples_dir or os.path.join(home, 'samples'), str(steps))
+    with autocast(run.device, c.dtype):
+        return draw_samples(run.net, folder, c.num_samples, settings, **options)[0]
 
+
+def quality(run, columns, measures, steps):
+    """All that is measured of each of columns, lists of texts, drawn in so many steps -> dicts, in
+    the first process."""
+    if measures is None:
+        return []
+    c, judge, (folder, reference_tok, references) = run.c, *measures
+    tok, verbatim, results = judge[1], None, []
+    plain = [[without_special(text, tok) for text in texts] for texts in columns]
+    meta = read_meta(folder) if folder else dict(splits=())
+    if 'train' in meta['splits']:
+        ids = [[reference_tok.encode(text) for text in texts] for texts in plain]
+        dtype = np.dtype(meta['dtype']).newbyteorder('<')
+        verbatim = verbatim_shares(ids, os.path.join(folder, 'train.bin'), dtype)
+    for i, texts in enumerate(plain):
+        judged = texts if c.protocol == 'xlm' else columns[i]
+        result = dict(judge=c.judge) | generative_perplexity(
+            judged, judge, c.protocol, min(c.batch_size, 8), progress=True)
+        ids = tok(texts, add_special_tokens=False, verbose=False)['input_ids']
+        result |= {f'distinct_{n}': distinct(ids, n) for n in (1, 2, 3)}
+        if verbatim:
+            result['verbatim_20'] = verbatim[i]
+        if references:
+            result |= mauve(texts, references, c.featurizer, device=run.device)
+        how = dict(steps=steps[i], sampler=c.sampler, top_p=c.top_p, temperature=c.temperature)
+        run.record((how if run.net else {}) | result)
+        results.append(result)
+    return results
+
+
+def measure_samples(c):
+    """The quality of the texts of a file, or of samples of the net."""
+    run = load(c)
+    texts = None if run.net else read_samples(run.source)[0]
+    measures = load_measures(run, len(texts) if texts else c.num_samples)
+    rows = quality(run, [texts or draw(run, c.steps)], measures, [c.steps])
+    return rows, table(rows)
+
+
+def measure_table(c):
+    """The quality of samples of the net in each number of table_steps."""
+    run = load(c)
+    measures = load_measures(run, c.num_samples)
+    columns = [draw(run, steps) for steps in c.table_steps]  # all, before other processes leave
+    shown = (
+        'gen_ppl', 'gen_ppl_se', 'gen_ppl_mean', 'entropy', 'entropy_se', 'mauve', 'mauve_texts',
+        'distinct_2', 'verbatim_20', 'texts', 'skipped')
+    rows = []
+    for i, result in enumerate(quality(run, columns, measures, c.table_steps)):
+        steps = c.table_steps[i]
+        row = dict(steps=steps) | {key: result[key] for key in shown if key in result}
+        known = (c.published or {}).items()
+        rows.append(row | {f'{key} published': values.get(steps) for key, values in known})
+    return rows, table(rows)
+
+
+def show_report(c):
+    print(report(c.results))
+    raise SystemExit
+
+
+METRICS = {
+    'ppl': measure_ppl, 'zero_shot': measure_zero_shot, 'samples': measure_samples,
+    'table': measure_table, 'report': show_report}
+
+
+# -----------------------------------------------------------------------------
+
+if __name__ == '__main__':
+    constants = configure(globals())
+    check_overrides(overrides)
+    require_known('metric', metric, METRICS)
+    folder = os.path.dirname(results) or '.'
+    require(os.path.isdir(folder), f'results={results}: there is no folder {folder}')
+    whole = table_steps and all(type(n) is int and n >= 1 for n in table_steps)
+    require(whole, f'table_steps={table_steps}: whole numbers of at least 1 are needed')
+    dicts = metric != 'table' or all(isinstance(d, dict) for d in (published or {}).values())
+    require(dicts, f'published={published}: a dict of dicts, as {dict(gen_ppl={128: 78.34})}')
+    own = {*constants, 'first_row', 'schedule'}.isdisjoint(sampler_options or ())
+    require(own, f'sampler_options={sampler_options}: only options that belong to one sampler')
+
+    result, text = METRICS[metric](types.SimpleNamespace(**constants))
+    if ranks()[0] == 0:
+        print(text)
     if dist.is_initialized():
         dist.destroy_process_group()

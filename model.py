@@ -2,11 +2,10 @@
 The network, the noise, the objectives, and weights in and out.
 
 What is unusual here, for a reader who knows nanoGPT:
-- attention looks both ways; a mask id stands for what is not known yet; rotary positions, no position table
-- the conditioning is adaLN-zero (DiT); most masked diffusion models always feed it sigma = 0, so that it is one vector
-  for the whole batch and folds into the weight and bias of the norms
-- trunk and head are apart: a loss or a sampler projects to the vocabulary only the positions it needs, and the cross
-  entropy keeps one (N, V) buffer for the N positions that have a loss, half of them or so in diffusion
+- attention looks both ways; a mask id stands for an unknown token; rotary positions
+- the conditioning is adaLN-zero (DiT), but most masked diffusion models always feed it sigma = 0:
+  then it is one vector for the whole batch, folded into the weight and bias of the norms
+- trunk and head are apart: only the positions that a loss or a sampler needs are projected
 - one class for every family: an architecture is a ModelConfig
 
 References: MDLM (Sahoo et al. 2024, arXiv 2406.07524), DiT (Peebles & Xie 2022, arXiv 2212.09748),
@@ -21,6 +20,8 @@ import os
 import pickle
 import re
 import shutil
+import threading
+import time
 import types
 import typing
 import zipfile
@@ -31,6 +32,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from configurator import require
+
 try:
     from flash_attn import flash_attn_func  # optional, for GPUs
 except ImportError:
@@ -39,124 +42,79 @@ except ImportError:
 # -----------------------------------------------------------------------------
 # the network
 
-ACTIVATIONS = {'gelu': lambda x: F.gelu(x, approximate='tanh'), 'relu': F.relu, 'swiglu': F.silu}
+ACTIVATIONS = {
+    'gelu': lambda x: F.gelu(x, approximate='tanh'),
+    'relu': F.relu,
+    'swiglu': F.silu,
+}
 
 
 @dataclass
 class ModelConfig:
-    """All that tells one architecture from another. The defaults are MDLM's OpenWebText model, 170M parameters."""
+    """An architecture. The defaults are MDLM's OpenWebText model, 170M parameters."""
     block_size: int = 1024           # longest row (L)
-    vocab_size: int = 50258          # every id that can occur in the input, the mask included (V)
+    vocab_size: int = 50258          # ids in the input, the mask included (V)
     mask_id: int | None = 50257      # None: a causal net without a mask
-    pad_id: int | None = None        # its embedding is zero and untrained (xlm); None: padding is a token like any other
+    pad_id: int | None = None        # its embedding stays zero (xlm); None: as any token
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
     n_mlp: int | None = None         # hidden width of the mlp; None: 4 * n_embd
     cond_dim: int = 128              # width of the adaLN conditioning; 0: none
-    time_conditioning: bool = False  # False: the conditioning is fed sigma = 0 whatever the time
+    time_conditioning: bool = False  # False: the conditioning is always fed sigma = 0
     causal: bool = False             # attention looks back only
     norm: str = 'layernorm'          # 'layernorm' or 'rmsnorm'
     mlp: str = 'gelu'                # 'gelu' (tanh form), 'relu' or 'swiglu'
     norm_bias: bool = False
     mlp_bias: bool = True
     head_bias: bool = True
-    head_mask: bool = True           # the head has a row for the mask, the last id where it has none
-    rotary_bf16: bool = False        # cos and sin rounded to bfloat16, as SMDM's weights were trained with
+    head_mask: bool = True           # False: the head has no row for the mask, the last id
+    rotary_bf16: bool = False        # cos and sin rounded to bfloat16 (SMDM)
     dropout: float = 0.0             # on the two residual branches of a block
     attn_dropout: float = 0.0        # on the attention weights
-    init: str = 'mdlm'               # of new weights: 'mdlm' (adaLN and head zero), 'xlm' (PyTorch's defaults), 'smdm' (normal)
+    init: str = 'mdlm'               # 'mdlm' (adaLN-zero), 'xlm' (PyTorch's), 'smdm' (normal)
     objective: str = 'subs'          # what the outputs mean: a key of OBJECTIVES
 
     def __post_init__(self):
+        def check(key, holds, rule):
+            require(holds, f'{key}={getattr(self, key)!r}: {rule}')
+
         for field in dataclasses.fields(self):
-            value, kinds = getattr(self, field.name), typing.get_args(field.type) or (field.type,)
-            if type(value) not in kinds and not (float in kinds and type(value) is int):
-                raise ValueError(f'{field.name}={value!r}: {" or ".join(kind.__name__ for kind in kinds)} is needed')
+            kinds = typing.get_args(field.type) or (field.type,)
+            kind = type(getattr(self, field.name))
+            fits = kind in kinds or (kind is int and float in kinds)
+            check(field.name, fits, f'{" or ".join(k.__name__ for k in kinds)} is needed')
         if self.n_mlp is None:
             self.n_mlp = 4 * self.n_embd
-        if self.cond_dim < 0:
-            raise ValueError(f'cond_dim={self.cond_dim}: it must be 0 or more')
+
+        V = self.vocab_size
         for key in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_mlp'):
-            if getattr(self, key) < 1:
-                raise ValueError(f'{key}={getattr(self, key)}: it must be at least 1')
+            check(key, getattr(self, key) >= 1, 'it must be at least 1')
         for key in ('dropout', 'attn_dropout'):
-            if not 0 <= getattr(self, key) < 1:
-                raise ValueError(f'{key}={getattr(self, key)}: it must be a probability below 1')
-        for key, known in (('mlp', ACTIVATIONS), ('norm', ('layernorm', 'rmsnorm')), ('init', ('mdlm', 'xlm', 'smdm')), ('objective', OBJECTIVES)):
-            if getattr(self, key) not in known:
-                raise ValueError(f"{key}='{getattr(self, key)}' is not known: choose from {', '.join(known)}")
-        if self.n_embd % self.n_head or self.n_embd // self.n_head % 2:
-            raise ValueError(f'n_embd={self.n_embd} over n_head={self.n_head}: heads need a whole and even width')
-        if self.time_conditioning and not self.cond_dim:
-            raise ValueError('time_conditioning=True needs a conditioning: cond_dim=0 leaves none')
-        if self.mask_id is None and not self.causal:
-            raise ValueError('mask_id=None: only a causal net does without a mask')
-        if self.mask_id is not None and not 0 <= self.mask_id < self.vocab_size:
-            raise ValueError(f'mask_id={self.mask_id} is outside the vocabulary of {self.vocab_size} ids')
-        if self.pad_id is not None and not 0 <= self.pad_id < self.vocab_size:
-            raise ValueError(f'pad_id={self.pad_id} is outside the vocabulary of {self.vocab_size} ids')
-        if not self.head_mask and self.mask_id != self.vocab_size - 1:
-            raise ValueError(f'head_mask=False with mask_id={self.mask_id}: a mask that the head has no row for is the last of the {self.vocab_size} ids')
-        if self.causal != (self.objective == 'ar'):
-            raise ValueError(f"causal={self.causal} with objective='{self.objective}': causal nets are trained with 'ar', and only they")
-
-
-# named sizes, in the constants of train.py. SMDM's are named after their non-embedding parameters, in millions
-SIZES = {
-    'mdlm-tiny': dict(n_layer=8, n_head=8, n_embd=512, n_mlp=2048, cond_dim=128),
-    'mdlm-small': dict(n_layer=12, n_head=12, n_embd=768, n_mlp=3072, cond_dim=128),
-    'mdlm-medium': dict(n_layer=24, n_head=16, n_embd=1024, n_mlp=4096, cond_dim=128),
-} | {f'{size}M': dict(zip(('n_layer', 'n_head', 'n_embd', 'n_mlp'), shape)) for size, shape in {
-    6: (6, 4, 256, 1024), 19: (8, 6, 384, 1536), 34: (8, 8, 512, 2048), 48: (9, 9, 576, 2304), 66: (10, 10, 640, 2560), 75: (16, 8, 640, 1600),
-    85: (13, 10, 640, 2560), 113: (12, 12, 768, 3072), 142: (15, 12, 768, 3072), 170: (18, 12, 768, 3072), 180: (14, 14, 896, 3584),
-    206: (16, 14, 896, 3584), 231: (18, 14, 896, 3584), 268: (16, 16, 1024, 4096), 302: (18, 16, 1024, 4096), 336: (20, 16, 1024, 4096),
-    472: (18, 10, 1280, 5120), 551: (21, 10, 1280, 5120), 571: (18, 11, 1408, 5632), 629: (24, 10, 1280, 5120), 666: (21, 11, 1408, 5632),
-    717: (19, 12, 1536, 6144), 761: (24, 11, 1408, 5632), 831: (22, 12, 1536, 6144), 944: (25, 12, 1536, 6144), 1028: (20, 14, 1792, 7168),
-    1233: (24, 14, 1792, 7168), 1476: (22, 16, 2048, 8192), 1678: (25, 16, 2048, 8192), 2121: (28, 17, 2176, 8704)}.items()}
-
-
-def rotary_table(position, head_dim, bf16=False):
-    """cos and sin (..., 1, 1, head_dim/2) of the rotary angles at positions (...), base 10,000, float32; bf16: rounded to bfloat16."""
-    inv_freq = 1.0 / 10_000 ** (torch.arange(0, head_dim, 2, device=position.device, dtype=torch.float32) / head_dim)
-    angle = position[..., None, None, None] * inv_freq
-    return (angle.cos().bfloat16().float(), angle.sin().bfloat16().float()) if bf16 else (angle.cos(), angle.sin())
-
-
-def apply_rotary(x, cos, sin):
-    """Rotate the halves (not interleaved pairs) of each head of x (B, L, 2, H, head_dim), q and k at once."""
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
-
-
-def dropout(x, p):
-    """F.dropout, on a CPU with 16 random bits an element (p is rounded to them): torch draws a whole number for each there, in one thread,
-    which takes longer than the mlp before it."""
-    if not p or x.device.type != 'cpu':
-        return F.dropout(x, p)
-    dropped = min(round(p * 2 ** 16), 2 ** 16 - 1)    # of 2^16
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2 ** 63, None).view(torch.int16)[:x.numel()].view(x.shape)
-    return x * (bits >= dropped - 2 ** 15).to(x.dtype).mul_(2 ** 16 / (2 ** 16 - dropped))
-
-
-def attention(q, k, v, attn_mask=None, p=0.0, is_causal=False):
-    """softmax(q k^T / sqrt(C/H)) v, q (B, H, L, C/H), k and v (B, H, K, C/H); attn_mask (B, 1, 1, K) bool: what is looked at; p: dropout of the
-    weights. It is torch's kernel but for two cases: on a GPU the one of flash-attn where that is installed, and in bfloat16 on a CPU plain
-    products, which take half the time there; their (B, H, L, K) is still small at rows of 1,024. They round the scores to bfloat16, which torch does not:
-    the quickstart's net is 0.34% from its float32 output rather than 0.29%, and its loss moves by 1e-5 of it."""
-    if q.device.type == 'cpu' and q.dtype == torch.bfloat16 and q.size(2) * k.size(2) <= 2 ** 20 and not (p or is_causal):
-        scores = (q * q.size(3) ** -0.5) @ k.transpose(2, 3)
-        if attn_mask is not None:
-            scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
-        return scores.softmax(dim=3) @ v
-    if q.device.type == 'cuda' and q.dtype == torch.bfloat16 and flash_attn_func and attn_mask is None:
-        return flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), dropout_p=p, causal=is_causal).transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=p, is_causal=is_causal)
+            check(key, 0 <= getattr(self, key) < 1, 'it must be a probability below 1')
+        for key in ('mask_id', 'pad_id'):
+            value = getattr(self, key)
+            inside = value is None or 0 <= value < V
+            check(key, inside, f'it is outside the vocabulary of {V} ids')
+        for key, known in (
+                ('norm', ('layernorm', 'rmsnorm')), ('mlp', ACTIVATIONS),
+                ('init', ('mdlm', 'xlm', 'smdm')), ('objective', OBJECTIVES)):
+            value = getattr(self, key)
+            require(value in known, f"{key}='{value}' is not known: choose from {', '.join(known)}")
+        require(
+            self.n_embd % self.n_head == 0 and self.n_embd // self.n_head % 2 == 0,
+            f'n_embd={self.n_embd} over n_head={self.n_head}: heads need a whole and even width')
+        check('cond_dim', self.cond_dim >= 0, 'it must be 0 or more')
+        check('cond_dim', self.cond_dim or not self.time_conditioning, 'time_conditioning needs it')
+        check('mask_id', self.mask_id is not None or self.causal, 'only causal nets do without')
+        last = self.mask_id == V - 1
+        check('mask_id', self.head_mask or last, 'without head_mask it is the last id')
+        is_ar = self.objective == 'ar'
+        check('causal', self.causal == is_ar, "objective 'ar' needs True, the others False")
 
 
 class Norm(nn.Module):
-    """LayerNorm or RMSNorm, optionally modulated: norm(x) * (1 + scale) + shift, scale and shift (1 or B, 1, n_embd)."""
+    """LayerNorm or RMSNorm; modulated, norm(x) * (1 + scale) + shift, both (1 or B, 1, n_embd)."""
 
     def __init__(self, config):
         super().__init__()
@@ -166,140 +124,149 @@ class Norm(nn.Module):
 
     def forward(self, x, shift=None, scale=None):
         weight, bias = self.weight, self.bias
-        if shift is not None:  # modulation is another weight and bias, for each row or, at a constant sigma, for all
-            weight, bias = weight * (1 + scale), shift if bias is None else bias * (1 + scale) + shift
-        # outside of layer_norm, whose CPU kernel sums the gradient of a weight in an order that depends on the number of threads
-        x = F.rms_norm(x, x.shape[-1:], eps=1e-5) if self.rms else F.layer_norm(x, x.shape[-1:])
+        if shift is not None:  # modulation is another weight and bias
+            weight = weight * (1 + scale)
+            bias = shift if bias is None else bias * (1 + scale) + shift
+        # not layer_norm's own weight: its gradient on a CPU depends on the number of threads
+        if self.rms:
+            x = F.rms_norm(x, x.shape[-1:], eps=1e-5)
+        else:
+            x = F.layer_norm(x, x.shape[-1:])
         return x * weight if bias is None else torch.addcmul(bias.to(x.dtype), x, weight)
+
+
+def rotary_table(position, head_dim, bf16=False):
+    """cos and sin (..., 1, 1, head_dim/2) of the rotary angles at positions (...), float32."""
+    exponent = torch.arange(0, head_dim, 2, device=position.device, dtype=torch.float32) / head_dim
+    angle = position[..., None, None, None] * (1.0 / 10_000 ** exponent)
+    cos, sin = angle.cos(), angle.sin()
+    if bf16:
+        return cos.bfloat16().float(), sin.bfloat16().float()
+    return cos, sin
+
+
+def apply_rotary(x, cos, sin):
+    """Rotate the halves (not interleaved pairs) of each head of x (B, L, 2, H, head_dim)."""
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
 
 class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        C, M = config.n_embd, config.n_mlp
         self.config = config
         self.norm1 = Norm(config)
-        self.attn_qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
-        self.attn_out = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.attn_qkv = nn.Linear(C, 3 * C, bias=False)
+        self.attn_out = nn.Linear(C, C, bias=False)
         self.norm2 = Norm(config)
-        self.mlp_gate = nn.Linear(config.n_embd, config.n_mlp, bias=config.mlp_bias) if config.mlp == 'swiglu' else None
-        self.mlp_in = nn.Linear(config.n_embd, config.n_mlp, bias=config.mlp_bias)
-        self.mlp_out = nn.Linear(config.n_mlp, config.n_embd, bias=config.mlp_bias)
-        self.adaLN = nn.Linear(config.cond_dim, 6 * config.n_embd) if config.cond_dim else None
+        self.mlp_gate = nn.Linear(C, M, bias=config.mlp_bias) if config.mlp == 'swiglu' else None
+        self.mlp_in = nn.Linear(C, M, bias=config.mlp_bias)
+        self.mlp_out = nn.Linear(M, C, bias=config.mlp_bias)
+        self.adaLN = nn.Linear(config.cond_dim, 6 * C) if config.cond_dim else None
 
-    def attention(self, x, cos, sin, attn_mask, cache):
+    def attention(self, x, rotary, attn_mask, cache):
         B, L, C = x.shape
-        qkv = self.attn_qkv(x).view(B, L, 3, self.config.n_head, C // self.config.n_head)  # (B, L, 3, H, C/H)
-        q, k = apply_rotary(qkv[:, :, :2], cos, sin).permute(2, 0, 3, 1, 4)                # 2 x (B, H, L, C/H)
+        H = self.config.n_head
+        qkv = self.attn_qkv(x).view(B, L, 3, H, C // H)
+        q, k = apply_rotary(qkv[:, :, :2], *rotary).permute(2, 0, 3, 1, 4)  # (B, H, L, C/H) each
         v = qkv[:, :, 2].transpose(1, 2)
         is_causal = self.config.causal
         if cache is not None:
             k, v = cache.extend(self, k, v)
             is_causal = cache.position is None
-        y = attention(q, k, v, attn_mask, self.config.attn_dropout if self.training else 0.0, is_causal)
+        p = self.config.attn_dropout if self.training else 0.0
+        y = attention(q, k, v, attn_mask, p, is_causal)
         return self.attn_out(y.transpose(1, 2).reshape(B, L, C))
 
     def mlp(self, x):
         activation = ACTIVATIONS[self.config.mlp]
-        return self.mlp_out(activation(self.mlp_in(x)) if self.mlp_gate is None else activation(self.mlp_gate(x)) * self.mlp_in(x))
+        if self.mlp_gate is None:
+            return self.mlp_out(activation(self.mlp_in(x)))
+        return self.mlp_out(activation(self.mlp_gate(x)) * self.mlp_in(x))
 
     def forward(self, x, c, rotary, attn_mask=None, cache=None):
-        drop = lambda branch: dropout(branch, self.config.dropout) if self.training else branch
+        p = self.config.dropout if self.training else 0.0
         if c is None:
-            x = x + drop(self.attention(self.norm1(x), *rotary, attn_mask, cache))
-            return x + drop(self.mlp(self.norm2(x)))
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN(c)[:, None].chunk(6, dim=2)  # (1 or B, 1, C) each
-        x = x + gate1 * drop(self.attention(self.norm1(x, shift1, scale1), *rotary, attn_mask, cache))
-        return x + gate2 * drop(self.mlp(self.norm2(x, shift2, scale2)))
-
-
-class KVCache:
-    """The keys and values that a causal net has computed, (2, rows, H, length, C/H) for each block. A call of the trunk with it is given
-    either the first tokens of the rows `slots`, (n, P), `position` being None, or one token of every row, (rows, 1), at `position`
-    (rows,), which is on the CPU, so that a GPU need not be asked how far to look."""
-
-    def __init__(self, rows, length):
-        self.rows, self.length, self.kept, self.slots, self.position = rows, length, {}, slice(None), None
-
-    def extend(self, block, k, v):
-        """The keys and values (n, H, P or 1, C/H) of a block's new tokens -> those to attend to."""
-        if block not in self.kept:
-            self.kept[block] = k.new_zeros(2, self.rows, k.size(1), self.length, k.size(3))
-        kv = self.kept[block]
-        if self.position is None:
-            kv[0, self.slots, :, :k.size(2)], kv[1, self.slots, :, :k.size(2)] = k, v
-            return k, v
-        every, position = torch.arange(self.rows, device=k.device), self.position.to(k.device)
-        kv[0, every, :, position], kv[1, every, :, position] = k[:, :, 0], v[:, :, 0]
-        return kv[:, :, :, :int(self.position.max()) + 1].unbind()
-
-    def seen(self, device):
-        """(n, 1, 1, reach) bool: what each row may look at; None where all may look at everything."""
-        reach = torch.arange(int(self.position.max()) + 1)
-        seen = reach <= self.position[:, None]
-        return None if seen.all() else seen[:, None, None].to(device)
-
-    def keep(self, slots):
-        """Drop all rows but these."""
-        self.rows, self.kept = len(slots), {block: kv[:, slots.to(kv.device)] for block, kv in self.kept.items()}
+            x = x + dropout(self.attention(self.norm1(x), rotary, attn_mask, cache), p)
+            return x + dropout(self.mlp(self.norm2(x)), p)
+        modulation = self.adaLN(c)[:, None].chunk(6, dim=2)  # (1 or B, 1, C) each
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
+        y = self.attention(self.norm1(x, shift1, scale1), rotary, attn_mask, cache)
+        x = x + gate1 * dropout(y, p)
+        return x + gate2 * dropout(self.mlp(self.norm2(x, shift2, scale2)), p)
 
 
 class SigmaMap(nn.Module):
-    """The conditioning vector of a noise level: 256 sinusoidal features (cosines first), then a small mlp."""
+    """sigma (B,) -> conditioning (B, cond_dim): 256 sinusoids (cosines first) and a small mlp."""
 
     def __init__(self, cond_dim):
         super().__init__()
         self.fc1 = nn.Linear(256, cond_dim)
         self.fc2 = nn.Linear(cond_dim, cond_dim)
 
-    def forward(self, sigma):  # (B,) -> (B, cond_dim)
-        freqs = torch.exp(-math.log(10_000) * torch.arange(128, device=sigma.device, dtype=torch.float32) / 128)
-        angle = sigma.float()[:, None] * freqs
-        features = torch.cat((angle.cos(), angle.sin()), dim=-1).to(self.fc1.weight.dtype)     # (B, 256)
+    def forward(self, sigma):
+        steps = torch.arange(128, device=sigma.device, dtype=torch.float32)
+        angle = sigma.float()[:, None] * torch.exp(-math.log(10_000) * steps / 128)
+        features = torch.cat((angle.cos(), angle.sin()), dim=-1).to(self.fc1.weight.dtype)
         return F.silu(self.fc2(F.silu(self.fc1(features))))
 
 
 class DiT(nn.Module):
-    """The one network: ids (B, L) -> logits (B, L, V). Its parameters are registered in the order of MDLM's release."""
+    """The network: ids (B, L) -> logits (B, L, V). Parameters are in the order of MDLM's."""
 
     def __init__(self, config):
         super().__init__()
+        C = config.n_embd
+        head_rows = config.vocab_size if config.head_mask else config.vocab_size - 1
         self.config = config
-        self.tokenizer, self.constants, self.extra = None, {}, {}  # what load_pretrained knows of where it comes from
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd, padding_idx=config.pad_id)
+        self.tokenizer = None  # these three are filled in by load_pretrained
+        self.constants = {}
+        self.extra = {}
+        self.wte = nn.Embedding(config.vocab_size, C, padding_idx=config.pad_id)
         self.sigma_map = SigmaMap(config.cond_dim) if config.cond_dim else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm_f = Norm(config)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size - (not config.head_mask), bias=config.head_bias)
-        self.adaLN_f = nn.Linear(config.cond_dim, 2 * config.n_embd) if config.cond_dim else None
-        if config.init == 'mdlm':  # nn.Linear's own defaults elsewhere; adaLN-zero: every block starts as the identity
+        self.lm_head = nn.Linear(C, head_rows, bias=config.head_bias)
+        self.adaLN_f = nn.Linear(config.cond_dim, 2 * C) if config.cond_dim else None
+        if config.init == 'mdlm':
             nn.init.kaiming_uniform_(self.wte.weight, a=math.sqrt(5))
             for name, p in self.named_parameters():
                 if name.startswith('lm_head') or 'adaLN' in name:
-                    nn.init.zeros_(p)
+                    nn.init.zeros_(p)  # adaLN-zero: every block starts as the identity
         elif config.init == 'smdm':
             for name, p in self.named_parameters():
-                if p.dim() == 2:
-                    out = name.endswith(('attn_out.weight', 'mlp_out.weight'))
-                    nn.init.normal_(p, std=1 / math.sqrt(config.n_embd) / config.n_layer if out else math.sqrt(2 / (5 * config.n_embd)))
+                if name.endswith(('attn_out.weight', 'mlp_out.weight')):
+                    nn.init.normal_(p, std=1 / math.sqrt(C) / config.n_layer)
+                elif p.dim() == 2:
+                    nn.init.normal_(p, std=math.sqrt(2 / (5 * C)))
 
-    def trunk(self, x, sigma=None, attended=None, cache=None):
-        """ids x (B, L), sigma (B,) total noise -> (B, L, n_embd), all that is before the vocabulary projection.
-        attended (B, L) bool: False where nothing may look at (padding); None: everything is seen.
-        cache: a KVCache that holds what a causal net has seen before x."""
-        config, c = self.config, None
+    def trunk(self, x, sigma=None, attention_mask=None, cache=None):
+        """ids x (B, L) -> (B, L, n_embd), all that precedes the vocabulary projection.
+
+        sigma (B,): total noise. attention_mask (B, L) bool: False where nothing looks.
+        cache: a KVCache of what a causal net has seen before x.
+        Raises ValueError if a time-conditioned net gets no sigma.
+        """
+        config = self.config
+        require(
+            sigma is not None or not config.time_conditioning,
+            'this net is time-conditioned: give sigma (B,), the total noise of each row')
+        c = None
         if config.cond_dim:
             if not config.time_conditioning:
                 sigma = torch.zeros(1, device=x.device)
-            elif sigma is None:
-                raise ValueError('this net is time-conditioned: give sigma (B,), the total noise of each row')
-            c = self.sigma_map(sigma)                                                          # (1 or B, cond_dim)
-        position = torch.arange(x.size(1), device=x.device) if cache is None or cache.position is None else cache.position[:, None].to(x.device)
-        rotary = rotary_table(position, config.n_embd // config.n_head, config.rotary_bf16)
-        # (B, 1, 1, L); a causal net does not look at padding on the right anyway
-        attn_mask = None if attended is None or config.causal else attended[:, None, None, :]
+            c = self.sigma_map(sigma)  # (1 or B, cond_dim)
+        position = torch.arange(x.size(1), device=x.device)
+        attn_mask = None
         if cache is not None and cache.position is not None:
+            position = cache.position[:, None].to(x.device)
             attn_mask = cache.seen(x.device)
+        elif attention_mask is not None and not config.causal:  # padding is on the right
+            attn_mask = attention_mask[:, None, None, :]
+        rotary = rotary_table(position, config.n_embd // config.n_head, config.rotary_bf16)
         h = self.wte(x)
         for block in self.blocks:
             h = block(h, c, rotary, attn_mask, cache)
@@ -309,177 +276,177 @@ class DiT(nn.Module):
         return self.norm_f(h, shift, scale)
 
     def head(self, h):
-        """The vocabulary projection, h (..., n_embd) -> logits (..., V) float32 (float64 for a float64 net); -inf for a mask without a row."""
+        """h (..., n_embd) -> logits (..., V), at least float32; -inf for a mask without a row."""
         logits = self.lm_head(h)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits if self.config.head_mask else F.pad(logits, (0, 1), value=-math.inf)
 
+    def forward(self, x, sigma=None, attention_mask=None):
+        return self.head(self.trunk(x, sigma, attention_mask))
+
     def nll(self, h, target, exclude=None):
-        """-log softmax(head(h))[target], h (N, n_embd), target (N,) -> (N,) float32, in one (N, V) buffer at most.
-        exclude: an id that is given no probability (SUBS excludes the mask)."""
+        """-log softmax(head(h))[target], h (N, n_embd), target (N,) -> nats (N,) float32.
+
+        exclude: an id that gets no probability (SUBS excludes the mask).
+        """
         return self.nll_and_logit(h, target, exclude)[0]
 
     def nll_and_logit(self, h, target, exclude=None):
-        """nll, and head(h)[target] itself, both (N,): their sum is the log-sum-exp of the logits that are not excluded."""
+        """nll, and head(h)[target], both (N,): their sum is the log-sum-exp of the logits."""
         exclude = exclude if self.config.head_mask else None
-        return _NLL.apply(h, self.lm_head.weight, self.lm_head.bias, target, exclude, torch.is_grad_enabled())
-
-    def forward(self, x, sigma=None, attended=None):
-        return self.head(self.trunk(x, sigma, attended))
+        weight, bias = self.lm_head.weight, self.lm_head.bias
+        return _NLL.apply(h, weight, bias, target, exclude, torch.is_grad_enabled())
 
     def num_params(self, embedding=True):
-        """Number of parameters; embedding=False leaves out the embedding and the vocabulary projection."""
+        """Number of parameters, or without those of the embedding and the head."""
         n = sum(p.numel() for p in self.parameters())
-        return n if embedding else n - self.wte.weight.numel() - sum(p.numel() for p in self.lm_head.parameters())
+        if not embedding:
+            n -= self.wte.weight.numel() + sum(p.numel() for p in self.lm_head.parameters())
+        return n
 
     def train_flops(self, rows, length, scored):
-        """FLOPs of the matrix products of a forward and backward pass over rows x length tokens, `scored` of which are projected.
-        The recomputations some kernels make are not counted: this is what MFU is measured with."""
+        """FLOPs of a step on rows x length tokens, `scored` of them projected: matrix products
+        only, without what kernels recompute, as for MFU."""
         config = self.config
         matrices = 3 if config.mlp == 'swiglu' else 2
-        per_token = config.n_layer * (4 * config.n_embd ** 2 + matrices * config.n_embd * config.n_mlp + 2 * length * config.n_embd)
+        weights = 4 * config.n_embd ** 2 + matrices * config.n_embd * config.n_mlp
+        per_token = config.n_layer * (weights + 2 * length * config.n_embd)
         return 6 * (rows * length * per_token + scored * config.n_embd * config.vocab_size)
 
 
-class _NLL(torch.autograd.Function):
-    """Linear layer and cross entropy in one, a chunk of the vocabulary after the other: each is small enough to stay in a CPU's cache. The
-    forward pass leaves the softmax of each chunk without the target, in the compute dtype, and its share of the whole, which is
-    exp(lse of the chunk - lse of all); the backward pass is then two matrix products a chunk, whatever gradient the rows are given.
-    The target has a term of its own, exact where its probability is near 1. Sums and exponentials are float32 whatever the autocast."""
+class KVCache:
+    """Keys and values of a causal net, (2, rows, H, length, C/H) for each block.
 
-    @staticmethod
-    def forward(ctx, h, weight, bias, target, exclude, needs_grad):
-        device = h.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        h_, weight_ = h.to(dtype), weight.to(dtype)
-        N, V = h.size(0), weight.size(0)
-        width = min(V, max(512, 2 ** (23 if device == 'cpu' else 29) // dtype.itemsize // max(N, 1)))  # of so many bytes: a GPU wants them large
-        width = math.ceil(V / math.ceil(V / width))                                            # and all alike
-        chunks, pieces, lses, logit = [slice(i, i + width) for i in range(0, V, width)], [], [], 0
-        for chunk in chunks:
-            logits = (h_ @ weight_[chunk].t()).to(wide)                                        # (N, width)
-            if bias is not None:
-                logits += bias[chunk]
-            if exclude is not None and chunk.start <= exclude < chunk.stop:
-                logits[:, exclude - chunk.start] = -1e30                                       # finite: there may be nothing else in the chunk
-            column = (target - chunk.start).clamp(0, logits.size(1) - 1)[:, None]
-            here, value = column == target[:, None] - chunk.start, logits.gather(1, column)
-            logit = torch.where(here, value, logit)
-            p = logits.scatter_(1, column, torch.where(here, -1e30, value)).softmax(dim=1)
-            lses.append(logits.amax(dim=1) - p.amax(dim=1).log())
-            if needs_grad:
-                pieces.append(p.to(dtype))
-        logit, lses = logit.squeeze(1), torch.stack(lses)                                      # (N,), (chunks, N)
-        nll = F.softplus(lses.logsumexp(dim=0) - logit, threshold=50) + 0 * logit             # no number where the logit is infinite
-        ctx.set_materialize_grads(False)  # most objectives have no use for the logit
-        if needs_grad:
-            ctx.save_for_backward(h_, weight_, target, nll, torch.exp(lses - (nll + logit)), *pieces)
-            ctx.chunks, ctx.dtypes = chunks, (h.dtype, weight.dtype, None if bias is None else bias.dtype)
-        return nll, logit
+    With position=None the trunk gets the first tokens (n, P) of the rows `slots`, else one token
+    of every row, (rows, 1), at `position` (rows,), on the CPU so that no GPU is waited for.
+    """
 
-    @staticmethod
-    def backward(ctx, grad_nll, grad_logit):
-        h, weight, target, nll, shares, *pieces = ctx.saved_tensors
-        h_dtype, weight_dtype, bias_dtype = ctx.dtypes
-        grad_nll = torch.zeros_like(nll) if grad_nll is None else grad_nll
-        at_target = grad_nll * torch.expm1(-nll) + (0 if grad_logit is None else grad_logit)   # (N,)
-        dh = weight[target] * at_target[:, None]
-        dweight = torch.empty(weight.shape, device=h.device, dtype=weight_dtype)
-        dbias = None if bias_dtype is None else torch.empty(len(weight), device=h.device, dtype=bias_dtype)
-        for chunk, share, p in zip(ctx.chunks, shares, pieces):
-            grad = (grad_nll * share)[:, None]                                                 # (N, 1)
-            dh += (p @ weight[chunk]) * grad
-            dweight[chunk] = p.t() @ (h * grad).to(p.dtype)
-            if dbias is not None:
-                dbias[chunk] = (p.t() @ grad.to(p.dtype)).squeeze(1)
-        dweight.index_add_(0, target, (h * at_target[:, None]).to(weight_dtype))
-        if dbias is not None:
-            dbias.index_add_(0, target, at_target.to(bias_dtype))
-        return dh.to(h_dtype), dweight, dbias, None, None, None
+    def __init__(self, rows, length):
+        self.rows = rows
+        self.length = length
+        self.kept = {}
+        self.slots = slice(None)
+        self.position = None
+
+    def extend(self, block, k, v):
+        """Store the new k and v (n, H, P or 1, C/H); return those to look at."""
+        if block not in self.kept:
+            self.kept[block] = k.new_zeros(2, self.rows, k.size(1), self.length, k.size(3))
+        kv = self.kept[block]
+        if self.position is None:
+            kv[0, self.slots, :, :k.size(2)] = k
+            kv[1, self.slots, :, :k.size(2)] = v
+            return k, v
+        row, position = torch.arange(self.rows, device=k.device), self.position.to(k.device)
+        kv[0, row, :, position] = k[:, :, 0]
+        kv[1, row, :, position] = v[:, :, 0]
+        return kv[:, :, :, :int(self.position.max()) + 1].unbind()
+
+    def seen(self, device):
+        """attn_mask (rows, 1, 1, reach) bool; None where every row looks at everything."""
+        seen = torch.arange(int(self.position.max()) + 1) <= self.position[:, None]
+        return None if seen.all() else seen[:, None, None].to(device)
+
+    def keep(self, slots):
+        """Drop all rows but these."""
+        self.rows = len(slots)
+        self.kept = {block: kv[:, slots.to(kv.device)] for block, kv in self.kept.items()}
 
 
-# -----------------------------------------------------------------------------
-# devices and number formats
-
-
-def pick_device(name, local_rank=0):
-    """'auto', 'cpu', 'mps', 'cuda' or 'cuda:N' -> torch.device. Raises ValueError where there is no such device."""
-    if name == 'auto':
-        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    kind, _, index = name.partition(':')
-    count = {'cpu': 1, 'mps': int(torch.backends.mps.is_available()), 'cuda': torch.cuda.device_count()}.get(kind)
-    if count is None or index and not index.isdigit():
-        raise ValueError(f"device='{name}' is not known: choose from auto, cpu, cuda, cuda:N, mps")
-    processes = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    if kind == 'cuda' and not index and processes > count > 0:
-        raise ValueError(f'{processes} processes on a machine with {count} GPUs: give torchrun --nproc_per_node={count}')
-    index = int(index) if index else local_rank if kind == 'cuda' else 0
-    if index >= count:
-        raise ValueError(f"device='{name}': there is no {kind} device {index} here; device='auto' takes what there is")
-    return torch.device(kind, index) if kind == 'cuda' else torch.device(kind)
-
-
-def reuse_memory():
-    """Keep freed memory for the next step rather than give it back to the kernel, which zeroes each page anew before it is used again: that
-    takes a tenth of our training step on a CPU, and up to two fifths of one in plain PyTorch. Where malloc is glibc's; elsewhere nothing is
-    changed."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        malloc = ctypes.CDLL(None).mallopt
-        malloc(-4, 0), malloc(-1, -1)                 # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h: no pages of its own for a large tensor, no trimming
-
-
-def autocast(device, dtype):
-    """The context to run a net in. dtype: 'float32', 'bfloat16', or 'auto': bfloat16 where the device multiplies it natively."""
-    if dtype not in ('auto', 'float32', 'bfloat16'):
-        raise ValueError(f"dtype='{dtype}' is not known: choose from auto, float32, bfloat16")
-    if dtype == 'auto':
-        native = {'cuda': lambda: torch.cuda.is_bf16_supported(including_emulation=False), 'cpu': torch.cpu._is_avx512_bf16_supported, 'mps': lambda: False}[device.type]()
-        dtype = 'bfloat16' if native else 'float32'
-    return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != 'float32')
-
+# named sizes, in the constants of train.py
+SIZES = {
+    'mdlm-tiny': dict(n_layer=8, n_head=8, n_embd=512, n_mlp=2048, cond_dim=128),
+    'mdlm-small': dict(n_layer=12, n_head=12, n_embd=768, n_mlp=3072, cond_dim=128),
+    'mdlm-medium': dict(n_layer=24, n_head=16, n_embd=1024, n_mlp=4096, cond_dim=128),
+}
+# SMDM's: non-embedding parameters, n_layer, n_head, n_embd, n_mlp
+SMDM_SIZES = """
+6M     6  4  256 1024
+19M    8  6  384 1536
+34M    8  8  512 2048
+48M    9  9  576 2304
+66M   10 10  640 2560
+75M   16  8  640 1600
+85M   13 10  640 2560
+113M  12 12  768 3072
+142M  15 12  768 3072
+170M  18 12  768 3072
+180M  14 14  896 3584
+206M  16 14  896 3584
+231M  18 14  896 3584
+268M  16 16 1024 4096
+302M  18 16 1024 4096
+336M  20 16 1024 4096
+472M  18 10 1280 5120
+551M  21 10 1280 5120
+571M  18 11 1408 5632
+629M  24 10 1280 5120
+666M  21 11 1408 5632
+717M  19 12 1536 6144
+761M  24 11 1408 5632
+831M  22 12 1536 6144
+944M  25 12 1536 6144
+1028M 20 14 1792 7168
+1233M 24 14 1792 7168
+1476M 22 16 2048 8192
+1678M 25 16 2048 8192
+2121M 28 17 2176 8704
+"""
+for line in SMDM_SIZES.split('\n')[1:-1]:
+    name, *shape = line.split()
+    SIZES[name] = dict(zip(('n_layer', 'n_head', 'n_embd', 'n_mlp'), map(int, shape), strict=True))
 
 # -----------------------------------------------------------------------------
 # noise: x0 -> xt
 
 
 class Schedule:
-    """sigma(t), the total noise, dsigma(t), its derivative, and alpha(t) = exp(-sigma(t)), the probability that a token is still seen at
-    time t; t in [0, 1]. conditioning(t): what a time-conditioned net is fed."""
+    """Noise at time t in [0, 1]: sigma(t), the total noise, and dsigma(t), its derivative.
+
+    alpha(t) = exp(-sigma(t)) is the probability of not being masked. A schedule has one of the two.
+    """
 
     def alpha(self, t):
         return torch.exp(-self.sigma(t))
 
+    def sigma(self, t):
+        return -torch.log(self.alpha(t))
+
     def conditioning(self, t):
+        """What a time-conditioned net is fed."""
         return self.sigma(t)
 
-    def conditioning_at(self, masked):
-        """What a time-conditioned net is fed when a position is masked with probability `masked`, at most that of t = 1."""
-        return -torch.log1p(-masked.clamp(max=1 - float(self.alpha(torch.ones((), dtype=torch.float64)))))
+    def conditioning_at(self, mask_prob):
+        """The same for a probability of being masked, cut off at that of t = 1."""
+        alpha_1 = float(self.alpha(torch.ones((), dtype=torch.float64)))
+        return -torch.log1p(-mask_prob.clamp(max=1 - alpha_1))
 
     def sigma_range(self):
         """The noise between which time is importance-sampled."""
-        raise ValueError(f'importance-sampled time is not defined for the schedule {type(self).__name__}: choose loglinear or linear')
+        raise ValueError(
+            'importance-sampled time is not defined for the schedule '
+            f'{type(self).__name__}: choose loglinear or linear')
 
     def log_masked_range(self):
         """log(1 - exp(-sigma)) at both ends."""
-        return (math.log1p(-math.exp(-sigma)) for sigma in self.sigma_range())
+        return [math.log1p(-math.exp(-sigma)) for sigma in self.sigma_range()]
 
     def importance_time(self, t):
-        """Times at which the weight of the NELBO is constant (MDLM, appendix C.2): log(1 - alpha) is uniform for uniform t."""
+        """Uniform t -> times with a uniform log(1 - alpha): the weight of the NELBO is constant
+        (MDLM, appendix C.2)."""
         low, high = self.log_masked_range()
         return self.time_of(-torch.log1p(-torch.exp(t * high + (1 - t) * low)))
 
     def importance_weight(self):
-        """That constant weight, of -log p(x0 | xt)."""
-        return -next(self.log_masked_range())
+        """That weight, of -log p(x0 | xt)."""
+        return -self.log_masked_range()[0]
 
 
+@dataclass
 class LogLinear(Schedule):
     """A position is masked with probability (1 - eps) t (MDLM, appendix E.1)."""
 
-    def __init__(self, eps=1e-3):
-        self.eps = eps
+    eps: float = 1e-3
 
     def sigma(self, t):
         return -torch.log1p(-(1 - self.eps) * t)
@@ -497,10 +464,10 @@ class LogLinear(Schedule):
         return -torch.expm1(-sigma) / (1 - self.eps)
 
 
+@dataclass
 class Linear(Schedule):
-
-    def __init__(self, sigma_min=1e-4, sigma_max=20.0):
-        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+    sigma_min: float = 1e-4
+    sigma_max: float = 20.0
 
     def sigma(self, t):
         return self.sigma_min + t * (self.sigma_max - self.sigma_min)
@@ -515,10 +482,10 @@ class Linear(Schedule):
         return (sigma - self.sigma_min) / (self.sigma_max - self.sigma_min)
 
 
+@dataclass
 class Geometric(Schedule):
-
-    def __init__(self, sigma_min=1e-3, sigma_max=1.0):
-        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+    sigma_min: float = 1e-3
+    sigma_max: float = 1.0
 
     def sigma(self, t):
         return self.sigma_min ** (1 - t) * self.sigma_max ** t
@@ -527,17 +494,14 @@ class Geometric(Schedule):
         return self.sigma(t) * math.log(self.sigma_max / self.sigma_min)
 
 
+@dataclass
 class Cosine(Schedule):
     """alpha = eps + (1 - eps) cos(t pi/2)."""
 
-    def __init__(self, eps=1e-3):
-        self.eps = eps
+    eps: float = 1e-3
 
     def alpha(self, t):
         return self.eps + (1 - self.eps) * torch.cos(t * math.pi / 2)
-
-    def sigma(self, t):
-        return -torch.log(self.alpha(t))
 
     def dsigma(self, t):
         return math.pi / 2 * (1 - self.eps) * torch.sin(t * math.pi / 2) / self.alpha(t)
@@ -554,7 +518,8 @@ class CosineSqr(Cosine):
 
 
 class ChangeOfVariables(Schedule):
-    """Loglinear's noise in the time in which log(1 - alpha) is linear, which the net is conditioned on (MDLM, appendix C.2)."""
+    """Loglinear's noise in the time in which log(1 - alpha) is linear, which the net is fed
+    (MDLM, appendix C.2)."""
 
     def __init__(self, eps=1e-3):
         self.low, self.high = LogLinear(eps).log_masked_range()
@@ -562,27 +527,30 @@ class ChangeOfVariables(Schedule):
     def alpha(self, t):
         return -torch.expm1(self.low + t * (self.high - self.low))
 
-    def sigma(self, t):
-        return -torch.log(self.alpha(t))
-
     def dsigma(self, t):
         return (self.high - self.low) * (1 / self.alpha(t) - 1)
 
     def conditioning(self, t):
         return t
 
-    def conditioning_at(self, masked):
-        return ((masked.log() - self.low) / (self.high - self.low)).clamp(0, 1)
+    def conditioning_at(self, mask_prob):
+        return ((mask_prob.log() - self.low) / (self.high - self.low)).clamp(0, 1)
 
 
-SCHEDULES = {'loglinear': LogLinear, 'linear': Linear, 'geometric': Geometric, 'cosine': Cosine, 'cosinesqr': CosineSqr,
-             'change_of_variables': ChangeOfVariables}
+SCHEDULES = {
+    'loglinear': LogLinear,
+    'linear': Linear,
+    'geometric': Geometric,
+    'cosine': Cosine,
+    'cosinesqr': CosineSqr,
+    'change_of_variables': ChangeOfVariables,
+}
 
 
 def get_schedule(name, **parameters):
-    """A Schedule by name: a key of SCHEDULES, with its parameters."""
-    if name not in SCHEDULES:
-        raise ValueError(f"schedule '{name}' is not known: choose from {', '.join(SCHEDULES)}")
+    """A Schedule by name, a key of SCHEDULES. Raises ValueError where there is none."""
+    require(
+        name in SCHEDULES, f"schedule '{name}' is not known: choose from {', '.join(SCHEDULES)}")
     return SCHEDULES[name](**parameters)
 
 
@@ -590,43 +558,62 @@ loglinear = get_schedule('loglinear')
 
 
 def corrupt(x0, t, mask_id, schedule, generator=None, maskable=None):
-    """Draw xt ~ q(xt | x0): each position of x0 (B, L) turns into the mask with probability 1 - alpha_t, t (B,).
-    maskable (B, L) bool: the rest stays as it is. The uniforms are drawn on the generator's device (default: the CPU)."""
-    where = generator.device if generator is not None else 'cpu'
-    u = torch.rand(x0.shape, generator=generator, device=where).to(x0.device)
+    """xt ~ q(xt | x0): each position of x0 (B, L) is masked with probability 1 - alpha(t), t (B,).
+
+    maskable (B, L) bool: the rest stays. The draws are made on the generator's device (or the CPU).
+    """
+    device = generator.device if generator is not None else 'cpu'
+    u = torch.rand(x0.shape, generator=generator, device=device).to(x0.device)
     masked = u < 1 - schedule.alpha(t)[:, None]
-    return torch.where(masked if maskable is None else masked & maskable, mask_id, x0)
+    if maskable is not None:
+        masked = masked & maskable
+    return torch.where(masked, mask_id, x0)
 
 
 def corrupt_exactly(x0, t, mask_id, generator, maskable):
-    """Turn round(t n) of the n maskable positions of each row into the mask, all choices being equally likely; t (B,)."""
+    """Mask exactly round(t n) of the n maskable positions of each row, chosen uniformly; t (B,)."""
     u = torch.rand(x0.shape, generator=generator).masked_fill(~maskable, 2)
+    rank = u.argsort(dim=1).argsort(dim=1)
     count = (t * maskable.sum(dim=1)).round()
-    return torch.where((u.argsort(dim=1).argsort(dim=1) < count[:, None]) & maskable, mask_id, x0)
+    return torch.where((rank < count[:, None]) & maskable, mask_id, x0)
 
 
 def corrupt_batch(batch, t, config, schedule, key, device, visible=False, exactly=False):
-    """A batch of data.TokenRows with xt drawn at the times t (B,) by a generator seeded with key, on device. `masked` is the flat
-    indices of the positions of xt that have a loss: the draws are made on the CPU, so that a GPU need not be asked for them.
-    visible: all scored positions have one, the seen ones too. exactly: see corrupt_exactly. For a causal net nothing is corrupted, and the first column, which it
-    does not predict, is not scored."""
-    x0, scored, attended = batch['x0'], batch['scored'], batch['attended']
+    """A batch of data.TokenRows at the times t (B,), with xt drawn by a generator of seed `key`.
+
+    Returns tensors on device: x0, xt, t, scored, attention_mask (None: all True) and masked (N,),
+    the flat indices of the masked positions that have a loss, found on the CPU so that no GPU is
+    waited for. visible: all scored positions have one. exactly: see corrupt_exactly.
+    For a causal net nothing is corrupted, and column 0, which it does not predict, is not scored.
+    """
+    x0, scored = batch['x0'], batch['scored']
+    attention_mask = None if batch['attention_mask'].all() else batch['attention_mask']
     xt = masked = None
     if config.causal:
         scored = scored.clone()
         scored[:, 0] = False
     else:
-        generator = torch.Generator().manual_seed(key)
-        xt = corrupt_exactly(x0, t, config.mask_id, generator, batch['maskable']) if exactly else corrupt(x0, t, config.mask_id, schedule, generator, batch['maskable'])
-        masked = (scored if visible else (xt == config.mask_id) & scored).flatten().nonzero().squeeze(1)
-    noised = dict(x0=x0, xt=xt, t=t, masked=masked, scored=scored, attended=None if attended.all() else attended)  # attention is faster without a mask
-    move = lambda x: x if x is None else x.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else x.to(device)
-    return {name: move(x) for name, x in noised.items()}
+        generator, maskable = torch.Generator().manual_seed(key), batch['maskable']
+        if exactly:
+            xt = corrupt_exactly(x0, t, config.mask_id, generator, maskable)
+        else:
+            xt = corrupt(x0, t, config.mask_id, schedule, generator, maskable)
+        has_loss = scored if visible else (xt == config.mask_id) & scored
+        masked = has_loss.flatten().nonzero().squeeze(1)
+
+    noised = dict(
+        x0=x0, xt=xt, t=t, masked=masked, scored=scored, attention_mask=attention_mask)
+    on_gpu = device.type == 'cuda'
+    for name, tensor in noised.items():
+        if tensor is not None:
+            tensor = tensor.pin_memory() if on_gpu else tensor
+            noised[name] = tensor.to(device, non_blocking=on_gpu)
+    return noised
 
 
 def stratified_times(u, index, n, eps=1e-3):
-    """Times in [eps, 1] that share one uniform u and spread evenly over n strata: (u + index/n) mod 1, index (...,) of 0..n-1
-    (low-discrepancy sampling, Kingma et al. 2021, arXiv 2107.00630, appendix I.1)."""
+    """Times in [eps, 1], one in each of n strata, from one uniform u and index (...,) of 0..n-1
+    (Kingma et al. 2021, arXiv 2107.00630, appendix I.1)."""
     return ((u + index / n) % 1 * (1 - eps) + eps).float()
 
 
@@ -636,12 +623,12 @@ def on_grid(t, T):
 
 
 # -----------------------------------------------------------------------------
-# objectives: the loss of each position, named after their papers. Each takes Masked and returns the loss of its N positions, (N,)
+# objectives: each loss takes MaskedPositions and returns nats, (N,)
 
 
 @dataclass
-class Masked:
-    """The N masked positions of a batch, as the trunk leaves them."""
+class MaskedPositions:
+    """The N masked positions of a batch, with what the trunk says of them."""
     net: DiT
     h: torch.Tensor       # (N, n_embd)
     x0: torch.Tensor      # (N,) the tokens behind the masks
@@ -649,160 +636,313 @@ class Masked:
     schedule: Schedule
     T: int                # number of steps; 0: continuous time
 
-    def nll(self, exclude_mask=True):
-        return self.net.nll(self.h, self.x0, self.net.config.mask_id if exclude_mask else None)
 
+def subs(pos, importance=False):
+    """MDLM's NELBO: -log p(x0 | xt), without a probability for the mask, weighted by time.
 
-def subs(at, importance=False):
-    """MDLM's NELBO, equation 10: the SUBS parameterisation gives the mask no probability and keeps what is seen, so that only masked
-    positions have a loss, -log p(x0 | xt) weighed by -alpha'_t / (1 - alpha_t); 1/t for loglinear. In T steps, equation 8:
-    weighed by T (alpha_s - alpha_t) / (1 - alpha_t), s = t - 1/T."""
+    Equation 10: by -alpha'_t / (1 - alpha_t), 1/t for loglinear.
+    Equation 8, T steps: by T (alpha_s - alpha_t) / (1 - alpha_t), s = t - 1/T.
+    """
+    nll = pos.net.nll(pos.h, pos.x0, exclude=pos.net.config.mask_id)
     if importance:
-        return at.nll() * at.schedule.importance_weight()
-    if at.T:
-        alpha_t, alpha_s = at.schedule.alpha(at.t), at.schedule.alpha(at.t - 1 / at.T)
-        return at.nll() * (at.T * (alpha_s - alpha_t) / (1 - alpha_t))
-    return at.nll() * (at.schedule.dsigma(at.t) / torch.expm1(at.schedule.sigma(at.t)))
+        return nll * pos.schedule.importance_weight()
+    if pos.T:
+        alpha_t, alpha_s = pos.schedule.alpha(pos.t), pos.schedule.alpha(pos.t - 1 / pos.T)
+        return nll * (pos.T * (alpha_s - alpha_t) / (1 - alpha_t))
+    return nll * (pos.schedule.dsigma(pos.t) / torch.expm1(pos.schedule.sigma(pos.t)))
 
 
-def mlm(at):
-    """The xlm experiment's: cross entropy at the masked positions over all V ids, the mask's own included, not weighed by time."""
-    return at.nll(exclude_mask=False)
+def mlm(pos):
+    """Cross entropy over all V ids, the mask included, not weighted by time (xlm)."""
+    return pos.net.nll(pos.h, pos.x0)
 
 
-def d3pm(at, subs_masking=False):
-    """The T-step diffusion term of absorbing D3PM (Austin et al. 2021; MDLM, appendix A.2.4), alpha_t = 1 - t, where the net may give the
-    mask itself a probability p_m: T KL(q(xs | xt, x0) || p(xs | xt)). subs_masking: p_m = 0, which is 'subs' at T."""
+def d3pm(pos, subs_masking=False):
+    """Absorbing D3PM's diffusion term, T KL(q(xs | xt, x0) || p(xs | xt)), alpha_t = 1 - t.
+
+    The net may give the mask a probability p_m (Austin et al. 2021; MDLM, appendix A.2.4).
+    subs_masking: p_m = 0, which is subs.
+    """
     if subs_masking:
-        return subs(at)
-    mask_id, head = at.net.config.mask_id, at.net.lm_head
-    nll, logit = at.net.nll_and_logit(at.h, at.x0)
-    logit_m = (at.h.float() * head.weight[mask_id]).sum(dim=-1) + (0 if head.bias is None else head.bias[mask_id])
+        return subs(pos)
+    mask_id, head = pos.net.config.mask_id, pos.net.lm_head
+    nll, logit = pos.net.nll_and_logit(pos.h, pos.x0)
+    logit_m = (pos.h.float() * head.weight[mask_id]).sum(dim=-1)
+    if head.bias is not None:
+        logit_m = logit_m + head.bias[mask_id]
     p_m = (logit_m - (nll + logit)).double().exp()
-    t, dt = at.t.double(), 1 / at.T
+    t, dt = pos.t.double(), 1 / pos.T
     s = (t - dt).clamp(min=0)
     log_t = torch.log1p((1 - t) * p_m / t)
-    log_s = torch.where(s > dt / 2, torch.log1p((1 - s) * p_m / s.clamp(min=dt / 2)), 0)       # its share is s/t: nothing at s = 0
-    return (at.T * (dt / t * (log_t + nll) + s / t * (log_t - log_s))).float()
+    log_s = torch.log1p((1 - s) * p_m / s.clamp(min=dt / 2))
+    log_s = torch.where(s > dt / 2, log_s, 0)  # its factor s/t is 0 at s = 0
+    return (pos.T * (dt / t * (log_t + nll) + s / t * (log_t - log_s))).float()
 
 
-def sedd(at):
-    """SEDD's score entropy for the absorbing process (Lou et al. 2023, equation 5), dsigma included. The net's logits are
-    log-scores up to -log(e^sigma - 1) - log(V - 1)."""
-    sigma = at.schedule.sigma(at.t)
-    nll, logit = at.net.nll_and_logit(at.h, at.x0, at.net.config.mask_id)
-    log_ratio = -torch.log(torch.expm1(sigma))                                                 # of the true score at x0
-    scale = log_ratio - math.log(at.net.config.vocab_size - 1)
-    positive, negative = torch.exp(nll + logit + scale), log_ratio.exp() * (logit + scale)
-    return at.schedule.dsigma(at.t) * (positive - negative + log_ratio.exp() * (log_ratio - 1))
+def sedd(pos):
+    """SEDD's score entropy of the absorbing process, with dsigma (Lou et al. 2023, equation 5).
+
+    The net's logits are log-scores up to -log(e^sigma - 1) - log(V - 1).
+    """
+    sigma = pos.schedule.sigma(pos.t)
+    nll, logit = pos.net.nll_and_logit(pos.h, pos.x0, exclude=pos.net.config.mask_id)
+    log_ratio = -torch.log(torch.expm1(sigma))  # the true log-score of x0
+    scale = log_ratio - math.log(pos.net.config.vocab_size - 1)
+    positive = torch.exp(nll + logit + scale)
+    negative = log_ratio.exp() * (logit + scale)
+    constant = log_ratio.exp() * (log_ratio - 1)
+    return pos.schedule.dsigma(pos.t) * (positive - negative + constant)
 
 
-def ar(net, x0, attended=None):
-    """-log p(x0[:, i] | x0[:, :i]) of a causal net, (B, L), the mask excluded; nothing at column 0."""
-    h = net.trunk(x0[:, :-1], attended=attended)
-    nll = net.nll(h.flatten(0, 1), x0[:, 1:].flatten(), net.config.mask_id)
+def ar(net, x0, attention_mask=None):
+    """-log p(x0[:, i] | x0[:, :i]) of a causal net, (B, L), the mask excluded; 0 at column 0."""
+    h = net.trunk(x0[:, :-1], attention_mask=attention_mask)
+    nll = net.nll(h.flatten(0, 1), x0[:, 1:].flatten(), exclude=net.config.mask_id)
     return F.pad(nll.view(len(x0), -1), (1, 0))
 
 
-OBJECTIVES = {'subs': subs, 'mlm': mlm, 'd3pm': d3pm, 'sedd': sedd, 'ar': ar}
+@dataclass
+class Objective:
+    """What the program knows of an objective. A new one is a loss and a row of OBJECTIVES."""
+    loss: typing.Callable     # (MaskedPositions, **options) -> (N,); that of 'ar' takes rows
+    predicts: str             # what the net puts out; each sampler says what it takes
+    sampler: str              # the default one
+    bound: str                # the objective to evaluate by
+    steps: str = 'none'       # T is 'none', 'optional' or 'required'
+    options: tuple = ()       # keyword arguments of the loss
+    has_reconstruction: bool = False  # reconstruction_loss is a term of the bound
+
+
+OBJECTIVES = {  # loss, predicts, sampler, bound, steps
+    'subs': Objective(subs, 'x0', 'ancestral', 'subs', 'optional', options=('importance',)),
+    'mlm': Objective(mlm, 'x0', 'ancestral', 'subs'),
+    'd3pm': Objective(
+        d3pm, 'x0 or mask', 'ancestral', 'd3pm', 'required', options=('subs_masking',),
+        has_reconstruction=True),
+    'sedd': Objective(sedd, 'score', 'analytic', 'sedd'),
+    'ar': Objective(ar, 'next token', 'ar', 'ar'),
+}
 
 
 def check_objective(objective, T=0, subs_masking=False, importance=False, causal=None):
-    """Refuse, by name, what cannot go together."""
-    if objective not in OBJECTIVES:
-        raise ValueError(f"objective '{objective}' is not known: choose from {', '.join(OBJECTIVES)}")
-    for bad, why in ((objective == 'd3pm' and not T, "objective 'd3pm' is defined in steps: give T, such as T=1000"),
-                     (T and objective not in ('d3pm', 'subs'), f"objective '{objective}' is not defined in steps: T={T} goes with d3pm or subs"),
-                     (T < 0, f'T={T}: the number of steps, or 0 for continuous time'),
-                     (subs_masking and objective != 'd3pm', f"subs_masking=True goes with objective d3pm, not '{objective}'"),
-                     (importance and objective != 'subs', f"importance-sampled time goes with objective subs, not '{objective}'"),
-                     (importance and T, f'importance-sampled time is continuous: it cannot go with T={T}'),
-                     (causal is not None and causal != (objective == 'ar'), f"objective '{objective}' does not go with a net with causal={causal}")):
-        if bad:
-            raise ValueError(why)
+    """Raise ValueError where these options do not go together."""
+    require(
+        objective in OBJECTIVES,
+        f"objective '{objective}' is not known: choose from {', '.join(OBJECTIVES)}")
+    record = OBJECTIVES[objective]
+    require(T >= 0, f'T={T}: the number of steps, or 0 for continuous time')
+    require(
+        T or record.steps != 'required',
+        f"objective '{objective}' is defined in steps: give T, such as T=1000")
+    require(
+        not T or record.steps != 'none', f"objective '{objective}' is not defined in steps: T={T}")
+    for option, given, words in (
+            ('subs_masking', subs_masking, 'subs_masking=True'),
+            ('importance', importance, 'importance-sampled time')):
+        takers = ' or '.join(name for name in OBJECTIVES if option in OBJECTIVES[name].options)
+        require(
+            not given or option in record.options,
+            f"{words} goes with objective {takers}, not '{objective}'")
+    require(
+        not (importance and T), f'importance-sampled time is continuous: it cannot go with T={T}')
+    require(
+        causal in (None, record.predicts == 'next token'),
+        f"objective '{objective}' does not go with a net with causal={causal}")
 
 
-def per_token_loss(net, x0, xt, t, objective=None, schedule=loglinear, T=0, subs_masking=False, importance=False, masked=None, attended=None):
-    """The loss of each position in nats, (B, L) float32, zero where it adds nothing.
+def per_token_loss(
+        net, x0, xt, t, objective=None, schedule=loglinear, T=0, subs_masking=False,
+        importance=False, masked=None, attention_mask=None, reconstruction=False):
+    """The loss of each position in nats, (B, L) float32, zero where there is none.
 
-    x0, xt (B, L) ids; t (B,) the times of xt; objective: a key of OBJECTIVES, default the net's own. T > 0: in T steps, t on the grid
-    1/T ... 1. subs_masking: d3pm without a probability for the mask. importance: t was drawn by schedule.importance_time.
-    'ar': xt, t are not used. masked (N,): the flat indices where xt is the mask, if they are known already (looking them up makes a
-    GPU wait); attended (B, L) bool: see DiT.trunk. Raises ValueError where options cannot go together.
-    The trunk runs over everything, the head over the masked positions alone."""
+    x0, xt (B, L): ids. t (B,): the times of xt, in T > 0 steps on the grid 1/T ... 1.
+    objective: a key of OBJECTIVES, by default the net's own; 'ar' does not use xt and t.
+    subs_masking: d3pm without a probability for the mask.
+    importance: subs with t drawn by schedule.importance_time.
+    masked (N,): the flat indices of the positions with a loss; default: where xt is the mask.
+    attention_mask: see DiT.trunk.
+    reconstruction: add reconstruction_loss where it is a term of the bound.
+    Raises ValueError where options do not go together.
+    """
     objective = objective or net.config.objective
     check_objective(objective, T, subs_masking, importance, net.config.causal)
+    record = OBJECTIVES[objective]
     if objective == 'ar':
-        return ar(net, x0, attended)
+        return record.loss(net, x0, attention_mask)
     if masked is None:
         masked = (xt == net.config.mask_id).flatten().nonzero().squeeze(1)
-    h = net.trunk(xt, schedule.conditioning(t), attended).flatten(0, 1)                        # (B*L, n_embd)
-    at = Masked(net, h.index_select(0, masked), x0.flatten()[masked], t[masked // x0.size(1)], schedule, T)
-    loss = OBJECTIVES[objective](at, **dict(subs=dict(importance=importance), d3pm=dict(subs_masking=subs_masking)).get(objective, {}))
-    return torch.zeros(x0.numel(), device=x0.device, dtype=loss.dtype).index_copy(0, masked, loss).view(x0.shape)
-
-
-def reconstruction_loss(net, x0, schedule=loglinear, subs_masking=False, attended=None):
-    """D3PM's term at t = 0, -log p(x0 | x0) at every position, (B, L): its T-step diffusion term leaves it out."""
-    h = net.trunk(x0, schedule.conditioning(torch.zeros(len(x0), device=x0.device)), attended)
-    return net.nll(h.flatten(0, 1), x0.flatten(), net.config.mask_id if subs_masking else None).view(x0.shape)
-
-
-def nelbo_per_token(net, batch, schedule=loglinear, T=0, subs_masking=False):
-    """The bound on -log p(x0) of each position, (B, L), for a batch of corrupt_batch: the net's own objective with all its terms; of an
-    'mlm' net MDLM's NELBO, of an 'ar' net the likelihood itself."""
-    objective = 'subs' if net.config.objective == 'mlm' else net.config.objective
-    loss = per_token_loss(net, batch['x0'], batch['xt'], batch['t'], objective, schedule, T, subs_masking, masked=batch['masked'], attended=batch['attended'])
-    if objective == 'd3pm':
-        loss = loss + reconstruction_loss(net, batch['x0'], schedule, subs_masking, batch['attended'])
+    # the trunk runs over everything, the head over the masked positions alone
+    h = net.trunk(xt, schedule.conditioning(t), attention_mask).flatten(0, 1)  # (B*L, n_embd)
+    positions = MaskedPositions(
+        net, h.index_select(0, masked), x0.flatten()[masked], t[masked // x0.size(1)], schedule, T)
+    options = dict(subs_masking=subs_masking, importance=importance)
+    loss = record.loss(positions, **{name: options[name] for name in record.options})
+    dense = torch.zeros(x0.numel(), device=x0.device, dtype=loss.dtype)
+    loss = dense.index_copy(0, masked, loss).view(x0.shape)
+    if reconstruction and record.has_reconstruction:
+        loss = loss + reconstruction_loss(net, x0, schedule, subs_masking, attention_mask)
     return loss
+
+
+def reconstruction_loss(net, x0, schedule=loglinear, subs_masking=False, attention_mask=None):
+    """D3PM's term at t = 0, -log p(x0 | x0) of each position, (B, L) nats."""
+    t = torch.zeros(len(x0), device=x0.device)
+    h = net.trunk(x0, schedule.conditioning(t), attention_mask).flatten(0, 1)
+    exclude = net.config.mask_id if subs_masking else None
+    return net.nll(h, x0.flatten(), exclude).view(x0.shape)
+
+
+# -----------------------------------------------------------------------------
+# devices and number formats
+
+
+def pick_device(name, local_rank=0):
+    """'auto', 'cpu', 'mps', 'cuda' or 'cuda:N' -> torch.device. ValueError if it is not there."""
+    counts = dict(
+        cuda=torch.cuda.device_count(), mps=int(torch.backends.mps.is_available()), cpu=1)
+    if name == 'auto':
+        name = next(kind for kind, count in counts.items() if count)
+    kind, _, index = name.partition(':')
+    require(
+        kind in counts and (not index or index.isdigit()),
+        f"device='{name}' is not known: choose from auto, cpu, cuda, cuda:N, mps")
+    count, processes = counts[kind], int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    require(
+        kind != 'cuda' or index or processes <= count or count == 0,
+        f'{processes} processes on a machine with {count} GPUs: '
+        f'give torchrun --nproc_per_node={count}')
+    index = int(index or (local_rank if kind == 'cuda' else 0))
+    require(
+        index < count,
+        f"device='{name}': there is no {kind} device {index} here; "
+        "device='auto' takes what there is")
+    return torch.device(kind, index) if kind == 'cuda' else torch.device(kind)
+
+
+def autocast(device, dtype):
+    """The context to run a net in. 'auto': bfloat16 where the device has it, else float32."""
+    require(
+        dtype in ('auto', 'float32', 'bfloat16'),
+        f"dtype='{dtype}' is not known: choose from auto, float32, bfloat16")
+    if dtype == 'auto':
+        native = False
+        if device.type == 'cuda':
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        elif device.type == 'cpu':
+            native = torch.cpu._is_avx512_bf16_supported()
+        dtype = 'bfloat16' if native else 'float32'
+    return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != 'float32')
 
 
 # -----------------------------------------------------------------------------
 # weights in and out
 
-# names of the parameters in the published layouts, (ours, theirs) with {i} for the number of the block; the first that fits counts
-LAYOUTS = {
-    'mdlm': [
-        ('wte.weight', 'backbone.vocab_embed.embedding'),
-        ('sigma_map.fc1', 'backbone.sigma_map.mlp.0'),
-        ('sigma_map.fc2', 'backbone.sigma_map.mlp.2'),
-        ('blocks.{i}.mlp_in', 'backbone.blocks.{i}.mlp.0'),
-        ('blocks.{i}.mlp_out', 'backbone.blocks.{i}.mlp.2'),
-        ('blocks.{i}.adaLN', 'backbone.blocks.{i}.adaLN_modulation'),
-        ('blocks.{i}', 'backbone.blocks.{i}'),
-        ('norm_f', 'backbone.output_layer.norm_final'),
-        ('lm_head', 'backbone.output_layer.linear'),
-        ('adaLN_f', 'backbone.output_layer.adaLN_modulation'),
-    ],
-    'xlm': [
-        ('wte', 'embed_tokens'),
-        ('blocks.{i}.attn_out', 'encoder.{i}.o_proj'),
-        ('blocks.{i}.mlp_in', 'encoder.{i}.mlp.0'),
-        ('blocks.{i}.mlp_out', 'encoder.{i}.mlp.2'),
-        ('blocks.{i}', 'encoder.{i}'),
-        ('norm_f', 'output_layer.norm_final'),
-        ('lm_head', 'output_layer.linear'),
-    ],
-    'smdm': [
-        ('wte', 'transformer.wte'),
-        ('blocks.{i}.norm1', 'transformer.h.{i}.norm_1'),
-        ('blocks.{i}.norm2', 'transformer.h.{i}.norm_2'),
-        ('blocks.{i}.attn_qkv', 'transformer.h.{i}.attn.attn'),
-        ('blocks.{i}.attn_out', 'transformer.h.{i}.attn.proj'),
-        ('blocks.{i}.mlp_gate', 'transformer.h.{i}.mlp.swiglu.w1'),
-        ('blocks.{i}.mlp_in', 'transformer.h.{i}.mlp.swiglu.w2'),
-        ('blocks.{i}.mlp_out', 'transformer.h.{i}.mlp.swiglu.w3'),
-        ('norm_f', 'transformer.ln_f'),
-        ('lm_head', 'lm_head'),
-    ],
-}
+
+@dataclass
+class Family:
+    """How the files of a published family spell its nets. A value that is a function is called on
+    the fields known so far. A field is read off the tensors, then off config.json."""
+    names: dict       # ours -> theirs of parameters, {i}: the block; the first that fits counts
+    settings: dict    # fields that all its nets share: save_pretrained tells the family by them
+    assumed: dict     # fields where neither tensors nor config.json say
+    described: dict   # config.json: theirs -> a field of ours, or a constant
+    tokenizers: dict  # vocab_size -> name
+    inv_freq: str | None = None  # name of the rotary frequencies, where the files hold them
+    heads_interleaved: bool = False
+
+
+def n_head_by_size(fields):
+    """n_head of the entry of SIZES with these dimensions, or None."""
+    for size in SIZES.values():
+        if all(size[key] == fields[key] for key in ('n_layer', 'n_embd', 'n_mlp')):
+            return size['n_head']
+
+
+FIELDS = [field.name for field in dataclasses.fields(ModelConfig)]
+
+FAMILIES = {}
+
+FAMILIES['mdlm'] = Family(  # and its AR baseline, which is the same without conditioning
+    names={
+        'wte.weight': 'backbone.vocab_embed.embedding',
+        'sigma_map.fc1': 'backbone.sigma_map.mlp.0',
+        'sigma_map.fc2': 'backbone.sigma_map.mlp.2',
+        'blocks.{i}.mlp_in': 'backbone.blocks.{i}.mlp.0',
+        'blocks.{i}.mlp_out': 'backbone.blocks.{i}.mlp.2',
+        'blocks.{i}.adaLN': 'backbone.blocks.{i}.adaLN_modulation',
+        'blocks.{i}': 'backbone.blocks.{i}',
+        'norm_f': 'backbone.output_layer.norm_final',
+        'lm_head': 'backbone.output_layer.linear',
+        'adaLN_f': 'backbone.output_layer.adaLN_modulation',
+    },
+    settings=dict(
+        norm='layernorm', mlp='gelu', norm_bias=False, mlp_bias=True, head_bias=True,
+        causal=lambda fields: not fields['cond_dim']),
+    assumed=dict(
+        block_size=1024, n_head=None, mask_id=lambda fields: fields['vocab_size'] - 1,
+        objective=lambda fields: 'ar' if fields['causal'] else 'subs'),
+    described=dict(
+        architectures=['MDLM'], model_type='mdlm', vocab_size='vocab_size',
+        model_length='block_size', hidden_dim='n_embd', cond_dim='cond_dim',
+        n_blocks='n_layer', n_heads='n_head', dropout='dropout',
+        time_conditioning='time_conditioning', return_dict=False, torch_dtype='float32'),
+    tokenizers={50258: 'gpt2'},
+    inv_freq='backbone.rotary_emb.inv_freq')
+
+FAMILIES['xlm'] = Family(  # the last ids are <|pad|> <|unk|> <|mask|> <|sep|>
+    names={
+        'wte': 'embed_tokens',
+        'blocks.{i}.attn_out': 'encoder.{i}.o_proj',
+        'blocks.{i}.mlp_in': 'encoder.{i}.mlp.0',
+        'blocks.{i}.mlp_out': 'encoder.{i}.mlp.2',
+        'blocks.{i}': 'encoder.{i}',
+        'norm_f': 'output_layer.norm_final',
+        'lm_head': 'output_layer.linear',
+    },
+    settings=dict(
+        norm='layernorm', mlp='relu', norm_bias=True, mlp_bias=True, head_bias=False,
+        cond_dim=0, causal=False),
+    assumed=dict(
+        block_size=1024, objective='mlm', init='xlm',
+        mask_id=lambda fields: fields['vocab_size'] - 2,
+        pad_id=lambda fields: fields['vocab_size'] - 4,
+        n_head=lambda fields: 12 if fields['n_embd'] == 768 else None),
+    described=dict(zip(FIELDS, FIELDS, strict=True)),
+    tokenizers={50263: 'gpt2-xlm'},
+    inv_freq='encoder.{i}.rotary_emb.inv_freq')
+
+FAMILIES['smdm'] = Family(  # the head has no row for the mask; AR nets have no mask
+    names={
+        'wte': 'transformer.wte',
+        'blocks.{i}.norm1': 'transformer.h.{i}.norm_1',
+        'blocks.{i}.norm2': 'transformer.h.{i}.norm_2',
+        'blocks.{i}.attn_qkv': 'transformer.h.{i}.attn.attn',
+        'blocks.{i}.attn_out': 'transformer.h.{i}.attn.proj',
+        'blocks.{i}.mlp_gate': 'transformer.h.{i}.mlp.swiglu.w1',
+        'blocks.{i}.mlp_in': 'transformer.h.{i}.mlp.swiglu.w2',
+        'blocks.{i}.mlp_out': 'transformer.h.{i}.mlp.swiglu.w3',
+        'norm_f': 'transformer.ln_f',
+        'lm_head': 'lm_head',
+    },
+    settings=dict(
+        norm='rmsnorm', mlp='swiglu', norm_bias=False, mlp_bias=False, head_bias=False,
+        cond_dim=0),
+    assumed=dict(
+        block_size=2048, n_head=n_head_by_size, rotary_bf16=True, init='smdm',
+        causal=lambda fields: fields['head_rows'] == fields['vocab_size'],
+        mask_id=lambda fields: None if fields['causal'] else fields['head_rows'],
+        head_mask=lambda fields: fields['causal'],
+        objective=lambda fields: 'ar' if fields['causal'] else 'subs'),
+    described=dict(zip(FIELDS, FIELDS, strict=True)),
+    tokenizers={},
+    heads_interleaved=True)
 
 
 def renamed(name, pairs):
     """name in the other column of a table of (from, to) pairs, or None where no pair fits."""
     for source, target in pairs:
-        match = re.match(re.escape(source).replace(r'\{i\}', r'(\d+)') + r'(?=\.|$)', name)
+        pattern = re.escape(source).replace(r'\{i\}', r'(\d+)') + r'(?=\.|$)'
+        match = re.match(pattern, name)
         if match:
             return target.format(i=match.group(1) if match.groups() else '') + name[match.end():]
 
@@ -813,122 +953,116 @@ def interleave_heads(weight, n_head, inverse=False):
     return weight.view(first, second, -1, weight.size(1)).transpose(0, 1).reshape(weight.shape)
 
 
-def layout_of(names, source):
-    """Which published layout a file has, by its names."""
-    for layout, first in (('mdlm', 'backbone.vocab_embed.embedding'), ('xlm', 'embed_tokens.weight'), ('smdm', 'transformer.wte.weight')):
-        if first in names:
-            return layout
-    raise ValueError(f"{source} has none of the layouts {', '.join(LAYOUTS)}: its first names are {', '.join(sorted(names)[:5])}")
+def family_of(names, source):
+    """The key of FAMILIES whose embedding is among the names."""
+    for key, family in FAMILIES.items():
+        if renamed('wte.weight', family.names.items()) in names:
+            return key
+    first = ', '.join(sorted(names)[:5])
+    raise ValueError(f"{source} has none of the layouts {', '.join(FAMILIES)}: "
+                     f'its first names are {first}')
 
 
-def fields_of(layout, tensors, described, source):
-    """ModelConfig fields read off the tensors of a published layout, what they cannot tell from config.json (`described`).
-    n_head is None where neither says."""
-    def sizes(embedding, block, mlp):
-        missing = [name for name in (embedding, mlp.format(i=0)) if name not in tensors]
-        if missing:
-            raise ValueError(f"{source}, read in the layout '{layout}', lacks {', '.join(missing)}")
-        layers = {int(match.group(1)) for match in (re.match(re.escape(block) + r'(\d+)\.', name) for name in tensors) if match}
-        V, C = tensors[embedding].shape
-        return dict(vocab_size=V, n_embd=C, n_layer=len(layers), n_mlp=tensors[mlp.format(i=0)].size(0))
+def settings_of(family, fields):
+    return {key: value(fields) if callable(value) else value
+            for key, value in family.settings.items()}
 
-    inv_freq = next((tensor for name, tensor in tensors.items() if name.endswith('rotary_emb.inv_freq')), None)
-    if layout == 'mdlm':
-        fields = sizes('backbone.vocab_embed.embedding', 'backbone.blocks.', 'backbone.blocks.{i}.mlp.0.weight')
-        conditioned = tensors.get('backbone.sigma_map.mlp.2.weight')
-        fields |= dict(mask_id=fields['vocab_size'] - 1, cond_dim=0 if conditioned is None else conditioned.size(0), causal=conditioned is None,
-                       objective='ar' if conditioned is None else 'subs', block_size=1024, n_head=None)
-        theirs = dict(block_size='model_length', n_head='n_heads', dropout='dropout', time_conditioning='time_conditioning')
-        fields |= {ours: described[key] for ours, key in theirs.items() if key in described}
-    elif layout == 'xlm':  # GPT-2's ids and seven named ones, of which the last are <|pad|> <|unk|> <|mask|> <|sep|>
-        fields = sizes('embed_tokens.weight', 'encoder.', 'encoder.{i}.mlp.0.weight')
-        fields |= dict(mask_id=fields['vocab_size'] - 2, pad_id=fields['vocab_size'] - 4, cond_dim=0, mlp='relu', norm_bias=True, head_bias=False,
-                       init='xlm', objective='mlm', block_size=1024, n_head=12 if fields['n_embd'] == 768 else None)
-    else:
-        fields = sizes('transformer.wte.weight', 'transformer.h.', 'transformer.h.{i}.mlp.swiglu.w1.weight')
-        rows = tensors['lm_head.weight'].size(0) if 'lm_head.weight' in tensors else fields['vocab_size']
-        causal = rows == fields['vocab_size']
-        shape = tuple(fields[key] for key in ('n_layer', 'n_embd', 'n_mlp'))
-        known = [size['n_head'] for size in SIZES.values() if tuple(size.get(key) for key in ('n_layer', 'n_embd', 'n_mlp')) == shape]
-        fields |= dict(mask_id=None if causal else rows, head_mask=causal, causal=causal, objective='ar' if causal else 'subs', cond_dim=0, norm='rmsnorm',
-                       mlp='swiglu', mlp_bias=False, head_bias=False, rotary_bf16=True, init='smdm', block_size=2048, n_head=known[0] if known else None)
+
+def fields_of(family, tensors, inv_freq, described):
+    """ModelConfig fields by a net's tensors (under our names), its rotary frequencies (or None) and
+    its config.json."""
+    vocab_size, n_embd = tensors['wte.weight'].shape
+    layers = {name.split('.')[1] for name in tensors if name.startswith('blocks.')}
+    fields = dict(vocab_size=vocab_size, n_embd=n_embd, n_layer=len(layers),
+                  n_mlp=len(tensors['blocks.0.mlp_in.weight']),
+                  cond_dim=len(tensors.get('sigma_map.fc2.weight', ())),
+                  head_rows=len(tensors.get('lm_head.weight', tensors['wte.weight'])))
     if inv_freq is not None:
-        fields['n_head'] = fields['n_embd'] // (2 * len(inv_freq))
-    known = {field.name for field in dataclasses.fields(ModelConfig)}
-    return fields | {key: value for key, value in described.items() if key in known and layout != 'mdlm'}
+        fields['n_head'] = n_embd // (2 * len(inv_freq))
+    fields |= settings_of(family, fields)
+    for theirs, ours in family.described.items():
+        if theirs in described and ours in FIELDS:
+            fields.setdefault(ours, described[theirs])
+    for key, value in family.assumed.items():
+        if key not in fields:
+            fields[key] = value(fields) if callable(value) else value
+    del fields['head_rows']
+    return fields
 
 
 def read_checkpoint(path):
     """The dict that train.py saved at path, tensors on the CPU. Nothing in the file is executed.
-    Raises FileNotFoundError, or ValueError where the file is truncated, damaged or not one of ours."""
+    Raises FileNotFoundError, or ValueError where the file is truncated, damaged or not ours."""
     if not os.path.isfile(path):
-        raise FileNotFoundError(f'no checkpoint at {path}: train one with train.py, or give another out_dir or init_from')
+        raise FileNotFoundError(f'no checkpoint at {path}: train one with train.py, '
+                                'or give another out_dir or init_from')
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # the CRC of every record: torch.load itself would take a flipped bit
+            damaged = archive.testzip()  # every CRC: torch.load itself would take a flipped bit
     except (OSError, MemoryError):  # the machine's fault, not the file's
         raise
     except Exception as error:  # BadZipFile, and what else a flipped bit in a header leads to
         damaged = error
-    if damaged is not None:
-        raise ValueError(f'{path} is truncated or damaged ({damaged}): use another checkpoint')
+    require(damaged is None,
+            f'{path} is truncated or damaged ({damaged}): use another checkpoint')
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except (OSError, MemoryError):
         raise
     except Exception:  # a zip of something else, or with something else than tensors in it
         checkpoint = None
-    sections = dict(model=dict, ema=dict, optimizer=list, iter=int, tokens_seen=int, best_val_loss=float, model_config=dict, constants=dict, tokenizer=dict)
+    sections = dict(
+        model=dict, ema=dict, optimizer=list, iter=int, tokens_seen=int, best_val_loss=float,
+        model_config=dict, constants=dict, tokenizer=dict)
     for key, kind in sections.items():
-        if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), kind):
-            raise ValueError(f'{path} is not a checkpoint of train.py (no {key})')
+        require(isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), kind),
+                f'{path} is not a checkpoint of train.py (no {key})')
     return checkpoint
 
 
 def put(folder, name, same):
-    """Give the file `same` of folder another name there, in place of what has the name."""
-    path = os.path.join(folder, name)
-    if os.path.exists(path) and os.path.samefile(path, os.path.join(folder, same)):
+    """Give the file `same` of folder another name there, replacing what has the name."""
+    path, source = os.path.join(folder, name), os.path.join(folder, same)
+    if os.path.exists(path) and os.path.samefile(path, source):
         return
-    if os.path.exists(path + '.unfinished'):
+    with contextlib.suppress(FileNotFoundError):
         os.remove(path + '.unfinished')
     try:
-        os.link(os.path.join(folder, same), path + '.unfinished')
+        os.link(source, path + '.unfinished')
     except OSError:  # a file system without links
-        shutil.copyfile(os.path.join(folder, same), path + '.unfinished')
+        shutil.copyfile(source, path + '.unfinished')
     os.replace(path + '.unfinished', path)
 
 
 def write_checkpoint(checkpoint, folder, files):
-    """Write a checkpoint under the names `files` in folder, so that whatever happens there is a whole one: written under another name,
-    flushed to the disk, then renamed; the ckpt.pt before it is kept as ckpt.prev.pt. Raises OSError or RuntimeError where it cannot be."""
+    """Write a checkpoint under the names `files` in folder. It is flushed to the disk before it has
+    them, and an older ckpt.pt becomes ckpt.prev.pt: a kill leaves a whole one.
+    Raises OSError or RuntimeError."""
     os.makedirs(folder, exist_ok=True)
-    path = lambda name: os.path.join(folder, name)
-
-    unfinished = files[0] + '.unfinished'
+    path, unfinished = os.path.join(folder, files[0]), files[0] + '.unfinished'
     try:
-        with open(path(unfinished), 'wb') as f:
+        with open(path + '.unfinished', 'wb') as f:
             torch.save(checkpoint, f)
             f.flush()
             os.fsync(f.fileno())
         for name in files[1:]:  # the first name comes last: where it is, all are
             put(folder, name, unfinished)
-        if 'ckpt.pt' in files and os.path.exists(path('ckpt.pt')):
+        if 'ckpt.pt' in files and os.path.exists(os.path.join(folder, 'ckpt.pt')):
             put(folder, 'ckpt.prev.pt', 'ckpt.pt')
-        os.replace(path(unfinished), path(files[0]))
+        os.replace(path + '.unfinished', path)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.remove(path(unfinished))
+            os.remove(path + '.unfinished')
         raise
-    with contextlib.suppress(OSError):  # not everywhere can a folder be opened
+    with contextlib.suppress(OSError):  # a folder cannot be opened everywhere
         descriptor = os.open(folder, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
 
 
 def read_newest(folder):
-    """(checkpoint, None), read from folder/ckpt.pt, or where that is missing or damaged (checkpoint, why), read from the one before it.
-    Raises what read_checkpoint raises where neither is whole."""
+    """(checkpoint, None) of folder/ckpt.pt; where that is missing or damaged, (checkpoint, why) of
+    the one before it. Raises as read_checkpoint does where neither is whole."""
     try:
         return read_checkpoint(os.path.join(folder, 'ckpt.pt')), None
     except (ValueError, FileNotFoundError) as error:
@@ -937,74 +1071,169 @@ def read_newest(folder):
         return read_checkpoint(os.path.join(folder, 'ckpt.prev.pt')), error
 
 
-class _Ignored:
-    """Stands for whatever a foreign pickle wants to build that is no tensor and no plain container."""
+def say(*words):
+    """print, but a full disk behind the output does not end the run."""
+    with contextlib.suppress(OSError):
+        print(*words, flush=True)
 
-    def __new__(cls, *args, **kwargs):
-        return object.__new__(cls)
+
+class CheckpointWriter:
+    """Writes checkpoints in the background: training waits only for a copy of its state. Failures
+    are warnings. The master alone writes. on_new_folder(): called where folder had vanished."""
+
+    def __init__(self, folder, device, master, on_new_folder):
+        self.folder, self.device, self.master = folder, device, master
+        self.on_new_folder = on_new_folder
+        self.buffers = None  # the state's copy on the CPU, used again by the next save
+        self.newest = None   # what is to be written
+        self.thread = self.failure = None
+
+    def copy(self, state, buffer):
+        """state (nested dicts and lists), its tensors copied into those of buffer that fit."""
+        if isinstance(state, torch.Tensor):
+            if hasattr(state, 'full_tensor'):  # FSDP's: all processes take part
+                state = state.full_tensor()
+            if not self.master:
+                return None
+            if buffer is None or buffer.shape != state.shape:
+                buffer = torch.empty(state.shape, dtype=state.dtype,
+                                     pin_memory=self.device.type == 'cuda')
+            return buffer.copy_(state.detach(), non_blocking=True)
+        if isinstance(state, dict):
+            buffer = buffer or {}
+            return type(state)((key, self.copy(x, buffer.get(key))) for key, x in state.items())
+        if isinstance(state, (list, tuple)):
+            buffers = (buffer or []) + [None] * len(state)
+            return [self.copy(x, y) for x, y in zip(state, buffers, strict=False)]
+        return state
+
+    def make_buffers(self, state):
+        """Make the buffers while training goes on, by a copy that may be inconsistent."""
+        def make():
+            with contextlib.suppress(RuntimeError):  # then the first save makes them
+                self.buffers = self.copy(state, None)
+        self.thread = threading.Thread(target=make)
+        self.thread.start()
+
+    def save(self, state, names, **rest):
+        """Write state, with the entries `rest`, under names. All processes call it."""
+        started = time.time()
+        self.wait()
+        self.buffers = self.copy(state, self.buffers)
+        if not self.master:
+            return
+        if self.device.type == 'cuda':
+            torch.cuda.synchronize(self.device)
+        self.newest = self.buffers | rest, names, started, time.time() - started
+        self.start()
+
+    def start(self):
+        if not os.path.isdir(self.folder):
+            say(f'warning: {self.folder} is gone: it is made again, without what was in it')
+            with contextlib.suppress(OSError):  # writing will report it
+                self.on_new_folder()
+        self.thread = threading.Thread(target=self.write)
+        self.thread.start()
+
+    def write(self):
+        checkpoint, names, started, waited = self.newest
+        step = checkpoint['iter']
+        try:
+            write_checkpoint(checkpoint, self.folder, names)
+        except Exception as error:  # a full disk, a folder that is gone
+            while error.__context__ and not isinstance(error, OSError):
+                error = error.__context__  # torch's own error comes after the disk's
+            self.failure = (f'the checkpoint of step {step} could not be written to {self.folder} '
+                            f'({type(error).__name__}: {error})')
+            return
+        with contextlib.suppress(OSError):
+            size = os.path.getsize(os.path.join(self.folder, names[0])) / 1e9
+            say(f"step {step}: {', '.join(names)} written, {size:.2f} GB in "
+                f'{time.time() - started:.2f} s, {waited:.2f} s of which the training waited')
+
+    def wait(self):
+        """Wait for the last save. Returns whether it succeeded; a failure is printed."""
+        if self.thread:
+            self.thread.join()
+        failure, self.thread, self.failure = self.failure, None, None
+        if failure:
+            say(f'warning: {failure}; training goes on, the next one will be tried')
+        return failure is None
+
+    def retry(self):
+        """Try the last save once more. Returns whether it succeeded."""
+        self.start()
+        return self.wait()
+
+
+class _Ignored:
+    """Stands for what a foreign pickle builds besides tensors and plain containers."""
 
     def __init__(self, *args, **kwargs):
         pass
 
-    def __setstate__(self, state):
-        pass
-
-    def __setitem__(self, key, value):
-        pass
-
-    def append(self, item):
-        pass
-
-    extend = add = append
+    __setstate__ = __setitem__ = append = extend = add = __init__
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    """Builds tensors and plain containers. Everything else that the file names is ignored, and nothing of it is imported or called."""
-    allowed = {('collections', 'OrderedDict'), ('torch._utils', '_rebuild_tensor_v2'), ('torch._utils', '_rebuild_parameter'), ('torch', 'Size')}
+    """Builds tensors and plain containers; imports and calls nothing else that a file names."""
+    allowed = {('collections', 'OrderedDict'), ('torch._utils', '_rebuild_tensor_v2'),
+               ('torch._utils', '_rebuild_parameter'), ('torch', 'Size')}
 
     def find_class(self, module, name):
         return super().find_class(module, name) if (module, name) in self.allowed else _Ignored
 
 
 def read_lightning(path, ema):
-    """Named tensors from a Lightning .ckpt: its state_dict, with the averaged weights of ema.shadow_params (in the order of the
-    parameters) in place of the last ones if `ema`. The foreign objects beside them are not built."""
+    """The state_dict of a Lightning .ckpt; `ema`: with the averaged weights of ema.shadow_params,
+    which are in the order of the parameters, if it has them."""
     reader = types.SimpleNamespace(Unpickler=_TensorUnpickler, __name__='nanomdm')
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=False, pickle_module=reader)
-        tensors = {name: tensor for name, tensor in checkpoint['state_dict'].items() if isinstance(tensor, torch.Tensor)}
+        tensors = {name: tensor for name, tensor in checkpoint['state_dict'].items()
+                   if isinstance(tensor, torch.Tensor)}
         shadow = checkpoint['ema']['shadow_params'] if ema and checkpoint.get('ema') else None
     except Exception as error:  # whatever a broken or hostile file leads to
-        raise ValueError(f'{path} is not a Lightning checkpoint that can be read ({type(error).__name__}: {error})') from None
+        raise ValueError(f'{path} is not a Lightning checkpoint that can be read '
+                         f'({type(error).__name__}: {error})') from None
     if shadow is not None:
-        parameters = [name for name in tensors if 'rotary_emb' not in name]
-        if len(shadow) != len(parameters) or any(tensors[name].shape != average.shape for name, average in zip(parameters, shadow)):
-            raise ValueError(f'{path}: ema.shadow_params do not fit the {len(parameters)} parameters of its state_dict; ema=False takes these')
-        tensors |= dict(zip(parameters, shadow))
+        names = [name for name in tensors if 'rotary_emb' not in name]
+        require([tensors[name].shape for name in names] == [average.shape for average in shadow],
+                f'{path}: ema.shadow_params do not fit the {len(names)} parameters of its '
+                'state_dict; ema=False takes these')
+        tensors |= dict(zip(names, shadow, strict=True))
     return tensors
 
 
 def find_source(source):
-    """A local path for a source: itself, or what is downloaded (or already cached) from the hub for org/name[@revision][:file]."""
+    """source if it is a path, else where the hub's org/name[@revision][:file] was downloaded to."""
     source = os.fspath(source)
     path = os.path.expanduser(source)
     match = re.fullmatch(r'([\w.-]+/[\w.-]+)(?:@([\w./-]+))?(?::([\w./-]+))?', source)
     if os.path.exists(path) or not match or path.endswith('.pt'):
         return path
     repository, revision, file = match.groups()
+    patterns = [file] if file else ['*.json', '*.safetensors']
     try:
         from huggingface_hub import snapshot_download
-        folder = snapshot_download(repository, revision=revision, allow_patterns=[file] if file else ['*.json', '*.safetensors'])
-    except Exception as error:  # the hub's client has many, and what matters to the user is the same
-        raise ValueError(f"{source} is no file or folder here, and cannot be had from the hub ({type(error).__name__}); where there is a network: hf "
-                         f"download {repository}{f' {file}' if file else ''}{f' --revision {revision}' if revision else ''} --local-dir FOLDER, "
-                         'then give the FOLDER') from None
+        folder = snapshot_download(repository, revision=revision, allow_patterns=patterns)
+    except Exception as error:  # the hub's client has many, and the remedy is the same
+        what = ' '.join([repository, *patterns[:bool(file)]])
+        if revision:
+            what += f' --revision {revision}'
+        raise ValueError(
+            f'{source} is no file or folder here, and the hub cannot be used '
+            f'({type(error).__name__}); where there is a network: hf download {what} '
+            '--local-dir FOLDER, then give the FOLDER') from None
     return os.path.join(folder, file) if file else folder
 
 
 def read_published(path, ema):
     """(named tensors, config.json) of a folder, a .safetensors or a Lightning .ckpt."""
     described = {}
+    if path.endswith('.ckpt') and not os.path.isdir(path):
+        return read_lightning(path, ema), described
+    paths = [path]
     if os.path.isdir(path):
         if os.path.isfile(os.path.join(path, 'config.json')):
             with open(os.path.join(path, 'config.json')) as f:
@@ -1015,13 +1244,10 @@ def read_published(path, ema):
                 files = sorted(set(json.load(f)['weight_map'].values()))
         else:
             files = sorted(file for file in os.listdir(path) if file.endswith('.safetensors'))
-            if len(files) > 1:
-                raise ValueError(f"{path} holds several models: give one of {', '.join(files[:5])}{' ...' if len(files) > 5 else ''} (hub: org/name:FILE)")
+            some = ', '.join(files[:5]) + (' ...' if len(files) > 5 else '')
+            require(len(files) < 2,
+                    f'{path} holds several models: give one of {some} (hub: org/name:FILE)')
         paths = [os.path.join(path, file) for file in files]
-    elif path.endswith('.ckpt'):
-        return read_lightning(path, ema), described
-    else:
-        paths = [path]
     tensors = {}
     for file in paths:
         try:
@@ -1032,14 +1258,12 @@ def read_published(path, ema):
 
 
 def build(fields, overrides, tensors, source):
-    """The net of fields and overrides with the given tensors for weights; every name and shape must agree."""
-    known = {field.name for field in dataclasses.fields(ModelConfig)}
+    """The net of fields and overrides with the given tensors for weights."""
     for key in [*fields, *overrides]:
-        if key not in known:
-            raise ValueError(f"{source}: '{key}' is not a field of ModelConfig")
+        require(key in FIELDS, f"{source}: '{key}' is not a field of ModelConfig")
     fields = fields | overrides
-    if fields.get('n_head', 0) is None:
-        raise ValueError(f'{source} does not say how many heads its width of {fields["n_embd"]} is divided into: give n_head=...')
+    require(fields.get('n_head', 0) is not None, f'{source} does not say how many heads its width '
+            f"of {fields.get('n_embd')} is divided into: give n_head=...")
     with torch.device('meta'):
         net = DiT(ModelConfig(**fields))
     load_state(net, tensors, source, assign=True)
@@ -1047,91 +1271,92 @@ def build(fields, overrides, tensors, source):
 
 
 def load_state(net, tensors, source, assign=False):
-    """Give net the named tensors; every name and every shape must agree. Raises ValueError naming what does not."""
+    """Give net the named tensors. Raises ValueError naming what disagrees in name or shape."""
     own = net.state_dict()
-    for what, names in (('lacks', own.keys() - tensors.keys()), ('has unknown', tensors.keys() - own.keys())):
-        if names:
-            raise ValueError(f"{source} {what} {', '.join(sorted(names)[:5])}{' ...' if len(names) > 5 else ''}")
+    lacking, unknown = own.keys() - tensors.keys(), tensors.keys() - own.keys()
+    for what, names in (('lacks', lacking), ('has unknown', unknown)):
+        some = ', '.join(sorted(names)[:5]) + (' ...' if len(names) > 5 else '')
+        require(not names, f'{source} {what} {some}')
     for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor) or tensor.shape != own[name].shape:
-            tensor = torch.as_tensor(0) if not isinstance(tensor, torch.Tensor) else tensor
-            raise ValueError(f'{source}: {name} has shape {tuple(tensor.shape)}, the model {tuple(own[name].shape)}')
+        shape = tuple(getattr(tensor, 'shape', ()))
+        require(isinstance(tensor, torch.Tensor) and shape == own[name].shape,
+                f'{source}: {name} has shape {shape}, the model {tuple(own[name].shape)}')
     net.load_state_dict(tensors, assign=assign)
 
 
 def check_overrides(overrides):
     """Refuse what is not a dict of fields of ModelConfig, or None."""
-    known = [field.name for field in dataclasses.fields(ModelConfig)]
-    if not isinstance(overrides, (dict, type(None))) or not all(key in known for key in overrides or ()):
-        raise ValueError(f"overrides={overrides!r}: a dict of fields of ModelConfig is needed, which are {', '.join(known)}")
-
-
-TOKENIZERS = {('mdlm', 50258): 'gpt2', ('xlm', 50263): 'gpt2-xlm'}  # of the published models, by layout and number of ids
+    require(overrides is None or isinstance(overrides, dict) and set(overrides) <= set(FIELDS),
+            f'overrides={overrides!r}: a dict of fields of ModelConfig is needed, which are '
+            f"{', '.join(FIELDS)}")
 
 
 def load_pretrained(source, ema=True, device='cpu', **overrides):
-    """A net in eval mode from source: a ckpt.pt of train.py (or the out_dir that holds one), a folder with model.safetensors (and
-    config.json), a lone .safetensors, a Lightning .ckpt, or a Hugging Face id[@revision][:file]. The layout is told by the names.
+    """A net in eval mode from source: a ckpt.pt of train.py (or the out_dir that holds one), a
+    folder with model.safetensors (and config.json), a lone .safetensors, a Lightning .ckpt, or a
+    Hugging Face id[@revision][:file]. The family is told by the names of the tensors.
 
-    ema: the averaged weights rather than the last ones, where a file has both. overrides: fields of ModelConfig that the file cannot tell.
-    net.tokenizer is the arguments for data.get_tokenizer, None where the source does not say; net.constants those of the run of train.py
-    that made a ckpt.pt, else empty; net.extra the tensors of the file that are no parameters (save_pretrained puts them back).
+    ema: the averaged weights where a file has both. overrides: fields of ModelConfig that the file
+    cannot tell. Sets net.tokenizer (arguments of data.get_tokenizer, None: unknown), net.constants
+    (of the run that made a ckpt.pt) and net.extra (tensors that are no parameters).
     Raises FileNotFoundError or ValueError."""
     path = find_source(source)
-    published = path.endswith(('.safetensors', '.ckpt')) or os.path.isdir(path) and any(file.endswith('.safetensors') for file in os.listdir(path))
+    published = path.endswith(('.safetensors', '.ckpt'))
+    if os.path.isdir(path):
+        published |= any(file.endswith('.safetensors') for file in os.listdir(path))
     if not published:
         path = path if path.endswith('.pt') else os.path.join(path, 'ckpt.pt')
         checkpoint = read_checkpoint(path)
-        net = build(checkpoint['model_config'], overrides, checkpoint['ema' if ema else 'model'], source)
-        net.tokenizer, net.constants = dict(name=str(checkpoint['tokenizer'].get('name')), folder=os.path.dirname(path)), checkpoint['constants']
-    elif not os.path.exists(path):
+        weights = checkpoint['ema' if ema else 'model']
+        net = build(checkpoint['model_config'], overrides, weights, source)
+        name = str(checkpoint['tokenizer'].get('name'))
+        net.tokenizer = dict(name=name, folder=os.path.dirname(path))
+        net.constants = checkpoint['constants']
+        return net.to(device).eval()
+    if not os.path.exists(path):
         raise FileNotFoundError(f'{source} is not there')
-    else:
-        tensors, described = read_published(path, ema)
-        layout = layout_of(tensors, source)
-        fields = fields_of(layout, tensors, described, source)
-        theirs_to_ours = [(theirs, ours) for ours, theirs in LAYOUTS[layout]]
-        extra = {name: tensors.pop(name) for name in list(tensors) if name.endswith('rotary_emb.inv_freq')}
-        n_head = overrides.get('n_head', fields['n_head'])
-        ours = {}
-        for name in list(tensors):  # one by one: no second copy of the file in memory
-            tensor = tensors.pop(name).float()
-            key = renamed(name, theirs_to_ours) or name
-            if layout == 'smdm' and key.endswith('attn_qkv.weight') and n_head and tensor.size(0) % (3 * n_head) == 0:
-                tensor = interleave_heads(tensor, n_head, inverse=True)
-            ours[key] = tensor
-        net = build(fields, overrides, ours, f"{source}, read in the layout '{layout}',")
-        name = TOKENIZERS.get((layout, net.config.vocab_size))
-        net.tokenizer, net.extra = name and dict(name=name), extra
+    tensors, described = read_published(path, ema)
+    key = family_of(tensors, source)
+    family, source = FAMILIES[key], f"{source}, read in the layout '{key}',"
+    extra = {name: tensors.pop(name) for name in list(tensors) if name.endswith('inv_freq')}
+    pairs = [(theirs, ours) for ours, theirs in family.names.items()]
+    tensors = {renamed(name, pairs) or name: tensor for name, tensor in tensors.items()}
+    require('blocks.0.mlp_in.weight' in tensors, f'{source} lacks blocks.0.mlp_in.weight')
+    fields = fields_of(family, tensors, next(iter(extra.values()), None), described)
+    n_head = overrides.get('n_head', fields['n_head'])
+    for name in tensors:  # one by one: no second copy of the file in memory
+        tensor = tensors[name].float()
+        packed = family.heads_interleaved and name.endswith('attn_qkv.weight')
+        if packed and n_head and tensor.size(0) % (3 * n_head) == 0:
+            tensor = interleave_heads(tensor, n_head, inverse=True)
+        tensors[name] = tensor
+    net = build(fields, overrides, tensors, source)
+    net.extra = extra
+    if net.config.vocab_size in family.tokenizers:
+        net.tokenizer = dict(name=family.tokenizers[net.config.vocab_size])
     return net.to(device).eval()
 
 
 def save_pretrained(net, folder):
-    """Write config.json and model.safetensors in the published layout of the net's family, for the released code to load strictly.
+    """Write config.json and model.safetensors as the released code of the net's family loads them.
     Raises ValueError where the net is of no published family."""
-    config = net.config
-    if config.mlp == 'swiglu' and config.norm == 'rmsnorm' and not (config.mlp_bias or config.head_bias or config.cond_dim or config.norm_bias):
-        layout = 'smdm'
-    elif config.mlp == 'relu' and config.norm == 'layernorm' and config.norm_bias and config.mlp_bias and not (config.cond_dim or config.head_bias or config.causal):
-        layout = 'xlm'
-    elif config.mlp == 'gelu' and config.norm == 'layernorm' and not config.norm_bias and config.mlp_bias and config.head_bias and bool(config.cond_dim) != config.causal:
-        layout = 'mdlm'
-    else:
-        raise ValueError('a net with these settings is of no published family (MDLM, its AR baseline, xlm, SMDM): its ckpt.pt is its only form')
+    config = dataclasses.asdict(net.config)
+    family = next((family for family in FAMILIES.values()
+                   if settings_of(family, config).items() <= config.items()), None)
+    require(family, 'a net with these settings is of no published family (MDLM, its AR baseline, '
+            'xlm, SMDM): its ckpt.pt is its only form')
     tensors = {}
     for name, tensor in net.state_dict().items():
-        tensor = interleave_heads(tensor, config.n_head) if layout == 'smdm' and name.endswith('attn_qkv.weight') else tensor
-        tensors[renamed(name, LAYOUTS[layout])] = tensor.contiguous().cpu()
+        if family.heads_interleaved and name.endswith('attn_qkv.weight'):
+            tensor = interleave_heads(tensor, net.config.n_head)
+        tensors[renamed(name, family.names.items())] = tensor.contiguous().cpu()
     extra = net.extra
-    if not extra and layout != 'smdm':
-        inv_freq = 1.0 / 10_000 ** (torch.arange(0, config.n_embd // config.n_head, 2, dtype=torch.float32) / (config.n_embd // config.n_head))
-        names = ['backbone.rotary_emb.inv_freq'] if layout == 'mdlm' else [f'encoder.{i}.rotary_emb.inv_freq' for i in range(config.n_layer)]
-        extra = {name: inv_freq.clone() for name in names}
-    described = dataclasses.asdict(config)
-    if layout == 'mdlm':
-        described = dict(architectures=['MDLM'], model_type='mdlm', vocab_size=config.vocab_size, model_length=config.block_size, hidden_dim=config.n_embd,
-                         cond_dim=config.cond_dim, n_blocks=config.n_layer, n_heads=config.n_head, dropout=config.dropout,
-                         time_conditioning=config.time_conditioning, return_dict=False, torch_dtype='float32')
+    if not extra and family.inv_freq:
+        head_dim = net.config.n_embd // net.config.n_head
+        inv_freq = 1.0 / 10_000 ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+        extra = {family.inv_freq.format(i=i): inv_freq.clone() for i in range(net.config.n_layer)}
+    described = {theirs: config[ours] if ours in FIELDS else ours
+                 for theirs, ours in family.described.items()}
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, 'model.safetensors')
     save_file(tensors | extra, path + '.unfinished', metadata=dict(format='pt'))
@@ -1139,3 +1364,125 @@ def save_pretrained(net, folder):
     os.replace(path + '.unfinished', path)
     with open(os.path.join(folder, 'config.json'), 'w') as f:
         json.dump(described, f, indent=1)
+
+
+# -----------------------------------------------------------------------------
+# what makes it fast: skip at first reading
+
+
+class _NLL(torch.autograd.Function):
+    """Linear layer and cross entropy in one, in chunks of the vocabulary that fit a CPU's cache.
+
+    The forward pass keeps each chunk's softmax without the target, in the compute dtype, and its
+    probability, exp(lse of the chunk - lse of all). The backward pass is two products a chunk.
+    The target has a term of its own, exact where its probability is near 1.
+    Sums and exponentials are float32 whatever the autocast.
+    """
+
+    @staticmethod
+    def forward(ctx, h, weight, bias, target, exclude, needs_grad):
+        device = h.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        dtypes = h.dtype, weight.dtype, None if bias is None else bias.dtype
+        h, weight = h.to(dtype), weight.to(dtype)
+        N, V = h.size(0), weight.size(0)
+        chunk_bytes = 2 ** (23 if device == 'cpu' else 29)
+        width = min(V, max(512, chunk_bytes // dtype.itemsize // max(N, 1)))
+        width = math.ceil(V / math.ceil(V / width))  # all chunks alike
+        chunks = [slice(i, i + width) for i in range(0, V, width)]
+        softmaxes, lses = [], []
+        logit = 0
+        for chunk in chunks:
+            logits = (h @ weight[chunk].t()).to(wide)  # (N, width)
+            if bias is not None:
+                logits += bias[chunk]
+            if exclude is not None and chunk.start <= exclude < chunk.stop:
+                logits[:, exclude - chunk.start] = -1e30  # finite: it may be alone in the chunk
+            column = (target - chunk.start).clamp(0, logits.size(1) - 1)[:, None]
+            value = logits.gather(1, column)
+            is_target = column == target[:, None] - chunk.start
+            logit = torch.where(is_target, value, logit)
+            logits.scatter_(1, column, torch.where(is_target, -1e30, value))
+            softmax = logits.softmax(dim=1)
+            lses.append(logits.amax(dim=1) - softmax.amax(dim=1).log())
+            if needs_grad:
+                softmaxes.append(softmax.to(dtype))
+        logit, lses = logit.squeeze(1), torch.stack(lses)  # (N,), (chunks, N)
+        nll = F.softplus(lses.logsumexp(dim=0) - logit, threshold=50)
+        nll = nll + 0 * logit  # NaN where the logit is infinite
+        ctx.set_materialize_grads(False)  # most objectives have no use for the logit
+        if needs_grad:
+            probs = torch.exp(lses - (nll + logit))
+            ctx.save_for_backward(h, weight, target, nll, probs, *softmaxes)
+            ctx.chunks, ctx.dtypes = chunks, dtypes
+        return nll, logit
+
+    @staticmethod
+    def backward(ctx, grad_nll, grad_logit):
+        h, weight, target, nll, probs, *softmaxes = ctx.saved_tensors
+        h_dtype, weight_dtype, bias_dtype = ctx.dtypes
+        if grad_nll is None:
+            grad_nll = torch.zeros_like(nll)
+        grad_target = grad_nll * torch.expm1(-nll)  # (N,)
+        grad_target = grad_target + (0 if grad_logit is None else grad_logit)
+        dh = weight[target] * grad_target[:, None]
+        dweight = torch.empty(weight.shape, device=h.device, dtype=weight_dtype)
+        dbias = None
+        if bias_dtype is not None:
+            dbias = torch.empty(len(weight), device=h.device, dtype=bias_dtype)
+        for chunk, prob, softmax in zip(ctx.chunks, probs, softmaxes, strict=True):
+            grad = (grad_nll * prob)[:, None]  # (N, 1)
+            dh += (softmax @ weight[chunk]) * grad
+            dweight[chunk] = softmax.t() @ (h * grad).to(softmax.dtype)
+            if dbias is not None:
+                dbias[chunk] = (softmax.t() @ grad.to(softmax.dtype)).squeeze(1)
+        dweight.index_add_(0, target, (h * grad_target[:, None]).to(weight_dtype))
+        if dbias is not None:
+            dbias.index_add_(0, target, grad_target.to(bias_dtype))
+        return dh.to(h_dtype), dweight, dbias, None, None, None
+
+
+def dropout(x, p):
+    """F.dropout, on a CPU with 16 random bits an element (p is rounded to them).
+
+    torch's own, one number an element in one thread, takes longer there than the mlp before it.
+    """
+    if p == 0:
+        return x
+    if x.device.type != 'cpu':
+        return F.dropout(x, p)
+    threshold = min(round(p * 2 ** 16), 2 ** 16 - 1)  # of 2^16 values, those below are dropped
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2 ** 63, None)
+    bits = bits.view(torch.int16)[:x.numel()].view(x.shape)
+    return x * (bits >= threshold - 2 ** 15).to(x.dtype).mul_(2 ** 16 / (2 ** 16 - threshold))
+
+
+def attention(q, k, v, attn_mask=None, p=0.0, is_causal=False):
+    """softmax(q k^T / sqrt(C/H)) v, q (B, H, L, C/H), k and v (B, H, K, C/H).
+
+    attn_mask (B, 1, 1, K) bool: what is looked at. p: dropout of the weights.
+    flash-attn on a GPU where it is installed. In bfloat16 on a CPU plain products: half the time,
+    and rounded scores: the quickstart's net is 0.34% from its float32 output rather than 0.29%.
+    """
+    bfloat16 = q.dtype == torch.bfloat16
+    small = q.size(2) * k.size(2) <= 2 ** 20
+    if bfloat16 and q.device.type == 'cpu' and small and not (p or is_causal):
+        scores = (q * q.size(3) ** -0.5) @ k.transpose(2, 3)
+        if attn_mask is not None:
+            scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
+        return scores.softmax(dim=3) @ v
+    if bfloat16 and q.device.type == 'cuda' and flash_attn_func and attn_mask is None:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return flash_attn_func(q, k, v, dropout_p=p, causal=is_causal).transpose(1, 2)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=attn_mask, dropout_p=p, is_causal=is_causal)
+
+
+def reuse_memory():
+    """Keep freed memory for the next step (glibc only): the kernel would zero each page anew, a
+    tenth of a training step on a CPU."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)   # M_MMAP_MAX: no mapping of its own for a large tensor
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: no trimming

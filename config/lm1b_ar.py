@@ -7,10 +7,10 @@
 # Published (MDLM's table 1, half of MDLM's steps): test perplexity 22.3.
 
 out_dir = 'out-lm1b_ar'
-dataset = 'lm1b'            # its words are joined to their punctuation again
+dataset = 'lm1b'  # its words are joined to their punctuation again
 tokenizer = 'bert-base-uncased'
 val_split = 'test'
-packing = 'sentence'        # [CLS], a sentence, [SEP], padding: corrupted and attended, not scored
+packing = 'sentence'  # [CLS], a sentence, [SEP], padding: corrupted and attended to, no loss
 block_size = 128
 batch_size = 64
 global_batch_size = 512

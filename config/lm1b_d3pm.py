@@ -7,10 +7,10 @@
 # Published: MDLM's ablation of the SUBS parameterisation; its figures are for 1M steps.
 
 out_dir = 'out-lm1b_d3pm'
-dataset = 'lm1b'            # its words are joined to their punctuation again
+dataset = 'lm1b'  # its words are joined to their punctuation again
 tokenizer = 'bert-base-uncased'
 val_split = 'test'
-packing = 'sentence'        # [CLS], a sentence, [SEP], padding: corrupted and attended, not scored
+packing = 'sentence'  # [CLS], a sentence, [SEP], padding: corrupted and attended to, no loss
 block_size = 128
 batch_size = 64
 global_batch_size = 512
@@ -21,9 +21,9 @@ n_embd = 768
 cond_dim = 128
 time_conditioning = True
 dropout = 0.1
-objective = 'd3pm'          # its reconstruction term included
+objective = 'd3pm'  # its reconstruction term included
 T = 1000
-subs_masking = False        # the net may give the mask itself a probability
+subs_masking = False  # the net may give the mask itself a probability
 
 learning_rate = 3e-4
 max_iters = 1_000_000

@@ -1,4 +1,5 @@
-# MDLM on the One Billion Word benchmark, sentences padded to 128 (Sahoo et al. 2024, arXiv 2406.07524).
+# MDLM on the One Billion Word benchmark, sentences padded to 128
+# (Sahoo et al. 2024, arXiv 2406.07524).
 #
 #   python data.py --dataset=lm1b --tokenizer=bert-base-uncased
 #   torchrun --nproc_per_node=8 train.py config/lm1b_mdlm.py
@@ -7,10 +8,10 @@
 # Published (MDLM's table 1, 1M steps, 33B tokens): test perplexity at most 27.0.
 
 out_dir = 'out-lm1b_mdlm'
-dataset = 'lm1b'            # its words are joined to their punctuation again
+dataset = 'lm1b'  # its words are joined to their punctuation again
 tokenizer = 'bert-base-uncased'
 val_split = 'test'
-packing = 'sentence'        # [CLS], a sentence, [SEP], padding: corrupted and attended, not scored
+packing = 'sentence'  # [CLS], a sentence, [SEP], padding: corrupted and attended to, no loss
 block_size = 128
 batch_size = 64
 global_batch_size = 512

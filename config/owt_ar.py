@@ -1,15 +1,17 @@
-# MDLM's autoregressive baseline on OpenWebText: the same transformer, causal and without conditioning.
+# MDLM's autoregressive baseline on OpenWebText: the same transformer, but causal and without
+# conditioning.
 #
 #   python data.py --dataset=openwebtext --tokenizer=gpt2
 #   torchrun --nproc_per_node=8 train.py config/owt_ar.py
 #
 # Hardware: 8 GPUs of 80 GB, 32 rows each, two micro-batches a step.
-# Published (MDLM's table 2, as many tokens as MDLM's 1M steps have masked: 500k steps): test perplexity 17.5.
+# Published (MDLM's table 2; 500k steps, as many tokens as MDLM's 1M steps have masked):
+# test perplexity 17.5.
 
 out_dir = 'out-owt-ar'
 dataset = 'openwebtext'
 tokenizer = 'gpt2'
-packing = 'wrap'            # 1,022 tokens of the stream between BOS and EOS
+packing = 'wrap'  # 1,022 tokens of the stream between BOS and EOS
 block_size = 1024
 batch_size = 32
 global_batch_size = 512

@@ -7,7 +7,7 @@
 # Published (1M steps, 262B tokens): test perplexity at most 23.2.
 
 out_dir = 'out-owt-mdlm'
-dataset = 'openwebtext'     # its last 100,000 documents are validation
+dataset = 'openwebtext'  # its last 100,000 documents are validation
 tokenizer = 'gpt2'
 packing = 'wrap'
 block_size = 1024
@@ -17,8 +17,8 @@ global_batch_size = 512
 n_layer = 12
 n_head = 12
 n_embd = 768
-cond_dim = 128              # adaLN-zero,
-time_conditioning = False   # always fed sigma = 0
+cond_dim = 128  # adaLN-zero
+time_conditioning = False  # always fed sigma = 0
 dropout = 0.1
 objective = 'subs'
 

@@ -1,4 +1,5 @@
-# SEDD with absorbing noise on OpenWebText, as MDLM's release trains it for its baseline (Lou et al. 2023, arXiv 2310.16834).
+# SEDD with absorbing noise on OpenWebText, as MDLM's release trains it for its baseline
+# (Lou et al. 2023, arXiv 2310.16834).
 #
 #   python data.py --dataset=openwebtext --tokenizer=gpt2
 #   torchrun --nproc_per_node=8 train.py config/owt_sedd.py
@@ -18,7 +19,7 @@ n_layer = 12
 n_head = 12
 n_embd = 768
 cond_dim = 128
-time_conditioning = True    # the score depends on the noise level
+time_conditioning = True  # the score depends on the noise level
 dropout = 0.1
 objective = 'sedd'
 

@@ -1,18 +1,21 @@
 """
-How fast, against the dense textbook versions of tests/reference.py and a large matrix product, in the same run:
+How fast, measured against the dense textbook of tests/reference.py and a large matrix product:
 
-    python tests/bench.py                         the tables of README's "How fast", 20 minutes on 2 cores
-    python tests/bench.py --device=cuda           the same on a GPU
-    python tests/bench.py --compare=FILE          the same, and what changed since FILE, an earlier bench.jsonl
-    python tests/bench.py --part=train --n_layer=12 --n_head=12 --n_embd=768 --block_size=1024 --batch_size=2
-    python tests/bench.py --part=optimizers       AdamW and Muon on the quickstart, 5 minutes
-    python tests/bench.py --part=nelbo --out_dir=out-quickstart      the spread of the estimators of the NELBO over seeds
+    python tests/bench.py                       every table, 20 minutes on 2 cores
+    python tests/bench.py --device=cuda         the same on a GPU
+    python tests/bench.py --compare=FILE        and what changed since FILE, an earlier bench.jsonl
+    python tests/bench.py --part=train --n_layer=12 --n_head=12 --n_embd=768 --batch_size=2
+    python tests/bench.py --part=optimizers     AdamW and Muon on the quickstart, 5 minutes
+    python tests/bench.py --part=nelbo --out_dir=out-quickstart   estimators over seeds
 
-Prints a table a part and appends each row to `out`. Of a row, whole numbers and words say what was measured, the other numbers what was
-found. "of matmul" is the share of the FLOP/s of a large matrix product in the same process and format; only products that are performed
-are counted, the projection at masked positions. What we are compared with has torch's own attention and dropout, our network otherwise,
-and keeps freed memory as we do (model.reuse_memory) unless it says otherwise. Peak memory is the process's (CPU) or the allocator's (CUDA).
+Prints one table a part and appends each row to `out`. In a row, whole numbers and words say what
+was measured; the other numbers are what was found. "of matmul" is the share of the FLOP/s of a
+large matrix product in the same process and format. Only products that are performed are counted:
+the projection at masked positions. The versions we compare with have torch's own attention and
+dropout, our network otherwise, and keep freed memory as we do (model.reuse_memory) unless a row
+says otherwise. Peak memory is the process's (CPU) or the allocator's (CUDA).
 """
+
 import contextlib
 import ctypes
 import json
@@ -28,46 +31,46 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-sys.path[:0] = [os.path.dirname(os.path.dirname(os.path.abspath(__file__))), os.path.dirname(os.path.abspath(__file__))]
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(1, os.path.dirname(os.path.abspath(__file__)))
 
-import data  # noqa: E402
-import eval  # noqa: E402
-import model  # noqa: E402
-import reference  # noqa: E402
-from configurator import configure  # noqa: E402
-from model import SIZES, DiT, ModelConfig, autocast, corrupt, load_pretrained, loglinear, per_token_loss, pick_device, reuse_memory  # noqa: E402
-from sample import generate  # noqa: E402
+import data
+import model
+import reference
+from configurator import configure
+from eval import nelbo as measured_nelbo
+from model import (
+    SIZES, DiT, ModelConfig, autocast, corrupt, load_pretrained, loglinear, per_token_loss,
+    pick_device, reuse_memory
+)
+from sample import generate
 
-part = None           # train projection attention cost loop processes estimate checkpoint sample batch samplers ar nelbo optimizers data; None: all but nelbo, optimizers
-device = 'cpu'        # 'cpu', 'cuda'
-dtype = None          # 'float32' or 'bfloat16'; None: both (cost: bfloat16)
-n_layer = 4           # the shape of the net
-n_head = 4
-n_embd = 256
-cond_dim = 128        # width of the adaLN conditioning
-dropout = 0.1         # on the residual branches
-vocab_size = 50258    # ids, the mask included
-block_size = 256      # tokens a row
-batch_size = None     # rows; None: 8, of part sample 4
-repeats = 5           # training steps that are timed, after two that are not; the median counts
-steps = 512           # of the sampler
-first = 0             # so many network evaluations of the first row are timed, and the dense sampler over the steps they cover; 0: all (sample)
-dense_steps = 6       # so many of them are timed in the dense sampler, which does the same work in each; its time for all follows from that
-compile = False       # compile the trunk (train, sample)
-megabytes = 200       # of text (data)
-tokenizer = 'gpt2'    # (data, loop, checkpoint, processes)
+part = None  # which table: see PARTS below; None: all but nelbo and optimizers
+device = 'cpu'  # 'cpu', 'cuda'
+dtype = None  # [float32 | bfloat16] None: both (cost: bfloat16)
+n_layer = 4  # [>= 1] the shape of the net
+n_head = 4  # [>= 1]
+n_embd = 256  # [>= 1]
+cond_dim = 128  # width of the adaLN conditioning
+dropout = 0.1  # on the residual branches
+vocab_size = 50258  # ids, the mask included
+block_size = 256  # [>= 1] tokens a row
+batch_size = None  # [int >= 1] rows; None: 8, of part sample 4
+repeats = 5  # [>= 1] training steps that are timed, after two that are not; the median counts
+steps = 512  # [>= 1] of the sampler
+first = 0  # (sample) time only this many network evaluations of the first row; 0: all
+dense_steps = 6  # [>= 1] (sample) steps timed of the dense sampler; all steps cost the same
+compile = False  # compile the trunk (train, sample)
+megabytes = 200  # [>= 1] of text (data)
+tokenizer = 'gpt2'  # (data, loop, checkpoint, processes)
 out_dir = 'out-quickstart'  # a trained net (nelbo)
-seeds = 16            # (nelbo)
-out = 'bench.jsonl'   # rows are appended to it
-compare = None        # an earlier one: print what changed since
+seeds = 16  # [>= 1] (nelbo)
+out = 'bench.jsonl'  # rows are appended to it
+compare = None  # an earlier one: print what changed since
 constants = configure(globals())
-batch_size = (4 if part == 'sample' else 8) if batch_size is None else batch_size
+if batch_size is None:
+    batch_size = 4 if part == 'sample' else 8
 device = pick_device(device)
-for key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'repeats', 'steps', 'dense_steps', 'megabytes', 'seeds'):
-    if constants[key] < 1:
-        sys.exit(f'error: {key}={constants[key]}: it must be at least 1')
-if dtype not in (None, 'float32', 'bfloat16') or constants['batch_size'] is not None and batch_size < 1:
-    sys.exit(f"error: dtype={dtype!r}, batch_size={constants['batch_size']}: the one is float32, bfloat16 or None, the other at least 1 or None")
 root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if device.type == 'cpu' and part != 'train':
     reuse_memory()
@@ -78,17 +81,23 @@ def synchronize():
         torch.cuda.synchronize()
 
 
-def seconds(function):
+def timed(function):
+    """(seconds, result)."""
     synchronize()
     start = time.perf_counter()
-    function()
+    result = function()
     synchronize()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, result
+
+
+def seconds(function):
+    return timed(function)[0]
 
 
 def median(function, n=5):
-    """Seconds, of n calls after two."""
-    function(), function()
+    """Seconds a call, the median of n calls after two."""
+    function()
+    function()
     return sorted(seconds(function) for _ in range(n))[n // 2]
 
 
@@ -109,20 +118,28 @@ def peak_gigabytes():
         with open('/proc/self/status') as f:
             return next(int(line.split()[1]) for line in f if line.startswith('VmHWM')) / 1e6
     import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == 'darwin' else 1e6)
+
+    unit = 1e9 if sys.platform == 'darwin' else 1e6  # bytes, elsewhere kB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def matmul_rate(format):
+def matmul_rate(precision):
     """FLOP/s of a large matrix product."""
     n = 8192 if device.type == 'cuda' else 2048
-    a, b = (torch.randn(n, n, device=device).to(getattr(torch, format)) for _ in range(2))
+    a, b = (torch.randn(n, n, device=device).to(getattr(torch, precision)) for _ in range(2))
     a @ b
-    return 2 * n ** 3 / min(seconds(lambda: a @ b) for _ in range(5))
+    return 2 * n**3 / min(seconds(lambda: a @ b) for _ in range(5))
 
 
 def new_net(**shape):
     torch.manual_seed(0)
-    shape = dict(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, cond_dim=cond_dim, dropout=dropout) | shape
+    shape = (
+        dict(
+            block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head,
+            n_embd=n_embd, cond_dim=cond_dim, dropout=dropout
+        )
+        | shape
+    )
     net = DiT(ModelConfig(mask_id=shape['vocab_size'] - 1, **shape)).to(device)
     with torch.no_grad():
         for p in net.parameters():  # adaLN-zero would switch the blocks off
@@ -134,7 +151,11 @@ def new_net(**shape):
 def torch_only():
     """With torch's own attention and dropout."""
     ours = model.attention, model.dropout
-    model.attention = lambda q, k, v, attn_mask=None, p=0.0, is_causal=False: F.scaled_dot_product_attention(q, k, v, attn_mask, p, is_causal)
+
+    def attention(q, k, v, attn_mask=None, p=0.0, is_causal=False):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask, p, is_causal)
+
+    model.attention = attention
     model.dropout = F.dropout
     yield
     model.attention, model.dropout = ours
@@ -145,23 +166,27 @@ def torch_only():
 
 
 class Training:
-    """A net, its average and AdamW; step() is one step as train.py makes it, of a batch that is there already."""
+    """A net, its average and AdamW; step() is one step of train.py on a batch that is ready."""
 
     def __init__(self, loss_function=per_token_loss, rows=None, **shape):
         self.loss_function, self.rows = loss_function, rows or batch_size
         self.net = net = new_net(**shape).train()
         if compile:
             net.trunk = torch.compile(net.trunk)
-        self.parameters, self.ema = list(net.parameters()), [p.detach().clone() for p in net.parameters()]
+        self.parameters = list(net.parameters())
+        self.ema = [p.detach().clone() for p in net.parameters()]
         self.optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
         self.x0 = torch.randint(net.config.mask_id, (self.rows, net.config.block_size)).to(device)
         self.t = ((torch.arange(self.rows) + 0.5) / self.rows).to(device)
-        self.xt = corrupt(self.x0, self.t, net.config.mask_id, loglinear, torch.Generator().manual_seed(0))
+        self.xt = corrupt(
+            self.x0, self.t, net.config.mask_id, loglinear, torch.Generator().manual_seed(0)
+        )
         self.masked = (self.xt == net.config.mask_id).flatten().nonzero().squeeze(1)
-        self.options, self.dense = dict(masked=self.masked) if loss_function is per_token_loss else {}, loss_function not in (per_token_loss, prototype)
+        self.options = dict(masked=self.masked) if loss_function is per_token_loss else {}
+        self.dense = loss_function not in (per_token_loss, prototype)
 
-    def step(self, format):
-        with autocast(device, format):
+    def step(self, precision):
+        with autocast(device, precision):
             self.loss_function(self.net, self.x0, self.xt, self.t, **self.options).mean().backward()
         self.update()
 
@@ -176,101 +201,198 @@ class Training:
             torch._foreach_lerp_(self.ema, self.parameters, 1e-4)
 
     def flops(self):
-        return self.net.train_flops(self.rows, self.net.config.block_size, self.x0.numel() if self.dense else len(self.masked))
+        projected = self.x0.numel() if self.dense else len(self.masked)
+        return self.net.train_flops(self.rows, self.net.config.block_size, projected)
 
 
 def prototype(net, x0, xt, t):
-    """The NELBO with the one idea of projecting masked positions alone, in plain PyTorch."""
+    """The NELBO in plain PyTorch, with one idea: project masked positions alone."""
     masked = xt == net.config.mask_id
-    logits = net.head(net.trunk(xt)[masked]).index_fill(1, torch.tensor(net.config.mask_id, device=device), -torch.inf)
-    return torch.zeros(x0.shape, device=device).masked_scatter(masked, F.cross_entropy(logits, x0[masked], reduction='none')) / t[:, None]
+    mask_id = torch.tensor(net.config.mask_id, device=device)
+    logits = net.head(net.trunk(xt)[masked]).index_fill(1, mask_id, -torch.inf)
+    nll = F.cross_entropy(logits, x0[masked], reduction='none')
+    return torch.zeros(x0.shape, device=device).masked_scatter(masked, nll) / t[:, None]
+
+
+def textbook(net, x0, xt, t):
+    return reference.subs_nelbo(net, x0, xt, t, loglinear)
 
 
 def train():
-    """The textbook is dense; the prototype projects masked positions alone; both have torch's own attention and dropout. The last row gives freed memory back."""
-    dense = lambda net, x0, xt, t: reference.subs_nelbo(net, x0, xt, t, loglinear)
-    given_back = []
-    for kept in (False, True):
-        if kept and device.type == 'cpu':
-            reuse_memory()
-        for format in formats:
-            rate, found = matmul_rate(format), []
-            for name, loss_function in (('nanoMDM', per_token_loss), ('textbook', dense), ('prototype', prototype))[0 if kept else 2:]:
-                reset_peak()
-                with contextlib.nullcontext() if name == 'nanoMDM' else torch_only():
-                    training = Training(loss_function)
-                    time_ = median(partial(training.step, format), repeats)
-                found.append(dict(name=name if kept else 'prototype, memory given back', dtype=format, tokens_per_s=training.x0.numel() / time_,
-                                  of_matmul=training.flops() / time_ / rate, peak_gb=peak_gigabytes()))
-                del training
-            if not kept:
-                given_back += found
-                continue
-            for row in [*found, given_back[formats.index(format)]]:
-                yield row | dict(times_textbook=row['tokens_per_s'] / found[1]['tokens_per_s'], matmul_gflops=rate / 1e9)
+    """The textbook is dense; the prototype projects masked positions alone; both have torch's own
+    attention and dropout. The last row gives freed memory back."""
+
+    def measured(name, loss_function, precision, rate):
+        reset_peak()
+        with contextlib.nullcontext() if loss_function is per_token_loss else torch_only():
+            training = Training(loss_function)
+            time_ = median(partial(training.step, precision), repeats)
+        return dict(
+            name=name,
+            dtype=precision,
+            tokens_per_s=training.x0.numel() / time_,
+            of_matmul=training.flops() / time_ / rate,
+            peak_gb=peak_gigabytes(),
+        )
+
+    given_back = {}
+    for precision in formats:  # before reuse_memory, which cannot be undone
+        given_back[precision] = measured(
+            'prototype, memory given back', prototype, precision, matmul_rate(precision)
+        )
+    if device.type == 'cpu':
+        reuse_memory()
+    for precision in formats:
+        rate = matmul_rate(precision)
+        found = [
+            measured('nanoMDM', per_token_loss, precision, rate),
+            measured('textbook', textbook, precision, rate),
+            measured('prototype', prototype, precision, rate),
+            given_back[precision],
+        ]
+        for row in found:
+            yield row | dict(
+                times_textbook=row['tokens_per_s'] / found[1]['tokens_per_s'],
+                matmul_gflops=rate / 1e9,
+            )
 
 
 def projection():
-    """The vocabulary projection and cross entropy of half of the positions, against the dense form of them."""
-    for format in formats:
-        rate, net = matmul_rate(format), new_net(n_layer=1)
+    """Vocabulary projection and cross entropy of half of the positions, against the dense form."""
+    for precision in formats:
+        rate = matmul_rate(precision)
+        net = new_net(n_layer=1)
         N = batch_size * block_size // 2
-        h, target = torch.randn(N, n_embd, device=device, requires_grad=True), torch.randint(vocab_size - 1, (N,), device=device)
-        for name, nll in (('nanoMDM', lambda: net.nll(h, target)), ('textbook', lambda: F.cross_entropy(net.head(h), target, reduction='none'))):
-            def both():
-                with autocast(device, format):
-                    loss = nll().sum()
-                parts.append(seconds(lambda: loss.backward()))
+        h = torch.randn(N, n_embd, device=device, requires_grad=True)
+        target = torch.randint(vocab_size - 1, (N,), device=device)
+
+        def dense_nll(h, target, net=net):
+            return F.cross_entropy(net.head(h), target, reduction='none')
+
+        for name, nll in (('nanoMDM', net.nll), ('textbook', dense_nll)):
+            backward_times = []
+
+            def forward_backward(
+                nll=nll, h=h, target=target, precision=precision, net=net, times=backward_times
+            ):
+                with autocast(device, precision):
+                    loss = nll(h, target).sum()
+                times.append(seconds(loss.backward))
                 net.zero_grad()
-            parts = []
-            total = median(both)
-            backward = sorted(parts[2:])[2]
-            yield dict(name=name, dtype=format, positions=N, forward_ms=(total - backward) * 1e3, backward_ms=backward * 1e3, of_matmul=6 * N * n_embd * vocab_size / total / rate)
+
+            total = median(forward_backward)
+            backward = sorted(backward_times[2:])[2]
+            yield dict(
+                name=name,
+                dtype=precision,
+                positions=N,
+                forward_ms=(total - backward) * 1e3,
+                backward_ms=backward * 1e3,
+                of_matmul=6 * N * n_embd * vocab_size / total / rate,
+            )
 
 
 def attentions():
     """The ways to one layer's attention, forward and backward."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
+
     ways = {'nanoMDM': model.attention, 'torch': F.scaled_dot_product_attention}
+    shapes = ((8, 4, 256, 64), (2, 12, 1024, 64))
     if device.type == 'cuda':
-        ways |= {f'torch, {backend.name.lower()}': sdpa_kernel(backend)(F.scaled_dot_product_attention)
-                 for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)}
-    for format in formats:
-        rate = matmul_rate(format)
-        for B, H, L, D in ((32, 12, 1024, 64), (4, 16, 4096, 128)) if device.type == 'cuda' else ((8, 4, 256, 64), (2, 12, 1024, 64)):
-            q, k, v, grad = torch.randn(4, B, H, L, D, device=device, dtype=getattr(torch, format)).requires_grad_()
+        shapes = ((32, 12, 1024, 64), (4, 16, 4096, 128))
+        for name in ('FLASH_ATTENTION', 'CUDNN_ATTENTION', 'EFFICIENT_ATTENTION'):
+            kernel = sdpa_kernel(getattr(SDPBackend, name))
+            ways[f'torch, {name.lower()}'] = kernel(F.scaled_dot_product_attention)
+
+    def forward_backward(way, qkv, grad):
+        return torch.autograd.grad(way(*qkv), qkv, grad)
+
+    for precision in formats:
+        rate = matmul_rate(precision)
+        for B, H, L, D in shapes:
+            q, k, v, grad = torch.randn(
+                4, B, H, L, D, device=device, dtype=getattr(torch, precision)
+            ).requires_grad_()
             for name, way in ways.items():
                 try:
-                    forward = median(lambda: way(q.detach(), k.detach(), v.detach()))
-                    total = median(lambda: torch.autograd.grad(way(q, k, v), (q, k, v), grad))
+                    forward = median(partial(way, q.detach(), k.detach(), v.detach()))
+                    total = median(partial(forward_backward, way, (q, k, v), grad))
                 except RuntimeError as error:  # a backend that does not take this format
-                    print(f'{name}, {format}: {str(error).splitlines()[0]}')
+                    print(f'{name}, {precision}: {str(error).splitlines()[0]}')
                     continue
-                yield dict(name=name, dtype=format, rows=B, heads=H, tokens=L, width=D, forward_ms=forward * 1e3, forward_backward_ms=total * 1e3,
-                           of_matmul=12 * B * H * L * L * D / total / rate)
+                yield dict(
+                    name=name,
+                    dtype=precision,
+                    rows=B,
+                    heads=H,
+                    tokens=L,
+                    width=D,
+                    forward_ms=forward * 1e3,
+                    forward_backward_ms=total * 1e3,
+                    of_matmul=12 * B * H * L * L * D / total / rate,
+                )
 
 
 def cost():
-    """How the time of a training step grows, and a model of it, fitted to these rows: so much for a FLOP of products, for one of attention, for an element of the
-    activations, for a logit, and for a parameter."""
-    format, rows, terms = formats[-1], [], []
+    """How the time of a training step grows, and a model of it fitted to these rows: a cost for a
+    FLOP of products, a FLOP of attention, an element of the activations, a logit, a parameter."""
+    precision = formats[-1]
+    rows = []
+    terms = []
     base = dict(block_size=256, vocab_size=50258, n_layer=4, n_head=4, n_embd=256)
-    shapes = [(16, {}), *((4096 // L, dict(block_size=L)) for L in (512, 1024, 2048, 4096)), *((16, dict(vocab_size=V)) for V in (256, 4096, 32_000, 128_000)),
-              *((16, dict(n_layer=n)) for n in (2, 8, 16)), (16, dict(n_embd=128, n_head=2)), (16, dict(n_embd=512, n_head=8)), *((B, {}) for B in (1, 4, 64))]
+    shapes = [
+        (16, {}),
+        *((4096 // L, dict(block_size=L)) for L in (512, 1024, 2048, 4096)),
+        *((16, dict(vocab_size=V)) for V in (256, 4096, 32_000, 128_000)),
+        *((16, dict(n_layer=n)) for n in (2, 8, 16)),
+        (16, dict(n_embd=128, n_head=2)),
+        (16, dict(n_embd=512, n_head=8)),
+        *((B, {}) for B in (1, 4, 64)),
+    ]
     for B, shape in shapes:
         training = Training(rows=B, **base | shape)
-        time_, c, P = median(partial(training.step, format), 3), training.net.config, training.net.num_params()
+        time_ = median(partial(training.step, precision), 3)
+        c = training.net.config
+        P = training.net.num_params()
         tokens, flops = training.x0.numel(), training.flops()
         attention = 12 * tokens * c.n_layer * c.block_size * c.n_embd
-        terms.append([(flops - attention) / 1e9, attention / 1e9, tokens * c.n_layer * c.n_embd / 1e6, len(training.masked) * c.vocab_size / 1e6, P / 1e6])
-        rows.append(dict(dtype=format, rows=B, tokens=c.block_size, vocabulary=c.vocab_size, layers=c.n_layer, width=c.n_embd, millions=round(P / 1e6), gflops=flops / 1e9, ms=time_ * 1e3,
-                         tokens_per_s=tokens / time_))
+        terms.append(
+            [
+                (flops - attention) / 1e9,
+                attention / 1e9,
+                tokens * c.n_layer * c.n_embd / 1e6,
+                len(training.masked) * c.vocab_size / 1e6,
+                P / 1e6,
+            ]
+        )
+        rows.append(
+            dict(
+                dtype=precision,
+                rows=B,
+                tokens=c.block_size,
+                vocabulary=c.vocab_size,
+                layers=c.n_layer,
+                width=c.n_embd,
+                millions=round(P / 1e6),
+                gflops=flops / 1e9,
+                ms=time_ * 1e3,
+                tokens_per_s=tokens / time_,
+            )
+        )
         del training
-    terms, measured = torch.tensor(terms, dtype=torch.float64), torch.tensor([row['ms'] for row in rows], dtype=torch.float64)
-    factors = torch.linalg.lstsq(terms / measured[:, None], torch.ones(len(rows), 1, dtype=torch.float64)).solution     # the least relative errors
-    names = ('GFLOPs of products', 'GFLOPs of attention', 'million tokens x layers x width', 'million masked tokens x vocabulary', 'million parameters')
-    print('ms = ' + ' + '.join(f'{factor:.3g} x {name}' for factor, name in zip(factors.flatten().tolist(), names)))
-    for row, predicted in zip(rows, (terms @ factors).flatten().tolist()):
+    terms = torch.tensor(terms, dtype=torch.float64)
+    measured = torch.tensor([row['ms'] for row in rows], dtype=torch.float64)
+    # the least relative errors
+    factors = torch.linalg.lstsq(
+        terms / measured[:, None], torch.ones(len(rows), 1, dtype=torch.float64)
+    ).solution
+    names = (
+        'GFLOPs of products', 'GFLOPs of attention', 'million tokens x layers x width',
+        'million masked tokens x vocabulary', 'million parameters'
+    )
+    fitted = zip(factors.flatten().tolist(), names, strict=True)
+    print('ms = ' + ' + '.join(f'{factor:.3g} x {name}' for factor, name in fitted))
+    for row, predicted in zip(rows, (terms @ factors).flatten().tolist(), strict=True):
         yield row | dict(model_ms=predicted, model_to_measured=predicted / row['ms'])
 
 
@@ -281,21 +403,41 @@ def cost():
 @contextlib.contextmanager
 def corpus():
     """A folder on this disk with tokenized text and a function that runs train.py there."""
-    shape = [f'--{key}={constants[key]}' for key in ('tokenizer', 'n_layer', 'n_head', 'n_embd', 'cond_dim', 'dropout', 'device')]
+    shape = [
+        f'--{key}={constants[key]}'
+        for key in ('tokenizer', 'n_layer', 'n_head', 'n_embd', 'cond_dim', 'dropout', 'device')
+    ]
     with tempfile.TemporaryDirectory(dir='.') as folder:
         with open(os.path.join(folder, 'corpus.txt'), 'w') as f:
             f.write('\n\n'.join(document for _, document, _, _ in data.read_stdlib()))
 
         def run(script, *options, processes=0, **environment):
-            launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}'] if processes else []
-            done = subprocess.run([sys.executable, *launcher, os.path.join(root, script), *options], cwd=folder, capture_output=True, text=True, env=os.environ | environment)
+            launcher = []
+            if processes:
+                launcher = [
+                    '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}'
+                ]
+            done = subprocess.run(
+                [sys.executable, *launcher, os.path.join(root, script), *options],
+                cwd=folder,
+                capture_output=True,
+                text=True,
+                env=os.environ | environment,
+            )
             assert done.returncode == 0, done.stdout + done.stderr
             return done.stdout
 
         def run_train(*options, **how):
-            stdout = run('train.py', '--dataset=corpus', *shape, '--sample_at_end=False', '--eval_iters=1', '--out_dir=out', *options, **how)
+            stdout = run(
+                'train.py', '--dataset=corpus', *shape, '--sample_at_end=False', '--eval_iters=1',
+                '--out_dir=out', *options, **how
+            )
             with open(os.path.join(folder, 'out', 'metrics.jsonl')) as f:
-                rates = sorted(row['tokens_per_s'] for row in map(json.loads, f) if 'tokens_per_s' in row and row['iter'] > 2)
+                rates = sorted(
+                    row['tokens_per_s']
+                    for row in map(json.loads, f)
+                    if 'tokens_per_s' in row and row['iter'] > 2
+                )
             return stdout, rates[len(rates) // 2]
 
         run('data.py', '--dataset=text:corpus.txt', '--name=corpus', f'--tokenizer={tokenizer}')
@@ -305,61 +447,132 @@ def corpus():
 def loop():
     """The whole loop of train.py, and how much of its time it waits for batches."""
     with corpus() as run_train:
-        for format in formats:
-            stdout, rate = run_train(f'--dtype={format}', f'--batch_size={batch_size}', f'--global_batch_size={batch_size}', f'--block_size={block_size}', '--max_iters=30', '--log_interval=3')
+        for precision in formats:
+            stdout, rate = run_train(
+                f'--dtype={precision}', f'--batch_size={batch_size}',
+                f'--global_batch_size={batch_size}', f'--block_size={block_size}', '--max_iters=30',
+                '--log_interval=3'
+            )
             waited = float(re.search(r'waited for its batches ([\d.]+)%', stdout).group(1))
-            yield dict(name='train.py', dtype=format, tokens_per_s=rate, waited_percent=waited)
+            yield dict(name='train.py', dtype=precision, tokens_per_s=rate, waited_percent=waited)
 
 
 def processes():
-    """Several processes of this machine (gloo, or nccl on GPUs) on one global batch, and what all-reducing its gradients would take of 8 and 64 GPUs."""
-    counts = [n for n in (1, 2, 4, 8) if n <= (torch.cuda.device_count() if device.type == 'cuda' else os.cpu_count())]
+    """Several processes of this machine (gloo, or nccl on GPUs) on one global batch."""
+    available = torch.cuda.device_count() if device.type == 'cuda' else os.cpu_count()
+    counts = [n for n in (1, 2, 4, 8) if n <= available]
     rates = []
     with corpus() as run_train:
         for n in counts:
-            threads = {} if device.type == 'cuda' else dict(OMP_NUM_THREADS=str(os.cpu_count() // n))
-            _, rate = run_train(f'--batch_size={batch_size}', f'--global_batch_size={batch_size * counts[-1]}', f'--block_size={block_size}', '--max_iters=12', '--log_interval=2', processes=n, **threads)
+            threads = {}
+            if device.type == 'cpu':
+                threads = dict(OMP_NUM_THREADS=str(os.cpu_count() // n))
+            _, rate = run_train(
+                f'--batch_size={batch_size}', f'--global_batch_size={batch_size * counts[-1]}',
+                f'--block_size={block_size}', '--max_iters=12', '--log_interval=2', processes=n,
+                **threads
+            )
             rates.append(rate)
-            yield dict(name='gloo' if device.type == 'cpu' else 'nccl', processes=n, parameters=new_net().num_params(), tokens_per_s=rate, times_one=rate / rates[0])
+            yield dict(
+                name='gloo' if device.type == 'cpu' else 'nccl',
+                processes=n,
+                parameters=new_net().num_params(),
+                tokens_per_s=rate,
+                times_one=rate / rates[0],
+            )
 
 
 def estimate():
-    """On paper: MDLM's 170M (rows of 1,024) and SMDM's 1028M (rows of 2,048) on H100s, 524,288 tokens a step at 50% of 989 TFLOP/s. Each GPU sends and receives
-    2 (n-1)/n times the float32 gradients, at 360 GB/s between the GPUs of a node and 45 GB/s a GPU between nodes (of 450 and 50); that runs beside the
-    backward pass, two thirds of the products, but for the last bucket, the embedding's gradient."""
-    smdm = dict(SIZES['1028M'], block_size=2048, vocab_size=32001, mask_id=32000, cond_dim=0, norm='rmsnorm', mlp='swiglu', mlp_bias=False, head_bias=False, head_mask=False)
-    for name, shape in (('MDLM 170M', dict(n_layer=12, n_head=12, n_embd=768)), ('SMDM 1028M', smdm)):
+    """On paper: MDLM's 170M (rows of 1,024) and SMDM's 1028M (rows of 2,048) on 8 and 64 H100s,
+    524,288 tokens a step at 50% of 989 TFLOP/s. Each GPU sends and receives 2 (n-1)/n times the
+    float32 gradients, at 360 GB/s between the GPUs of a node and at 45 GB/s a GPU between nodes
+    (of 450 and 50). That runs beside the backward pass, two thirds of the products, except for the
+    last bucket, the embedding's gradient."""
+
+    def wire_seconds(numbers, n):
+        return 2 * (n - 1) / n * 4 * numbers / (360e9 if n == 8 else 45e9)
+
+    smdm = dict(
+        SIZES['1028M'], block_size=2048, vocab_size=32001, mask_id=32000, cond_dim=0,
+        norm='rmsnorm', mlp='swiglu', mlp_bias=False, head_bias=False, head_mask=False
+    )
+    for name, shape in (
+        ('MDLM 170M', dict(n_layer=12, n_head=12, n_embd=768)),
+        ('SMDM 1028M', smdm),
+    ):
         with torch.device('meta'):
             net = DiT(ModelConfig(**shape))
-        P, wte, L = net.num_params(), net.wte.weight.numel(), net.config.block_size
+        P = net.num_params()
+        wte = net.wte.weight.numel()
+        L = net.config.block_size
         for n in (8, 64):
-            compute = net.train_flops(2 ** 19 // L, L, 2 ** 18) / n / (0.5 * 989e12)
-            wire = lambda numbers: 2 * (n - 1) / n * 4 * numbers / (360e9 if n == 8 else 45e9)
-            exposed = wire(wte) + max(0, wire(P - wte) - compute * 2 / 3)
-            yield dict(name=name, gpus=n, parameters=P, compute_ms=compute * 1e3, all_reduced_gb=2 * (n - 1) / n * 4 * P / 1e9, all_reduce_ms=wire(P) * 1e3, exposed_ms=exposed * 1e3,
-                       tokens_per_s=2 ** 19 / (compute + exposed), of_linear=compute / (compute + exposed))
+            compute = net.train_flops(2**19 // L, L, 2**18) / n / (0.5 * 989e12)
+            exposed = wire_seconds(wte, n) + max(0, wire_seconds(P - wte, n) - compute * 2 / 3)
+            yield dict(
+                name=name,
+                gpus=n,
+                parameters=P,
+                compute_ms=compute * 1e3,
+                all_reduced_gb=2 * (n - 1) / n * 4 * P / 1e9,
+                all_reduce_ms=wire_seconds(P, n) * 1e3,
+                exposed_ms=exposed * 1e3,
+                tokens_per_s=2**19 / (compute + exposed),
+                of_linear=compute / (compute + exposed),
+            )
 
 
 def optimizers():
-    """The quickstart with AdamW and with Muon: bits/byte of the averaged weights at its end, and the first step, of those evaluated, that is no worse than AdamW's last."""
+    """The quickstart with AdamW and with Muon: bits/byte of the averaged weights at its end, and
+    the first evaluated step that is no worse than AdamW's last."""
     last = None
     with tempfile.TemporaryDirectory(dir='.') as folder:
         for name, learning_rate in (('adamw', '1e-3'), ('muon', '6e-3')):
-            done = subprocess.run([sys.executable, os.path.join(root, 'train.py'), os.path.join(root, 'config', 'quickstart.py'), f'--optimizer={name}', f'--learning_rate={learning_rate}', '--eval_interval=30',
-                                   '--ckpt_interval=1000', '--sample_at_end=False', f'--device={device}', '--out_dir=out'], cwd=folder, capture_output=True, text=True)
+            done = subprocess.run(
+                [
+                    sys.executable,
+                    os.path.join(root, 'train.py'),
+                    os.path.join(root, 'config', 'quickstart.py'),
+                    f'--optimizer={name}',
+                    f'--learning_rate={learning_rate}',
+                    '--eval_interval=30',
+                    '--ckpt_interval=1000',
+                    '--sample_at_end=False',
+                    f'--device={device}',
+                    '--out_dir=out',
+                ],
+                cwd=folder,
+                capture_output=True,
+                text=True,
+            )
             assert done.returncode == 0, done.stdout + done.stderr
             with open(os.path.join(folder, 'out', 'metrics.jsonl')) as f:
-                found = [(row['iter'], row['val_bpb']) for row in map(json.loads, f) if 'val_bpb' in row]
+                found = [
+                    (row['iter'], row['val_bpb']) for row in map(json.loads, f) if 'val_bpb' in row
+                ]
             last = found[-1][1] if last is None else last
             reached = [step for step, bpb in found if bpb <= last]
-            yield dict(name=name, learning_rate=learning_rate, last_step=found[-1][0], val_bpb=found[-1][1], steps_to_adamw=float(min(reached, default='nan')))
+            yield dict(
+                name=name,
+                learning_rate=learning_rate,
+                last_step=found[-1][0],
+                val_bpb=found[-1][1],
+                steps_to_adamw=float(min(reached, default='nan')),
+            )
 
 
 def checkpoint():
     with corpus() as run_train:
-        stdout, _ = run_train('--block_size=64', '--batch_size=1', '--global_batch_size=1', '--max_iters=60', '--ckpt_interval=20')
-    for step, gigabytes, took, waited in re.findall(r'step (\d+): .* written, ([\d.]+) GB in ([\d.]+) s, ([\d.]+) s of which', stdout):
-        yield dict(name='checkpoint', step=int(step), gb=float(gigabytes), written_s=float(took), waited_s=float(waited))
+        stdout, _ = run_train(
+            '--block_size=64', '--batch_size=1', '--global_batch_size=1', '--max_iters=60',
+            '--ckpt_interval=20'
+        )
+    for step, gigabytes, took, waited in re.findall(
+        r'step (\d+): .* written, ([\d.]+) GB in ([\d.]+) s, ([\d.]+) s of which', stdout
+    ):
+        yield dict(
+            name='checkpoint', step=int(step), gb=float(gigabytes), written_s=float(took),
+            waited_s=float(waited)
+        )
 
 
 # -----------------------------------------------------------------------------
@@ -367,97 +580,207 @@ def checkpoint():
 
 
 class Enough(Exception):
-    pass
+    """Raised by on_change to end generate() early."""
 
 
 def sample():
-    net, baseline = new_net().eval(), None
-    for format in formats:
-        rate = matmul_rate(format)
-        events = []
+    """Against the dense sampler, which evaluates and draws every position at every step."""
+    net = new_net().eval()
+    baseline = None
+    for precision in formats:
+        rate = matmul_rate(precision)
+        events = []  # (last step that changed the first row or -1, positions that changed)
 
-        def stop_after_first(rows, cols, ids, confidence, now):
-            events.append((now[rows == 0].max().item(), len(rows)) if (rows == 0).any() else (-1, len(rows)))
+        def stop_after_first(rows, cols, ids, confidence, now, events=events):
+            of_first = now[rows == 0]
+            events.append((of_first.max().item() if len(of_first) else -1, len(rows)))
             if sum(step >= 0 for step, _ in events) == first:
                 raise Enough
 
-        def ours_timed():
-            try:
-                return generate(net, batch_size, block_size, steps, on_change=stop_after_first if first else None, compile=compile)
-            except Enough:
-                return None
+        def sampled(on_change=stop_after_first):
+            with contextlib.suppress(Enough):
+                return generate(
+                    net,
+                    batch_size,
+                    block_size,
+                    steps,
+                    on_change=on_change if first else None,
+                    compile=compile,
+                )
 
-        with torch.no_grad(), autocast(device, format):
+        with torch.no_grad(), autocast(device, precision):
             generate(net, batch_size, block_size, 2, compile=compile)
             reset_peak()
-            result = []
-            ours, ours_peak = seconds(lambda: result.append(ours_timed())), peak_gigabytes()
-            covered = max(step for step, _ in events) + 1 if first else steps                  # of the grid
-            evaluations = batch_size * first if first else result[0].nfe.sum().item()
-            projected = sum(n for _, n in events[1:]) if first else batch_size * block_size
+            ours, result = timed(sampled)
+            ours_peak = peak_gigabytes()
+            if first:
+                covered = max(step for step, _ in events) + 1  # of the grid
+                evaluations = batch_size * first
+                projected = sum(n for _, n in events[1:])
+            else:
+                covered = steps
+                evaluations = result.nfe.sum().item()
+                projected = batch_size * block_size
             reset_peak()
             with torch_only():
-                dense = seconds(lambda: reference.ancestral(net, batch_size, block_size, steps, loglinear, only_steps=dense_steps, dtype=torch.float32)) / dense_steps * covered
-        baseline = baseline or dense / covered
-        flops = lambda evaluations, projected: net.train_flops(evaluations, block_size, projected) / 3
-        for name, time_, n, heads, peak in (('nanoMDM', ours, evaluations, projected, ours_peak),
-                                            ('textbook', dense, batch_size * covered, batch_size * covered * block_size, peak_gigabytes())):
-            yield dict(name=name, dtype=format, steps=covered, s_per_sample=time_ / batch_size, nfe=n / batch_size, of_matmul=flops(n, heads) / time_ / rate, peak_gb=peak,
-                       times_textbook=dense / time_, times_textbook_float32=baseline * covered / time_)
+                dense_step = (
+                    seconds(
+                        partial(
+                            reference.ancestral, net, batch_size, block_size, steps, loglinear,
+                            only_steps=dense_steps, dtype=torch.float32
+                        )
+                    )
+                    / dense_steps
+                )
+            dense_peak = peak_gigabytes()
+        dense = dense_step * covered
+        baseline = baseline or dense_step
+        dense_evaluations = batch_size * covered
+        for name, time_, n, heads, peak in (
+            ('nanoMDM', ours, evaluations, projected, ours_peak),
+            ('textbook', dense, dense_evaluations, dense_evaluations * block_size, dense_peak),
+        ):
+            yield dict(
+                name=name,
+                dtype=precision,
+                steps=covered,
+                s_per_sample=time_ / batch_size,
+                nfe=n / batch_size,
+                of_matmul=net.train_flops(n, block_size, heads) / 3 / time_ / rate,
+                peak_gb=peak,
+                times_textbook=dense / time_,
+                times_textbook_float32=baseline * covered / time_,
+            )
 
 
 def batch():
+    """Samples one by one, and as one batch."""
     net = new_net().eval()
-    for format in formats:
-        with torch.no_grad(), autocast(device, format):
+
+    def one_by_one():
+        for i in range(batch_size):
+            generate(net, 1, block_size, steps, first_row=i)
+
+    for precision in formats:
+        with torch.no_grad(), autocast(device, precision):
             generate(net, 1, block_size, 2)
-            alone = seconds(lambda: [generate(net, 1, block_size, steps, first_row=i) for i in range(batch_size)])
+            alone = seconds(one_by_one)
             reset_peak()
-            together = seconds(lambda: generate(net, batch_size, block_size, steps, batch_size=batch_size))
-        yield dict(name=f'{batch_size} samples', dtype=format, one_by_one_s=alone, one_batch_s=together, batch_to_single=together / alone, peak_gb=peak_gigabytes())
+            together = seconds(
+                partial(generate, net, batch_size, block_size, steps, batch_size=batch_size)
+            )
+        yield dict(
+            name=f'{batch_size} samples',
+            dtype=precision,
+            one_by_one_s=alone,
+            one_batch_s=together,
+            batch_to_single=together / alone,
+            peak_gb=peak_gigabytes(),
+        )
 
 
 def samplers():
-    calls = [('ancestral', {}), ('first_hitting', {}), ('fixed', {}), ('fixed', dict(confidence='top_prob')), ('fixed', dict(confidence='entropy', threshold=1.0)), ('greedy', {}),
-             ('low_confidence', dict(block_length=32)), ('remdm', {}), ('semi_ar', {}), ('ancestral', dict(prompt=[1] * 8, cfg_scale=1.0))]
-    for format in formats:
+    """Every sampler on one net."""
+    calls = [
+        ('ancestral', {}),
+        ('first_hitting', {}),
+        ('fixed', {}),
+        ('fixed', dict(confidence='top_prob')),
+        ('fixed', dict(confidence='entropy', threshold=1.0)),
+        ('greedy', {}),
+        ('low_confidence', dict(block_length=32)),
+        ('remdm', {}),
+        ('semi_ar', {}),
+        ('ancestral', dict(prompt=[1] * 8, cfg_scale=1.0)),
+    ]
+    for precision in formats:
         for name, options in calls:
             net = new_net().eval()
-            with torch.no_grad(), autocast(device, format):
-                result = []
-                taken = seconds(lambda: result.append(generate(net, batch_size, block_size, steps, name, **options)))
-            nfe = result[0].nfe.double().mean().item()
-            yield dict(name=' '.join([name, *(f'{key}={value}' for key, value in options.items() if key != 'prompt')]), dtype=format, s_per_sample=taken / batch_size, nfe=nfe,
-                       ms_per_evaluation=taken / batch_size / nfe * 1000)
+            with torch.no_grad(), autocast(device, precision):
+                taken, result = timed(
+                    partial(generate, net, batch_size, block_size, steps, name, **options)
+                )
+            nfe = result.nfe.double().mean().item()
+            shown = [f'{key}={value}' for key, value in options.items() if key != 'prompt']
+            yield dict(
+                name=' '.join([name, *shown]),
+                dtype=precision,
+                s_per_sample=taken / batch_size,
+                nfe=nfe,
+                ms_per_evaluation=taken / batch_size / nfe * 1000,
+            )
 
 
 def ar():
-    """A causal net with a key/value cache against a diffusion net of the same size, in few and many steps."""
-    nets = {'ar': new_net(causal=True, objective='ar', cond_dim=0).eval(), 'ancestral': new_net().eval()}
-    for format in formats:
+    """A causal net with a key/value cache against a diffusion net of its size in few to many
+    steps."""
+    nets = {
+        'ar': new_net(causal=True, objective='ar', cond_dim=0).eval(),
+        'ancestral': new_net().eval(),
+    }
+    for precision in formats:
         for rows in (1, batch_size):
             first_rate = None
-            for name, steps in (('ar', block_size), *(('ancestral', block_size // share) for share in (32, 8, 1))):
-                call = lambda steps: generate(nets[name], rows, block_size, steps, name, prompt=[1], top_p=0.9, batch_size=rows)
-                with torch.no_grad(), autocast(device, format):
-                    call(2)
-                    result = []
-                    rate = rows * block_size / seconds(lambda: result.append(call(steps)))
+            for name, tokens_a_step in (
+                ('ar', 1),
+                ('ancestral', 32),
+                ('ancestral', 8),
+                ('ancestral', 1),
+            ):
+                num_steps = block_size // tokens_a_step
+                call = partial(
+                    generate,
+                    nets[name],
+                    rows,
+                    block_size,
+                    sampler=name,
+                    prompt=[1],
+                    top_p=0.9,
+                    batch_size=rows,
+                )
+                with torch.no_grad(), autocast(device, precision):
+                    call(steps=2)
+                    taken, result = timed(partial(call, steps=num_steps))
+                rate = rows * block_size / taken
                 first_rate = first_rate or rate
-                nfe = result[0].nfe.double().mean().item()
-                yield dict(name=name, dtype=format, rows=rows, steps=steps, nfe=nfe, tokens_per_s=rate, ms_per_evaluation=rows * block_size / rate / nfe * 1e3, times_ar=rate / first_rate)
+                nfe = result.nfe.double().mean().item()
+                yield dict(
+                    name=name,
+                    dtype=precision,
+                    rows=rows,
+                    steps=num_steps,
+                    nfe=nfe,
+                    tokens_per_s=rate,
+                    ms_per_evaluation=rows * block_size / rate / nfe * 1e3,
+                    times_ar=rate / first_rate,
+                )
 
 
 def nelbo():
+    """The spread of the two estimators of the NELBO over seeds."""
     net = load_pretrained(out_dir, device=device)
     tok = data.get_tokenizer(**net.tokenizer)
-    rows = data.TokenRows(data.find_or_prepare(net.constants['dataset'], tok.name), 'validation', net.config.block_size, net.constants['packing'])
+    folder = data.find_or_prepare(net.constants['dataset'], tok.name)
+    rows = data.TokenRows(folder, 'validation', net.config.block_size, net.constants['packing'])
     for num_mc in (1, 4, 16):
         for estimator in ('time', 'count'):
-            found = torch.tensor([eval.nelbo(net, rows, num_mc, 16, seed, 32, estimator=estimator)['nats_per_token'] for seed in range(seeds)], dtype=torch.float64)
+            results = [
+                measured_nelbo(net, rows, num_mc, 16, seed, 32, estimator=estimator)
+                for seed in range(seeds)
+            ]
+            found = torch.tensor(
+                [result['nats_per_token'] for result in results], dtype=torch.float64
+            )
             spread = found.std().item()
-            yield dict(estimator=estimator, num_mc=num_mc, evaluations=32 * num_mc, mean_nats=found.mean().item(), mean_se=spread / seeds ** 0.5, spread=spread,
-                       spread_times_root_evaluations=spread * (32 * num_mc) ** 0.5)
+            yield dict(
+                estimator=estimator,
+                num_mc=num_mc,
+                evaluations=32 * num_mc,
+                mean_nats=found.mean().item(),
+                mean_se=spread / seeds**0.5,
+                spread=spread,
+                spread_times_root_evaluations=spread * (32 * num_mc) ** 0.5,
+            )
 
 
 # -----------------------------------------------------------------------------
@@ -465,15 +788,19 @@ def nelbo():
 
 
 def prepare():
-    """Text -> bins, in paragraphs of 0.12 kB and in documents of 5 kB, against the tokenizer alone on one core."""
+    """Text -> bins, in paragraphs of 0.12 kB and in documents of 5 kB, against the tokenizer alone
+    on one core."""
     paragraphs = '\n\n'.join(document for _, document, _, _ in data.read_stdlib()).split('\n\n')
     here = os.getcwd()
     for name, size in (('paragraphs', 0), ('documents', 5000)):
-        documents, document = [], ''
+        documents = []
+        document = ''
         for paragraph in paragraphs:
             document += paragraph + '\n'
             if len(document) > size:
-                documents, document = [*documents, document.strip('\n')] if document.strip() else documents, ''
+                if document.strip():
+                    documents.append(document.strip('\n'))
+                document = ''
         text = '\n\n'.join(documents) + '\n\n'
         with tempfile.TemporaryDirectory() as folder:
             os.chdir(folder)
@@ -481,88 +808,183 @@ def prepare():
                 for _ in range(max(1, int(megabytes * 1e6 / len(text.encode())))):
                     f.write(text)
             reset_peak()
-            ours, peak = seconds(lambda: data.prepare('text:corpus.txt', tokenizer, 'corpus')), peak_gigabytes()
-            tokens = sum(split['tokens'] - split['documents'] for split in data.read_meta('data/corpus')['splits'].values())  # without EOS
-            tok, counts = data.get_tokenizer(tokenizer, 'data/corpus'), []
+            ours = seconds(partial(data.prepare, 'text:corpus.txt', tokenizer, 'corpus'))
+            peak = peak_gigabytes()
+            # without EOS
+            tokens = sum(
+                split['tokens'] - split['documents']
+                for split in data.read_meta('data/corpus')['splits'].values()
+            )
+            tok = data.get_tokenizer(tokenizer, 'data/corpus')
             tok.encode_batch(documents)
-            alone = min(seconds(lambda: counts.append(len(tok.encode_batch(documents)[0]))) for _ in range(3))
+            runs = [timed(partial(tok.encode_batch, documents)) for _ in range(3)]
+            alone = min(taken for taken, _ in runs)
+            single = len(runs[0][1][0]) / alone
             os.chdir(here)
-        single, rate = counts[0] / alone, tokens / ours
-        yield dict(name=name, mean_kb=len(text) / len(documents) / 1e3, tokens_per_s=rate, one_core=single, cores=os.cpu_count(), of_all_cores=rate / single / os.cpu_count(), peak_gb=peak)
+        rate = tokens / ours
+        yield dict(
+            name=name,
+            mean_kb=len(text) / len(documents) / 1e3,
+            tokens_per_s=rate,
+            one_core=single,
+            cores=os.cpu_count(),
+            of_all_cores=rate / single / os.cpu_count(),
+            peak_gb=peak,
+        )
 
 
 # -----------------------------------------------------------------------------
 
-PARTS = dict(train=train, projection=projection, attention=attentions, cost=cost, loop=loop, processes=processes, estimate=estimate, checkpoint=checkpoint, sample=sample, batch=batch,
-             samplers=samplers, ar=ar, nelbo=nelbo, optimizers=optimizers, data=prepare)
+PARTS = dict(
+    train=train, projection=projection, attention=attentions, cost=cost, loop=loop,
+    processes=processes, estimate=estimate, checkpoint=checkpoint, sample=sample, batch=batch,
+    samplers=samplers, ar=ar, nelbo=nelbo, optimizers=optimizers, data=prepare
+)
 LARGE = '--n_layer=12 --n_head=12 --n_embd=768 --block_size=1024'  # MDLM's 170M
 SUITE = {
-    'cpu': ['train', f'train {LARGE} --batch_size=2 --repeats=3', 'projection', 'attention', 'cost', 'loop', 'processes', 'estimate', f'checkpoint {LARGE}', 'sample',
-            f'sample {LARGE} --batch_size=1 --steps=1000 --first=30 --dense_steps=2', 'batch --steps=64', 'samplers --batch_size=4 --steps=128 --dtype=bfloat16', 'ar --dtype=bfloat16', 'data'],
-    'cuda': ['train', f'train {LARGE} --batch_size=32 --compile=True', f'train {LARGE} --batch_size=64 --compile=True --dtype=bfloat16', f'projection {LARGE} --batch_size=32', 'attention', 'cost',
-             f'loop {LARGE} --batch_size=32', f'processes {LARGE} --batch_size=32', 'estimate', f'checkpoint {LARGE}', 'sample',
-             f'sample {LARGE} --batch_size=1 --steps=1000 --compile=True', f'sample {LARGE} --batch_size=64 --steps=1000 --dtype=bfloat16', f'batch {LARGE} --steps=64',
-             f'samplers {LARGE} --batch_size=4 --steps=128 --dtype=bfloat16', f'ar {LARGE} --batch_size=64 --dtype=bfloat16', 'data']}
+    'cpu': [
+        'train', f'train {LARGE} --batch_size=2 --repeats=3', 'projection', 'attention', 'cost',
+        'loop', 'processes', 'estimate', f'checkpoint {LARGE}', 'sample',
+        f'sample {LARGE} --batch_size=1 --steps=1000 --first=30 --dense_steps=2',
+        'batch --steps=64', 'samplers --batch_size=4 --steps=128 --dtype=bfloat16',
+        'ar --dtype=bfloat16', 'data'
+    ],
+    'cuda': [
+        'train', f'train {LARGE} --batch_size=32 --compile=True',
+        f'train {LARGE} --batch_size=64 --compile=True --dtype=bfloat16',
+        f'projection {LARGE} --batch_size=32', 'attention', 'cost', f'loop {LARGE} --batch_size=32',
+        f'processes {LARGE} --batch_size=32', 'estimate', f'checkpoint {LARGE}', 'sample',
+        f'sample {LARGE} --batch_size=1 --steps=1000 --compile=True',
+        f'sample {LARGE} --batch_size=64 --steps=1000 --dtype=bfloat16',
+        f'batch {LARGE} --steps=64',
+        f'samplers {LARGE} --batch_size=4 --steps=128 --dtype=bfloat16',
+        f'ar {LARGE} --batch_size=64 --dtype=bfloat16', 'data'
+    ],
+}
 
 
 def label(row):
     """What tells a row from others: all but what was found, and the versions."""
-    return json.dumps({key: value for key, value in row.items() if key in constants and key not in ('out', 'compare') or not isinstance(value, float) and key not in (*constants, 'commit', 'torch')},
-                      sort_keys=True)
+
+    def identifies(key, value):
+        if key in constants:
+            return key not in ('out', 'compare')
+        return key not in ('commit', 'torch') and not isinstance(value, float)
+
+    return json.dumps(
+        {key: value for key, value in row.items() if identifies(key, value)}, sort_keys=True
+    )
 
 
 def changes(old, new):
-    """(row, measure, before, now) of all that both lists of rows hold; of rows that are alike the last one counts."""
+    """(row, measure, before, now) of all that both lists of rows hold; the last of equal rows
+    counts."""
     old = {label(row): row for row in old}
     for what, row in {label(row): row for row in new}.items():
         if what in old:
-            yield from ((row, key, old[what][key], now) for key, now in row.items() if isinstance(now, float) and key not in constants)
+            for key, now in row.items():
+                if isinstance(now, float) and key not in constants:
+                    yield row, key, old[what][key], now
+
+
+def cell(value):
+    if not isinstance(value, float):
+        return str(value)
+    return f'{value:,.0f}' if value >= 100 else f'{value:.3g}'
+
+
+def table_row(values):
+    return '| ' + ' | '.join(values) + ' |'
+
+
+def machine_name():
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name()
+    if os.path.exists('/proc/cpuinfo'):
+        with open('/proc/cpuinfo') as f:
+            for line in f:
+                if line.startswith('model name'):
+                    return line.split(':')[1].strip()
+    return platform.processor()
+
+
+def run_part():
+    """Print the table of one part, and append its rows to `out`."""
+    title = f'{part} on {machine_name()}, {torch.get_num_threads()} threads'
+    title += f', torch {torch.__version__}'
+    if part not in ('data', 'nelbo', 'optimizers', 'estimate', 'cost', 'attention'):
+        title += f', {new_net().num_params() / 1e6:.0f}M parameters ({n_layer} x {n_embd})'
+        title += f', vocabulary {vocab_size:,}, rows of {block_size}'
+    print(f'\n{title}')
+    print(' '.join((PARTS[part].__doc__ or '').split()))
+    git = ['git', 'rev-parse', '--short', 'HEAD']
+    common = dict(
+        machine=machine_name(),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        commit=subprocess.run(git, cwd=root, capture_output=True, text=True).stdout.strip(),
+    )
+    for i, row in enumerate(PARTS[part]()):
+        if i == 0:
+            print(table_row(row) + '\n|' + '---|' * len(row))
+        print(table_row(map(cell, row.values())), flush=True)
+        with open(out, 'a') as f:
+            f.write(json.dumps(common | constants | dict(part=part) | row) + '\n')
+
+
+def run_suite():
+    """Each part in a process of its own."""
+    given = [argument for argument in sys.argv[1:] if not argument.startswith('--compare')]
+    for line in SUITE[device.type]:
+        name, *options = line.split()
+        command = [sys.executable, os.path.abspath(__file__), f'--part={name}', *given, *options]
+        if subprocess.run(command).returncode:
+            sys.exit(f'error: part {name} failed')
+
+
+def print_changes(old, new):
+    found = list(changes(old, new))
+    alike = len({label(row) for row, *_ in found})
+    print(f'\n{alike} rows are in {compare} too; what changed by a twentieth or more\n')
+    print('| part | what | measure | before | now | now / before |\n|---|---|---|---|---|---|')
+    named = (
+        'name', 'dtype', 'rows', 'tokens', 'n_layer', 'n_embd', 'vocabulary', 'layers', 'width',
+        'steps'
+    )
+    for row, key, was, now in found:
+        if abs(now - was) > 0.05 * abs(was):
+            what = ', '.join(str(value) for name, value in row.items() if name in named)
+            ratio = f'{now / was:.2f}' if was else '-'
+            print(table_row([row['part'], what, key, f'{was:.4g}', f'{now:.4g}', ratio]))
 
 
 if part not in (None, *PARTS):
     sys.exit(f"error: part='{part}' is not known: choose from {', '.join(PARTS)}")
-shared = ('device', 'dtype', 'tokenizer', 'megabytes', 'repeats', 'out', 'compare')
-if part is None and (own := [argument for argument in sys.argv[1:] if argument.lstrip('-').partition('=')[0] not in shared]):
-    sys.exit(f'error: {own[0]} goes with a --part: those have shapes of their own')
-before, already = [], 0
+if part is None:
+    for_all = ('device', 'dtype', 'tokenizer', 'megabytes', 'repeats', 'out', 'compare')
+    for argument in sys.argv[1:]:
+        if argument.lstrip('-').partition('=')[0] not in for_all:
+            sys.exit(f'error: {argument} goes with a --part: those have shapes of their own')
 try:
-    open(out, 'a').close()
+    with open(out, 'a+') as f:
+        f.seek(0)
+        already = len(f.readlines())
 except OSError as error:
     sys.exit(f'error: out={out} cannot be written ({error.strerror})')
+before = []
 if compare:
     try:
         with open(compare) as f:
             before = [json.loads(line) for line in f]
     except (OSError, ValueError) as error:
-        sys.exit(f'error: compare={compare} is not a file that an earlier run has written ({error})')
-with open(out) as f:
-    already = len(f.readlines())
+        sys.exit(
+            f'error: compare={compare} is not a file that an earlier run has written ({error})'
+        )
+formats = [dtype] if dtype else ['float32', 'bfloat16']
 if part:
-    formats = [dtype] if dtype else ['float32', 'bfloat16']
-    machine = torch.cuda.get_device_name() if device.type == 'cuda' else next(
-        (line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name')) if os.path.exists('/proc/cpuinfo') else iter(()), platform.processor())
-    commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=root, capture_output=True, text=True).stdout.strip()
-    print(f'\n{part} on {machine}, {torch.get_num_threads()} threads, torch {torch.__version__}' + (
-        f', {new_net().num_params() / 1e6:.0f}M parameters ({n_layer} x {n_embd}), vocabulary {vocab_size:,}, rows of {block_size}' if part not in ('data', 'nelbo', 'optimizers', 'estimate', 'cost', 'attention') else ''))
-    print(PARTS[part].__doc__ or '')
-    header = None
-    for row in PARTS[part]():
-        if header is None:
-            header = '| ' + ' | '.join(row) + ' |\n|' + '---|' * len(row)
-            print(header)
-        print('| ' + ' | '.join(str(value) if not isinstance(value, float) else f'{value:,.0f}' if value >= 100 else f'{value:.3g}' for value in row.values()) + ' |', flush=True)
-        with open(out, 'a') as f:
-            f.write(json.dumps(dict(machine=machine, threads=torch.get_num_threads(), torch=torch.__version__, commit=commit) | constants | dict(part=part) | row) + '\n')
+    run_part()
 else:
-    given = [argument for argument in sys.argv[1:] if not argument.startswith('--compare')]
-    for name, *options in map(str.split, SUITE[device.type]):
-        if subprocess.run([sys.executable, os.path.abspath(__file__), f'--part={name}', *given, *options]).returncode:
-            sys.exit(f'error: part {name} failed')
+    run_suite()
 if compare:
     with open(out) as f:
-        found = list(changes(before, [json.loads(line) for line in f.readlines()[already:]]))
-    print(f'\n{len({label(row) for row, *_ in found})} rows are in {compare} too; what changed by a twentieth or more\n\n| part | what | measure | before | now | now / before |\n|---|---|---|---|---|---|')
-    for row, key, was, now in found:
-        if abs(now - was) > 0.05 * abs(was):
-            what = ', '.join(str(value) for name, value in row.items() if name in ('name', 'dtype', 'rows', 'tokens', 'n_layer', 'n_embd', 'vocabulary', 'layers', 'width', 'steps'))
-            print(f"| {row['part']} | {what} | {key} | {was:.4g} | {now:.4g} | {f'{now / was:.2f}' if was else '-'} |")
+        print_changes(before, [json.loads(line) for line in f.readlines()[already:]])

@@ -1,4 +1,5 @@
 import os
+import random
 import runpy
 import subprocess
 import sys
@@ -6,18 +7,21 @@ import sys
 import pytest
 import torch
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SHARED = os.path.join(os.path.dirname(ROOT), 'shared')
-sys.path[:0] = [ROOT, os.path.join(ROOT, 'tests')]
-
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 os.environ['HF_HUB_OFFLINE'] = '1'  # before anything imports the hub's client
 
-from configurator import one_line_for_bad_input  # noqa: E402
-from model import DiT, ModelConfig  # noqa: E402
+from configurator import one_line_for_bad_input
+from data import TokenRows, prepare
+from model import DiT, ModelConfig
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SHARED = os.path.join(os.path.dirname(ROOT), 'shared')
 
 
 def pytest_configure(config):
-    config.addinivalue_line('markers', 'slow: takes more than a few seconds; -m "not slow" leaves it out')
+    config.addinivalue_line(
+        'markers', 'slow: takes more than a few seconds; -m "not slow" leaves it out'
+    )
 
 
 @pytest.fixture
@@ -34,31 +38,73 @@ def gpt2_vocabulary(shared, monkeypatch):
 
 @pytest.fixture
 def tiny_net():
-    """A function that makes a small random net, every weight of it at work."""
+    """A function that makes a small random net whose every weight matters."""
+
     def make(seed=0, scale=0.3, **overrides):
         torch.manual_seed(seed)
-        net = DiT(ModelConfig(**dict(block_size=16, vocab_size=11, mask_id=10, n_layer=2, n_head=2, n_embd=16, cond_dim=8) | overrides))
+        shape = dict(
+            block_size=16, vocab_size=11, mask_id=10, n_layer=2, n_head=2, n_embd=16, cond_dim=8
+        )
+        net = DiT(ModelConfig(**shape | overrides))
         with torch.no_grad():
             for p in net.parameters():
                 p.add_(torch.randn(p.shape) * scale)
         return net.eval()
+
+    return make
+
+
+def write_words(path):
+    """400 short documents of four words."""
+    rng = random.Random(0)
+    documents = [
+        ' '.join(rng.choice(('to', 'be', 'or', 'not')) for _ in range(rng.randint(2, 20)))
+        for _ in range(400)
+    ]
+    with open(path, 'w') as f:
+        f.write('\n\n'.join(documents))
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """Words in data/mine, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    write_words('c.txt')
+    prepare('text:c.txt', 'bytes', 'mine')
+
+
+@pytest.fixture
+def rows(tmp_path, monkeypatch):
+    """A function that makes the validation rows of words in data/c-bytes, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    write_words('c.txt')
+
+    def make(packing='wrap', **options):
+        folder = prepare('text:c.txt', 'bytes')
+        return TokenRows(folder, 'validation', 16, packing, **options)
+
     return make
 
 
 @pytest.fixture
 def here(monkeypatch):
-    """A function that runs a script of the repository in this process and folder, which is quicker; returns its globals, lets errors through."""
+    """A function that runs a script of the repository in this process and folder, which is quicker
+    than `run`. It returns the script's globals and lets errors through."""
+
     def call(script, *arguments):
         path = os.path.join(ROOT, script)
         monkeypatch.setattr(sys, 'argv', [path, *map(str, arguments)])
         monkeypatch.setattr(sys, 'excepthook', sys.excepthook)  # configure() sets its own
         return runpy.run_path(path, run_name='__main__')
+
     return call
 
 
 @pytest.fixture
 def refused(here, tmp_path, monkeypatch, capsys):
-    """A function that runs a script as `here` does on input that it must refuse, and returns what it would leave on stderr."""
+    """A function that runs a script as `here` does, on input that it must refuse, and returns what
+    the script would leave on stderr."""
+
     def call(script, *arguments):
         monkeypatch.chdir(tmp_path)
         with pytest.raises((ValueError, OSError)) as error:
@@ -66,17 +112,35 @@ def refused(here, tmp_path, monkeypatch, capsys):
         capsys.readouterr()
         one_line_for_bad_input(error.type, error.value, error.tb)
         return capsys.readouterr().err
+
     return call
 
 
 @pytest.fixture
 def run(tmp_path):
-    """A function that runs a script of the repository in an empty folder, as a user would: run('train.py', '--key=value', ...).
-    With processes=n under torchrun. Returns the finished process; fails where the exit status is not the expected one."""
+    """A function that runs a script of the repository as a user would, in an empty folder:
+    run('train.py', '--key=value', ...), with processes=n under torchrun. It returns the finished
+    process and fails where the exit status is not the expected one."""
+
     def call(script, *arguments, processes=None, status=0, cwd=tmp_path, threads=1, **environment):
-        python = [sys.executable] if processes is None else [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
-        env = os.environ | dict(OMP_NUM_THREADS=str(threads), HF_HUB_OFFLINE='1', PYTHONDONTWRITEBYTECODE='1') | environment
-        done = subprocess.run([*python, os.path.join(ROOT, script), *map(str, arguments)], cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
-        assert done.returncode == status, f'{script} {arguments}: exit status {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}'
+        python = [sys.executable]
+        if processes is not None:
+            python += [
+                '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}'
+            ]
+        settings = dict(
+            OMP_NUM_THREADS=str(threads), HF_HUB_OFFLINE='1', PYTHONDONTWRITEBYTECODE='1'
+        )
+        done = subprocess.run(
+            [*python, os.path.join(ROOT, script), *map(str, arguments)],
+            cwd=cwd,
+            env=os.environ | settings | environment,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        output = f'{done.stdout[-3000:]}\n{done.stderr[-3000:]}'
+        assert done.returncode == status, f'{script} {arguments}: {done.returncode}\n{output}'
         return done
+
     return call

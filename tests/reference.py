@@ -1,7 +1,9 @@
 """
-The textbook: dense, slow versions of the loss and the sampler, written from the MDLM paper (arXiv 2406.07524), full
-log-probabilities at every position of every step. They are the oracle of the tests and the baseline of tests/bench.py.
+The textbook: dense, slow versions of the loss and the sampler, written from the MDLM paper
+(arXiv 2406.07524) with full log-probabilities at every position of every step. They are the oracle
+of the tests and the baseline of tests/bench.py.
 """
+
 import collections
 import itertools
 
@@ -10,7 +12,8 @@ import torch.nn.functional as F
 
 
 def subs_log_probs(net, xt, sigma=None):
-    """log p(x0 | xt), (B, L, V), under the SUBS parameterisation (section 3.2.3): the mask has no probability, and what is seen stays."""
+    """log p(x0 | xt), (B, L, V), under SUBS (section 3.2.3): the mask has no probability, and
+    tokens that are visible stay."""
     logits = net(xt, sigma)
     logits[:, :, net.config.mask_id] = -torch.inf
     log_probs = logits.log_softmax(dim=-1)
@@ -19,7 +22,7 @@ def subs_log_probs(net, xt, sigma=None):
 
 
 def subs_nelbo(net, x0, xt, t, schedule):
-    """Equation 10, per token (B, L): -log p(x0 | xt) times -alpha'_t / (1 - alpha_t), from dense log-probabilities."""
+    """Equation 10, per token (B, L): -log p(x0 | xt) times -alpha'_t / (1 - alpha_t)."""
     log_p = subs_log_probs(net, xt, schedule.sigma(t)).gather(2, x0[:, :, None]).squeeze(2)
     alpha = schedule.alpha(t)
     return -log_p * (schedule.dsigma(t) * alpha / (1 - alpha))[:, None]  # alpha' = -dsigma alpha
@@ -32,12 +35,17 @@ def mlm(net, x0, xt, t, schedule):
 
 
 def reverse_probs(net, xt, t, s, schedule):
-    """q(xs | xt, x0 = p(x0 | xt)), (B, L, V), equation 7, for scalars s < t: (alpha_s - alpha_t) p(x0 | xt) / (1 - alpha_t), the mask
-    (1 - alpha_s) / (1 - alpha_t); what is seen stays."""
+    """Equation 7: q(xs | xt, x0 = p(x0 | xt)), (B, L, V), for scalars s < t.
+
+    A token has (alpha_s - alpha_t) p(x0 | xt) / (1 - alpha_t), the mask
+    (1 - alpha_s) / (1 - alpha_t); tokens that are visible stay."""
     alpha_t, alpha_s = schedule.alpha(t), schedule.alpha(s)
     sigma = schedule.conditioning(t).expand(len(xt)).to(torch.float32)
     p = subs_log_probs(net, xt, sigma).exp()
-    stay = (1 - alpha_s) / (1 - alpha_t) if s > 0 else torch.zeros(())  # the last step reveals all that is left
+    # the last step reveals all that is left
+    stay = (1 - alpha_s) / (1 - alpha_t)
+    if s == 0:  # the last step unmasks the rest
+        stay = torch.zeros(())
     hidden = (xt == net.config.mask_id)[:, :, None]
     q = torch.where(hidden, p * (1 - stay), p)
     q[:, :, net.config.mask_id] = torch.where(xt == net.config.mask_id, stay.to(q.dtype), 0.0)
@@ -49,11 +57,15 @@ def time_grid(steps):
 
 
 @torch.no_grad()
-def ancestral(net, num_samples, length, steps, schedule, generator=None, only_steps=None, dtype=torch.float64):
-    """The full-vocabulary ancestral sampler: every step evaluates everything and draws every position. -> (n, L) ids.
-    For timing: only_steps, stop after so many; dtype, that of the draws, float32 in the released code."""
+def ancestral(
+    net, num_samples, length, steps, schedule, generator=None, only_steps=None, dtype=torch.float64
+):
+    """The full-vocabulary ancestral sampler: every step evaluates and draws every position.
+    -> (n, L) ids. For timing: only_steps, stop after so many; dtype, that of the draws, which is
+    float32 in the released code."""
     device = next(net.parameters()).device
-    xt, times = torch.full((num_samples, length), net.config.mask_id, device=device), time_grid(steps).float()
+    xt = torch.full((num_samples, length), net.config.mask_id, device=device)
+    times = time_grid(steps).float()
     for t, s in list(itertools.pairwise(times))[:only_steps]:
         q = reverse_probs(net, xt, t, s, schedule)
         u = torch.rand(q.shape, generator=generator, dtype=dtype, device=device)
@@ -63,22 +75,27 @@ def ancestral(net, num_samples, length, steps, schedule, generator=None, only_st
 
 @torch.no_grad()
 def ancestral_distribution(net, length, steps, schedule):
-    """The exact distribution of the ancestral sampler's result by enumeration of all V^L states: dict of tuple -> probability."""
+    """The exact distribution of the ancestral sampler's result, by enumeration of all V^L states:
+    dict of tuple -> probability."""
     mask_id, vocab_size = net.config.mask_id, net.config.vocab_size
-    states = torch.tensor(list(itertools.product(range(vocab_size), repeat=length)))           # (V^L, L)
-    p = (states == mask_id).all(dim=1).double()                                                # all masked at t = 1
+    states = torch.tensor(list(itertools.product(range(vocab_size), repeat=length)))  # (V^L, L)
+    p = (states == mask_id).all(dim=1).double()  # all masked at t = 1
     for t, s in itertools.pairwise(time_grid(steps)):
-        q = reverse_probs(net, states, t, s, schedule).double()                                # (V^L, L, V)
+        q = reverse_probs(net, states, t, s, schedule).double()  # (V^L, L, V)
         step = torch.ones(len(states), len(states), dtype=torch.float64)
         for position in range(length):
-            step *= q[:, position][:, states[:, position]]                                     # from state -> to state
+            step *= q[:, position][:, states[:, position]]  # from state -> to state
         p = p @ step
-    return {tuple(state.tolist()): float(mass) for state, mass in zip(states, p) if (state != mask_id).all()}
+    return {
+        tuple(state.tolist()): float(mass)
+        for state, mass in zip(states, p, strict=True)
+        if (state != mask_id).all()
+    }
 
 
 # -----------------------------------------------------------------------------
-# the samplers by enumeration: exact distributions on tiny vocabularies, in plain Python. A state is a tuple of ids; a rule maps
-# (step, state) to what may come next, (state, probability) pairs
+# the samplers by enumeration: exact distributions on tiny vocabularies, in plain Python. A state is
+# a tuple of ids; a rule maps (step, state) to what may come next, (state, probability) pairs
 
 
 def chain(start, steps, rule):
@@ -94,12 +111,20 @@ def chain(start, steps, rule):
 
 
 class Says:
-    """What a net says of a state: belief(state) -> for each position the softmax over the tokens without the mask, with guidance;
-    tokens(state): the same with temperature, top_k, top_p, which tokens are drawn from. Lists of V floats."""
+    """What a net says of a state, as lists of V floats for each position.
+
+    belief(state): the softmax over the tokens without the mask, with guidance.
+    tokens(state): what tokens are drawn from, with temperature, top_k and top_p too."""
 
     def __init__(self, net, temperature=1.0, top_k=0, top_p=1.0, cfg_scale=0.0, given=()):
-        self.net, self.temperature, self.top_k, self.top_p, self.cfg_scale, self.given = net, temperature, top_k, top_p, cfg_scale, set(given)
-        self.mask_id, self.known = net.config.mask_id, {}
+        self.net = net
+        self.mask_id = net.config.mask_id
+        self.temperature = temperature
+        self.top_k = top_k
+        self.top_p = top_p
+        self.cfg_scale = cfg_scale
+        self.given = set(given)
+        self.known = {}
 
     @torch.no_grad()
     def logits(self, state, sigma=None):
@@ -107,7 +132,9 @@ class Says:
             noise = None if sigma is None else torch.tensor([sigma])
             cond = self.net(torch.tensor([state]), noise)[0].double()
             if self.cfg_scale:
-                hidden = [self.mask_id if i in self.given else token for i, token in enumerate(state)]
+                hidden = [
+                    self.mask_id if i in self.given else token for i, token in enumerate(state)
+                ]
                 un = self.net(torch.tensor([hidden]), noise)[0].double()
                 cond = un + (1 + self.cfg_scale) * (cond - un)
             self.known[state, sigma] = cond
@@ -120,13 +147,18 @@ class Says:
 
     def tokens(self, state, sigma=None):
         if self.temperature == 0:
-            return [[float(v == max(range(len(p)), key=p.__getitem__)) for v in range(len(p))] for p in self.belief(state, sigma)]
+            return [
+                [float(v == max(range(len(p)), key=p.__getitem__)) for v in range(len(p))]
+                for p in self.belief(state, sigma)
+            ]
         logits = self.logits(state, sigma) / self.temperature
         logits[:, self.mask_id] = -torch.inf
         out = []
         for p in logits.softmax(dim=-1).tolist():
-            order = sorted(range(len(p)), key=lambda v: -p[v])[:self.top_k or None]
-            total, running, kept = sum(p[v] for v in order), 0.0, []
+            order = sorted(range(len(p)), key=lambda v: -p[v])[: self.top_k or None]
+            total = sum(p[v] for v in order)
+            running = 0.0
+            kept = []
             for v in order:
                 running += p[v] / total
                 if not kept or running <= self.top_p or self.top_p == 1:
@@ -140,7 +172,7 @@ def independently(state, choices):
     """Every way to change positions independently. choices: position -> [(token, probability)]."""
     for picks in itertools.product(*choices.values()):
         following, mass = list(state), 1.0
-        for position, (token, probability) in zip(choices, picks):
+        for position, (token, probability) in zip(choices, picks, strict=True):
             following[position], mass = token, mass * probability
         if mass:
             yield tuple(following), mass
@@ -156,17 +188,28 @@ def revealing(state, positions, tokens):
 
 
 def reveal_each_with(chance, says, sigma=None, window=None):
-    """A rule: each masked position is revealed with probability chance(i), sigma(i) what the net is told; window(i): what it sees."""
+    """A rule: each masked position is unmasked with probability chance(i). sigma(i): what the net
+    is told; window(i): what it sees."""
+
     def rule(i, state):
         begin, end = window(i) if window else (0, len(state))
         tokens, c = says.tokens(state[begin:end], sigma and sigma(i)), chance(i)
-        return independently(state, {j: [(says.mask_id, 1 - c)] + [(v, c * p) for v, p in enumerate(tokens[j - begin]) if p]
-                                     for j in masked_positions(state, says.mask_id) if begin <= j < end})
+        return independently(
+            state,
+            {
+                j: [(says.mask_id, 1 - c)]
+                + [(v, c * p) for v, p in enumerate(tokens[j - begin]) if p]
+                for j in masked_positions(state, says.mask_id)
+                if begin <= j < end
+            },
+        )
+
     return rule
 
 
 def subsets(positions, count, weights=None):
-    """Sets of `count` positions and their probabilities: uniform, or drawn one after another without replacement by weight."""
+    """Sets of `count` positions and their probabilities: uniform, or drawn one after another
+    without replacement, by weight."""
     found = collections.defaultdict(float)
     for order in itertools.permutations(positions, count):
         mass, left = 1.0, {i: 1.0 if weights is None else weights[i] for i in positions}

@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import random
@@ -26,7 +27,10 @@ def write(path, text):
 
 
 def words(rng, n):
-    return ' '.join(rng.choice(('time', 'mask', "don't", 'token', 'é', '日本', '42', 'x_y', '  two')) for _ in range(n))
+    return ' '.join(
+        rng.choice(('time', 'mask', "don't", 'token', 'é', '日本', '42', 'x_y', '  two'))
+        for _ in range(n)
+    )
 
 
 def corpus(n=200, seed=0):
@@ -43,12 +47,14 @@ def test_permute_is_a_permutation_that_its_key_decides(n):
     assert sorted(one) == list(range(n))
     assert np.array_equal(one, permute(np.arange(n), n, 5, 0))
     if n >= 16:
-        assert not np.array_equal(one, permute(np.arange(n), n, 5, 1)) and not np.array_equal(one, np.arange(n))
-    assert np.array_equal(permute(np.arange(n)[n // 2:], n, 5, 0), one[n // 2:])  # no state: any part, in any order
+        assert not np.array_equal(one, permute(np.arange(n), n, 5, 1))
+        assert not np.array_equal(one, np.arange(n))
+    # no state: any part, in any order
+    assert np.array_equal(permute(np.arange(n)[n // 2 :], n, 5, 0), one[n // 2 :])
 
 
 def test_permute_mixes_evenly():
-    # where the first element goes over 6000 keys: chi-square over 60 places (59 degrees of freedom, p > 1e-4 below 105)
+    # where one element goes over 6000 keys: chi-square over 60 places (p > 1e-4 below 105)
     n, hits = 60, np.zeros(60)
     for key in range(6000):
         hits[permute(np.array([7]), n, key)[0]] += 1
@@ -56,18 +62,31 @@ def test_permute_mixes_evenly():
 
 
 def test_permute_needs_no_array_of_its_range():
-    assert 0 <= permute(np.array([10 ** 15 - 1]), 10 ** 15, 1)[0] < 10 ** 15
+    assert 0 <= permute(np.array([10**15 - 1]), 10**15, 1)[0] < 10**15
 
 
 def test_keys_differ():
-    keys = {key_of(seed, step, micro) for seed in range(10) for step in range(50) for micro in range(10)}
-    assert len(keys) == 5000 and all(0 <= key < 2 ** 63 for key in keys)
+    keys = {
+        key_of(seed, step, micro) for seed in range(10) for step in range(50) for micro in range(10)
+    }
+    assert len(keys) == 5000 and all(0 <= key < 2**63 for key in keys)
     assert key_of(1, 2) != key_of(2, 1) and key_of(-1) != key_of(1)
 
 
 # --- tokenizers
 
-AWKWARD = ['', ' ', 'Hello world', "it's  two\n\n\ttabs", 'naïve 日本語 🙂', '<|endoftext|>', '<|mask|>', ' \n ', 'a' * 300, '\x00\x7f']
+AWKWARD = [
+    '',
+    ' ',
+    'Hello world',
+    "it's  two\n\n\ttabs",
+    'naïve 日本語 🙂',
+    '<|endoftext|>',
+    '<|mask|>',
+    ' \n ',
+    'a' * 300,
+    '\x00\x7f',
+]
 
 
 @pytest.fixture
@@ -84,19 +103,29 @@ def test_tokenizers_give_text_back_and_never_a_special_id(name, request):
     special = {tok.eos_id, tok.bos_id, tok.pad_id, tok.mask_id}
     for text in AWKWARD + corpus(20):
         ids = tok.encode(text)
-        assert tok.decode(ids) == text and not special & set(ids) and all(type(i) is int and 0 <= i < tok.vocab_size for i in ids)
+        assert tok.decode(ids) == text
+        assert not special & set(ids)
+        assert all(type(i) is int and 0 <= i < tok.vocab_size for i in ids)
     shown = tok.decode(tok.encode('a b') + [tok.mask_id, tok.eos_id] + tok.encode('c'))
     assert shown == 'a b<|mask|><|endoftext|>c'
 
 
-@pytest.mark.parametrize('name, vocab_size, eos, bos, pad, mask', [
-    ('bytes', 258, 256, 256, 256, 257), ('bpe-280', 281, 0, 0, 0, 280), ('gpt2', 50258, 50256, 50256, 50256, 50257),
-    ('gpt2-xlm', 50263, 50256, 50258, 50259, 50261)])
+@pytest.mark.parametrize(
+    'name, vocab_size, eos, bos, pad, mask',
+    [
+        ('bytes', 258, 256, 256, 256, 257),
+        ('bpe-280', 281, 0, 0, 0, 280),
+        ('gpt2', 50258, 50256, 50256, 50256, 50257),
+        ('gpt2-xlm', 50263, 50256, 50258, 50259, 50261),
+    ],
+)
 def test_special_ids(name, vocab_size, eos, bos, pad, mask, request):
     if name.startswith('gpt2'):
         request.getfixturevalue('gpt2_vocabulary')
     tok = get_tokenizer(name, request.getfixturevalue('trained'))
-    assert (tok.vocab_size, tok.eos_id, tok.bos_id, tok.pad_id, tok.mask_id) == (vocab_size, eos, bos, pad, mask)
+    assert (tok.vocab_size, tok.eos_id, tok.bos_id, tok.pad_id, tok.mask_id) == (
+        vocab_size, eos, bos, pad, mask
+    )
 
 
 def test_trained_tokenizer_is_the_same_each_time(tmp_path):
@@ -108,12 +137,21 @@ def test_trained_tokenizer_is_the_same_each_time(tmp_path):
 def test_hugging_face_folder(tmp_path):
     import tokenizers
     import transformers
-    base = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', 'a', 'b'])}, unk_token='[UNK]'))
+
+    base = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel(
+            {w: i for i, w in enumerate(['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', 'a', 'b'])},
+            unk_token='[UNK]',
+        )
+    )
     base.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=base, pad_token='[PAD]', unk_token='[UNK]', cls_token='[CLS]', sep_token='[SEP]',
-                                         mask_token='[MASK]').save_pretrained(tmp_path / 'bertish')
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=base, pad_token='[PAD]', unk_token='[UNK]', cls_token='[CLS]',
+        sep_token='[SEP]', mask_token='[MASK]'
+    ).save_pretrained(tmp_path / 'bertish')
     tok = get_tokenizer(str(tmp_path / 'bertish'))
-    assert (tok.vocab_size, tok.eos_id, tok.bos_id, tok.pad_id, tok.mask_id) == (7, 3, 2, 0, 4)  # it has a mask of its own
+    # it has a mask of its own
+    assert (tok.vocab_size, tok.eos_id, tok.bos_id, tok.pad_id, tok.mask_id) == (7, 3, 2, 0, 4)
     assert tok.encode('a b a') == [5, 6, 5]
 
 
@@ -129,9 +167,18 @@ def test_unknown_tokenizers_are_refused(tmp_path):
 # --- reading text
 
 
-@pytest.mark.parametrize('text, expected', [
-    ('one\n\ntwo\n', ['one', 'two']), ('one\ntwo\n \t\n\n three\n\n\n', ['one\ntwo', ' three']), ('\n \n  first\n', ['  first']), ('', []), (' \n\n', []),
-    ('a\r\n\r\nb', ['a', 'b']), ('\ufeffbom', ['bom'])])
+@pytest.mark.parametrize(
+    'text, expected',
+    [
+        ('one\n\ntwo\n', ['one', 'two']),
+        ('one\ntwo\n \t\n\n three\n\n\n', ['one\ntwo', ' three']),
+        ('\n \n  first\n', ['  first']),
+        ('', []),
+        (' \n\n', []),
+        ('a\r\n\r\nb', ['a', 'b']),
+        ('\ufeffbom', ['bom']),
+    ],
+)
 def test_lines_of_white_space_separate_documents(tmp_path, text, expected):
     path = tmp_path / 't.txt'
     path.write_bytes(text.encode())
@@ -154,7 +201,9 @@ def test_documents_do_not_depend_on_the_size_of_the_blocks_read(tmp_path, monkey
     assert joined == whole and part == '' and len(whole) > 50
 
 
-def test_a_document_longer_than_a_piece_has_the_tokens_of_the_whole(tmp_path, monkeypatch, gpt2_vocabulary):
+def test_a_document_longer_than_a_piece_has_the_tokens_of_the_whole(
+    tmp_path, monkeypatch, gpt2_vocabulary
+):
     text = '\n'.join(corpus(300))  # one document, no blank line
     path = write(tmp_path / 't.txt', text)
     monkeypatch.setattr(data, 'PIECE', 500)
@@ -162,7 +211,9 @@ def test_a_document_longer_than_a_piece_has_the_tokens_of_the_whole(tmp_path, mo
     meta = read_meta(folder)
     [(split, counts)] = meta['splits'].items()
     assert counts['documents'] == 1 and counts['bytes'] == len(text.encode())
-    assert np.fromfile(os.path.join(folder, f'{split}.bin'), '<u2').tolist() == get_tokenizer('gpt2').encode(text) + [50256]
+    assert np.fromfile(os.path.join(folder, f'{split}.bin'), '<u2').tolist() == get_tokenizer(
+        'gpt2'
+    ).encode(text) + [50256]
 
 
 def test_jsonl_and_folders(tmp_path):
@@ -171,7 +222,12 @@ def test_jsonl_and_folders(tmp_path):
     write('corpus/a.txt', 'one\n')
     write('corpus/deep/c.txt', 'three\n')
     write('corpus/ignored.bin', 'x')
-    assert [document for _, document, _, _ in data.read_files('corpus')] == ['one', 'two\n\nlines', '', 'three']
+    assert [document for _, document, _, _ in data.read_files('corpus')] == [
+        'one',
+        'two\n\nlines',
+        '',
+        'three',
+    ]
     for bad in ('{"txt": "x"}\n', 'not json\n', '{"text": 3}\n', '[1]\n'):
         with pytest.raises(ValueError, match='bad.jsonl, line 2'):
             list(data.read_files(write('bad.jsonl', '{"text": "x"}\n' + bad)))
@@ -199,23 +255,40 @@ def test_stdlib_is_english_without_tests_or_repetitions():
 def test_bins_hold_every_document_with_its_eos(tmp_path):
     documents = corpus()
     folder = prepare('text:' + write('c.txt', '\n\n'.join(documents)), 'bytes')
-    assert folder == os.path.join('data', 'c-bytes') and sorted(os.listdir('data/c-bytes')) == [
-        'meta.json', 'train.bin', 'train.idx', 'validation.bin', 'validation.idx']
+    assert folder == os.path.join('data', 'c-bytes')
+    assert sorted(os.listdir('data/c-bytes')) == [
+        'meta.json', 'train.bin', 'train.idx', 'validation.bin', 'validation.idx'
+    ]
     meta, found = read_meta(folder), {}
     for split, counts in meta['splits'].items():
-        ids, offsets = np.fromfile(f'{folder}/{split}.bin', '<u2'), np.fromfile(f'{folder}/{split}.idx', '<i8')
-        found[split] = [bytes(ids[a:b - 1].tolist()).decode() for a, b in zip(offsets, offsets[1:])]
-        assert (ids[offsets[1:] - 1] == 256).all() and offsets[0] == 0 and counts['tokens'] == len(ids)
-        assert counts['documents'] == len(found[split]) and counts['bytes'] == sum(len(d.encode()) for d in found[split])
+        ids = np.fromfile(f'{folder}/{split}.bin', '<u2')
+        offsets = np.fromfile(f'{folder}/{split}.idx', '<i8')
+        found[split] = [
+            bytes(ids[a : b - 1].tolist()).decode() for a, b in itertools.pairwise(offsets)
+        ]
+        assert (ids[offsets[1:] - 1] == 256).all()
+        assert offsets[0] == 0
+        assert counts['tokens'] == len(ids)
+        assert counts['documents'] == len(found[split])
+        assert counts['bytes'] == sum(len(d.encode()) for d in found[split])
     assert sorted(found['train'] + found['validation']) == sorted(documents)
     assert [d for d in documents if d in set(found['train'])] == found['train']  # in their order
-    assert set(meta) == {'source', 'command', 'tokenizer', 'dtype', 'splits'} and meta['dtype'] == 'uint16'
+    assert set(meta) == {'source', 'command', 'tokenizer', 'dtype', 'splits'}
+    assert meta['dtype'] == 'uint16'
 
 
 def test_a_twentieth_of_the_documents_is_validation():
-    splits = [split for split, *_ in data.documents('text:' + write('c.txt', '\n\n'.join(map(str, range(20000)))))]
+    splits = [
+        split
+        for split, *_ in data.documents(
+            'text:' + write('c.txt', '\n\n'.join(map(str, range(20000))))
+        )
+    ]
     assert abs(splits.count('validation') / 20000 - 0.05) < 4 * (0.05 * 0.95 / 20000) ** 0.5
-    again = [split for split, *_ in data.documents('text:' + write('d.txt', '\n\n'.join(map(str, range(500)))))]
+    again = [
+        split
+        for split, *_ in data.documents('text:' + write('d.txt', '\n\n'.join(map(str, range(500)))))
+    ]
     assert again == splits[:500]
 
 
@@ -231,7 +304,9 @@ def test_a_second_run_finds_the_bins_and_does_nothing(run, tmp_path, refused):
     error = refused('data.py', '--dataset=text:c.txt', '--tokenizer=bpe-280', '--name=mine')
     assert error.startswith('error: data/mine was made from') and error.count('\n') == 1
     write('d.txt', 'other')
-    assert 'was made from' in refused('data.py', '--dataset=text:d.txt', '--tokenizer=bpe-280', '--name=mine')
+    assert 'was made from' in refused(
+        'data.py', '--dataset=text:d.txt', '--tokenizer=bpe-280', '--name=mine'
+    )
 
 
 def test_a_broken_folder_is_refused_with_the_command_that_rebuilds_it_and_rebuilt_by_it(run):
@@ -241,7 +316,11 @@ def test_a_broken_folder_is_refused_with_the_command_that_rebuilds_it_and_rebuil
     with open(f'{folder}/train.bin', 'wb') as f:
         f.write(whole[:-2])
     command = 'python data.py --dataset=text:c.txt --tokenizer=bytes --name=c-bytes'
-    with pytest.raises(ValueError, match=r'train.bin holds [\d,]+ bytes, where meta.json says [\d,]+: rebuild it with ' + command):
+    with pytest.raises(
+        ValueError,
+        match=r'train.bin holds [\d,]+ bytes, where meta.json says [\d,]+: rebuild it with '
+        + command,
+    ):
         TokenRows(folder, 'train', 16, 'concat')
     run(*command.split()[1:])
     assert open(f'{folder}/train.bin', 'rb').read() == whole
@@ -267,7 +346,13 @@ def test_nothing_half_written_stays_when_preparing_fails(tmp_path):
 
 
 def test_large_ids_take_four_bytes(monkeypatch):
-    monkeypatch.setattr(data, 'get_tokenizer', lambda name, folder: data.Tokenizer('big', lambda texts: data.one_after_the_other([[70000, 3]] * len(texts)), str, 70001))
+    monkeypatch.setattr(
+        data,
+        'get_tokenizer',
+        lambda name, folder: data.Tokenizer(
+            'big', lambda texts: data.one_after_the_other([[70000, 3]] * len(texts)), str, 70001
+        ),
+    )
     folder = prepare('text:' + write('c.txt', '\n\n'.join('abc')), 'big')
     assert read_meta(folder)['dtype'] == 'uint32'
     rows = TokenRows(folder, 'train', 3, 'concat')
@@ -277,20 +362,34 @@ def test_large_ids_take_four_bytes(monkeypatch):
 def test_local_copies_of_hub_datasets(tmp_path, monkeypatch):
     import pyarrow
     import pyarrow.parquet
+
     os.makedirs('owt')
     texts = corpus(50)
     pyarrow.parquet.write_table(pyarrow.table(dict(text=texts)), 'owt/train-0.parquet')
-    monkeypatch.setitem(data.DATASETS, 'openwebtext', data.partial(data.read_hub, 'Skylion007/openwebtext', validation_last=10))
+    monkeypatch.setitem(
+        data.DATASETS,
+        'openwebtext',
+        data.partial(data.read_hub, 'Skylion007/openwebtext', validation_last=10),
+    )
     meta = read_meta(prepare('openwebtext', 'bytes', input='owt'))
-    assert (meta['splits']['train']['documents'], meta['splits']['validation']['documents']) == (40, 10)  # the last ones
+    # the last ones
+    assert (meta['splits']['train']['documents'], meta['splits']['validation']['documents']) == (
+        40,
+        10,
+    )
     ids = np.fromfile('data/openwebtext-bytes/validation.bin', '<u2')
-    assert bytes(ids[:len(texts[40].encode())].tolist()).decode() == texts[40]
+    assert bytes(ids[: len(texts[40].encode())].tolist()).decode() == texts[40]
     os.makedirs('split')
     for split, some in (('train', texts[:30]), ('validation', texts[30:])):
         pyarrow.parquet.write_table(pyarrow.table(dict(text=some)), f'split/{split}-0.parquet')
     meta = read_meta(prepare('owt-gpt2-1024-split', 'bytes', input='split'))
-    assert (meta['splits']['train']['documents'], meta['splits']['validation']['documents']) == (30, 20)
-    with pytest.raises(ValueError, match='the last 100000 documents are validation, but there are 50'):
+    assert (meta['splits']['train']['documents'], meta['splits']['validation']['documents']) == (
+        30,
+        20,
+    )
+    with pytest.raises(
+        ValueError, match='the last 100000 documents are validation, but there are 50'
+    ):
         list(data.read_hub('x', validation_last=100_000, input='owt'))
     with pytest.raises(ValueError, match="no text in its column 'body'"):
         list(data.read_hub('x', column='body', input='owt'))
@@ -298,7 +397,8 @@ def test_local_copies_of_hub_datasets(tmp_path, monkeypatch):
 
 def test_hub_without_a_network_says_so(refused):
     error = refused('data.py', '--dataset=openwebtext', '--tokenizer=bytes').splitlines()[-1]
-    assert error.startswith("error: Skylion007/openwebtext, split 'train', cannot be read") and '--input=FOLDER' in error
+    assert error.startswith("error: Skylion007/openwebtext, split 'train', cannot be read")
+    assert '--input=FOLDER' in error
 
 
 def test_words_are_joined_as_the_release_does():
@@ -308,23 +408,64 @@ def test_words_are_joined_as_the_release_does():
                 expected = json.load(f)['detokenize']
             assert set(expected) == set(data.CLEAN_UP)
             for name, pairs in expected.items():
-                assert [data.detokenize(name, text) for text, _ in pairs] == [joined for _, joined in pairs], name
-    assert data.detokenize('wikitext103', 'a , b') == 'a, b' and data.detokenize('scientific_papers_pubmed', 'a , b') == 'a, b'
-    assert data.detokenize('ag_news', 'a , b') == data.detokenize('text:wikitext.txt', 'a , b') == 'a , b'
+                assert [data.detokenize(name, text) for text, _ in pairs] == [
+                    joined for _, joined in pairs
+                ], name
+    assert data.detokenize('wikitext103', 'a , b') == 'a, b'
+    assert data.detokenize('scientific_papers_pubmed', 'a , b') == 'a, b'
+    assert (
+        data.detokenize('ag_news', 'a , b')
+        == data.detokenize('text:wikitext.txt', 'a , b')
+        == 'a , b'
+    )
 
 
 def decoded(folder, split):
     rows = data.TokenRows(folder, split, 1, 'concat')
     tok = data.get_tokenizer(rows.meta['tokenizer']['name'], folder)
-    return [tok.decode(rows.tokens[start:end - 1]) for start, end in zip(rows.offsets, rows.offsets[1:])]
+    return [
+        tok.decode(rows.tokens[start : end - 1]) for start, end in itertools.pairwise(rows.offsets)
+    ]
 
 
-@pytest.mark.parametrize('name, split, file, text, expected', [
-    ('wikitext2', 'validation', 'w.txt', ' = A = \n \n one , two \n', [' = A =\n', '', ' one, two\n']), ('wikitext103', 'validation', 'w.jsonl', '{"text": ""}\n{"text": "a . b"}\n', ['', 'a. b']),
-    ('ptb', 'validation', 'p.txt', " it 's N \n $ N N \n", ["it's N", '$1 N']), ('ptb', 'validation', 'p.jsonl', '{"sentence": "<unk> is"}', ['? is']),
-    ('lambada', 'validation', 'l.jsonl', '{"text": "\u201chi\u201d he said "}', ['\n"hi" he said']), ('lm1b', 'test', 'l.txt', 'one , two .\nthree ?\n', ['one, two.', 'three?']),
-    ('ag_news', 'test', 'a.txt', 'news , as it is\nmore', ['news , as it is', 'more']), ('scientific_papers_arxiv', 'validation', 's.jsonl', '{"article": "we ( the ) show"}', ['we (the) show']),
-    ('scientific_papers_pubmed', 'validation', 's.jsonl', '{"text": "a [ 1 ] , b"}', ['a [1], b'])])
+@pytest.mark.parametrize(
+    'name, split, file, text, expected',
+    [
+        (
+            'wikitext2',
+            'validation',
+            'w.txt',
+            ' = A = \n \n one , two \n',
+            [' = A =\n', '', ' one, two\n'],
+        ),
+        ('wikitext103', 'validation', 'w.jsonl', '{"text": ""}\n{"text": "a . b"}\n', ['', 'a. b']),
+        ('ptb', 'validation', 'p.txt', " it 's N \n $ N N \n", ["it's N", '$1 N']),
+        ('ptb', 'validation', 'p.jsonl', '{"sentence": "<unk> is"}', ['? is']),
+        (
+            'lambada',
+            'validation',
+            'l.jsonl',
+            '{"text": "\u201chi\u201d he said "}',
+            ['\n"hi" he said'],
+        ),
+        ('lm1b', 'test', 'l.txt', 'one , two .\nthree ?\n', ['one, two.', 'three?']),
+        ('ag_news', 'test', 'a.txt', 'news , as it is\nmore', ['news , as it is', 'more']),
+        (
+            'scientific_papers_arxiv',
+            'validation',
+            's.jsonl',
+            '{"article": "we ( the ) show"}',
+            ['we (the) show'],
+        ),
+        (
+            'scientific_papers_pubmed',
+            'validation',
+            's.jsonl',
+            '{"text": "a [ 1 ] , b"}',
+            ['a [1], b'],
+        ),
+    ],
+)
 def test_benchmarks_from_a_local_file_of_the_same_form(name, split, file, text, expected):
     folder = prepare(name, 'bytes', input=write(file, text))
     assert list(data.read_meta(folder)['splits']) == [split] and data.BENCHMARKS[name] == split
@@ -335,8 +476,13 @@ def test_text8_has_35_characters_and_pieces_of_256():
     text = ''.join(random.Random(0).choice('abcdefghijklmnopqrstuvwxyz ') for _ in range(30_000))
     folder = prepare('text8', 'text8', input=write('text8', text))
     meta = data.read_meta(folder)
-    assert meta['tokenizer'] | dict(name='text8', vocab_size=35, eos_id=3, bos_id=2, pad_id=5, mask_id=4) == meta['tokenizer']
-    assert ''.join(decoded(folder, 'train')) == text[:27_000 // 256 * 256] and ''.join(decoded(folder, 'test')) == text[28_500:28_500 + 1500 // 256 * 256]
+    assert (
+        meta['tokenizer']
+        | dict(name='text8', vocab_size=35, eos_id=3, bos_id=2, pad_id=5, mask_id=4)
+        == meta['tokenizer']
+    )
+    assert ''.join(decoded(folder, 'train')) == text[: 27_000 // 256 * 256]
+    assert ''.join(decoded(folder, 'test')) == text[28_500 : 28_500 + 1500 // 256 * 256]
     rows = data.TokenRows(folder, 'test', 256, 'wrap')[:]['x0']
     assert (rows[:, 0] == 2).all() and (rows[:, -1] == 3).all() and rows.max() < 35
     tok = data.get_tokenizer('text8')
@@ -351,9 +497,14 @@ def test_what_is_not_there_is_refused():
         prepare('stdlib', 'bytes', input='x.jsonl')
     with pytest.raises(ValueError, match="name='a/b'"):
         prepare('stdlib', 'bytes', 'a/b')
-    with pytest.raises(ValueError, match="dataset 'openwebtex' is not known; the nearest is 'openwebtext'"):
+    with pytest.raises(
+        ValueError, match="dataset 'openwebtex' is not known; the nearest is 'openwebtext'"
+    ):
         prepare('openwebtex', 'bytes')
-    with pytest.raises(FileNotFoundError, match='make it with python data.py --dataset=openwebtext --tokenizer=gpt2'):
+    with pytest.raises(
+        FileNotFoundError,
+        match='make it with python data.py --dataset=openwebtext --tokenizer=gpt2',
+    ):
         data.find_or_prepare('openwebtext', 'gpt2')
     with pytest.raises(FileNotFoundError, match="'nowhere' is none of stdlib"):
         data.find_or_prepare('nowhere', 'gpt2')
@@ -372,8 +523,13 @@ def test_memory_does_not_grow_with_the_corpus(run, tmp_path):
         with open('big.txt', 'w') as f:
             for _ in range(copies):
                 f.write(open(line).read())
-        code = f"import resource, sys; sys.path.insert(0, {os.path.dirname(data.__file__)!r}); import data; data.prepare('text:big.txt', 'bytes', 'c{copies}'); " \
-               "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+        code = (
+            'import resource, sys\n'
+            f'sys.path.insert(0, {os.path.dirname(data.__file__)!r})\n'
+            'import data\n'
+            f"data.prepare('text:big.txt', 'bytes', 'c{copies}')\n"
+            'print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)\n'
+        )
         write('measure.py', code)
         peaks.append(int(run(str(tmp_path / 'measure.py')).stdout.split()[-1]))
     assert os.path.getsize('big.txt') > 50e6 and peaks[1] < peaks[0] + 60, peaks  # MiB
@@ -386,7 +542,9 @@ def test_wrap_matches_the_release():
     for folder in (GOLDEN, os.path.join(SHARED, 'fixtures')):
         if os.path.isdir(folder):
             expected = json.load(open(os.path.join(folder, 'text_expected.json')))['pack']
-            rows = pack_wrap(expected['documents'], expected['block_size'], expected['bos'], expected['eos'])
+            rows = pack_wrap(
+                expected['documents'], expected['block_size'], expected['bos'], expected['eos']
+            )
             assert rows.dtype == np.int64 and rows.tolist() == expected['rows']
 
 
@@ -401,7 +559,7 @@ def stream_of(folder, split='train'):
 
 def documents_of(folder, split='train'):
     offsets = np.fromfile(f'{folder}/{split}.idx', '<i8')
-    return [stream_of(folder)[a:b].tolist() for a, b in zip(offsets, offsets[1:])]
+    return [stream_of(folder)[a:b].tolist() for a, b in itertools.pairwise(offsets)]
 
 
 def test_wrap_rows(folder):
@@ -409,14 +567,17 @@ def test_wrap_rows(folder):
     expected = pack_wrap([d[:-1] for d in documents_of(folder)], 32, 256, 256)
     batch = rows[np.arange(len(rows))]
     assert torch.equal(batch['x0'], torch.from_numpy(expected)) and batch['x0'].dtype == torch.int64
-    assert batch['maskable'].all() and batch['scored'].all() and batch['maskable'].dtype == torch.bool
+    assert batch['maskable'].all()
+    assert batch['scored'].all()
+    assert batch['maskable'].dtype == torch.bool
     assert not batch['document'][:, [0, -1]].any() and batch['document'][:, 1:-1].all()
 
 
 def test_concat_rows(folder):
     rows, stream = TokenRows(folder, 'train', 32, 'concat'), stream_of(folder)
-    batch = rows[:len(rows)]
-    assert len(rows) == len(stream) // 32 and batch['x0'].flatten().tolist() == stream[:len(rows) * 32].tolist()
+    batch = rows[: len(rows)]
+    assert len(rows) == len(stream) // 32
+    assert batch['x0'].flatten().tolist() == stream[: len(rows) * 32].tolist()
     assert all(batch[key].all() for key in ('maskable', 'scored', 'document'))
 
 
@@ -426,17 +587,23 @@ def test_pad_rows(folder):
     for loss_on_padding in (True, False):
         rows = TokenRows(folder, 'train', 64, 'pad', loss_on_padding)
         batch = rows[torch.arange(len(rows))]
-        for document, ids, known, scored, maskable in zip(documents, *(batch[key].tolist() for key in ('x0', 'document', 'scored', 'maskable'))):
+        for document, ids, known, scored, maskable in zip(
+            documents,
+            *(batch[key].tolist() for key in ('x0', 'document', 'scored', 'maskable')),
+            strict=True,
+        ):
             n = min(len(document), 64)
-            assert ids == document[:64] + [256] * (64 - n) and known == [True] * n + [False] * (64 - n)
+            assert ids == document[:64] + [256] * (64 - n)
+            assert known == [True] * n + [False] * (64 - n)
             assert scored == maskable == ([True] * 64 if loss_on_padding else known)
-        assert batch['attended'].all() == loss_on_padding
+        assert batch['attention_mask'].all() == loss_on_padding
 
 
 def test_rows_are_taken_in_the_order_asked_for(folder):
     rows = TokenRows(folder, 'train', 32, 'concat')
     every = rows[:]['x0']
-    assert torch.equal(rows[[5, 0, 5]]['x0'], every[[5, 0, 5]]) and torch.equal(rows[3]['x0'], every[3:4])
+    assert torch.equal(rows[[5, 0, 5]]['x0'], every[[5, 0, 5]])
+    assert torch.equal(rows[3]['x0'], every[3:4])
     for bad in ([len(rows)], [-1]):
         with pytest.raises(IndexError):
             rows[bad]
@@ -446,21 +613,28 @@ def test_sentence_rows(folder):
     documents = documents_of(folder)
     rows = TokenRows(folder, 'train', 64, 'sentence')
     batch = rows[:]
-    for document, ids, known, scored in zip(documents, *(batch[key].tolist() for key in ('x0', 'document', 'scored'))):
+    for document, ids, known, scored in zip(
+        documents, *(batch[key].tolist() for key in ('x0', 'document', 'scored')), strict=True
+    ):
         text = document[:-1][:62]
         assert ids == [256, *text, 256] + [256] * (62 - len(text))
-        assert scored == [True] * (len(text) + 2) + [False] * (62 - len(text)) and known == [False] + [True] * (len(text) + 1) + [False] * (62 - len(text))
-    assert batch['maskable'].all() and batch['attended'].all()
+        assert scored == [True] * (len(text) + 2) + [False] * (62 - len(text))
+        assert known == [False] + [True] * (len(text) + 1) + [False] * (62 - len(text))
+    assert batch['maskable'].all() and batch['attention_mask'].all()
 
 
 def test_rows_that_hold_nonsense_are_refused(folder):
     tokens = np.fromfile(f'{folder}/train.bin', '<u2')
     tokens[3] = 60000
     tokens.tofile(f'{folder}/train.bin')
-    with pytest.raises(ValueError, match='holds the id 60000, outside of the 258 ids of its tokenizer: rebuild it with python data.py'):
+    with pytest.raises(
+        ValueError,
+        match='holds the id 60000, outside of the 258 ids of its tokenizer: '
+        'rebuild it with python data.py',
+    ):
         TokenRows(folder, 'train', 16, 'concat')[[0]]
     offsets = np.fromfile(f'{folder}/train.idx', '<i8')
-    offsets[5] = 10 ** 12
+    offsets[5] = 10**12
     offsets.tofile(f'{folder}/train.idx')
     with pytest.raises(ValueError, match='do not rise at document 5'):
         TokenRows(folder, 'train', 16, 'pad')[[5]]

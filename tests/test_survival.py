@@ -1,5 +1,6 @@
-"""Training that survives: kills, full disks, broken checkpoints, bad numbers, other numbers of processes. The faults are real; those of
-the arithmetic are put in by config files, which are Python."""
+"""Training that survives: kills, full disks, broken checkpoints, NaNs, other numbers of processes.
+The faults are real; those of the arithmetic are put in by config files, which are Python."""
+
 import glob
 import os
 import random
@@ -12,19 +13,27 @@ import pytest
 import torch
 
 from conftest import ROOT
-from test_train import SMALL, checkpoint, equal, metrics, mine  # noqa: F401
+from test_train import SMALL, checkpoint, equal, metrics
 
-WIDE = [*SMALL, '--n_layer=4', '--n_embd=192', '--n_head=4', '--block_size=8']  # its checkpoint takes a while to write
+# its checkpoint takes a while to write
+WIDE = [*SMALL, '--n_layer=4', '--n_embd=192', '--n_head=4', '--block_size=8']
 
 
 def start(*arguments, processes=None, shell=''):
     """train.py in the background, its output in out.txt."""
-    python = [sys.executable] if processes is None else [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
+    python = [sys.executable]
+    if processes is not None:
+        python += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
     command = [*python, os.path.join(ROOT, 'train.py'), *arguments]
     if shell:
         command = ['bash', '-c', f'{shell}; exec "$@"', 'bash', *command]
     with open('out.txt', 'w') as f:
-        return subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT, env=os.environ | dict(OMP_NUM_THREADS='1', PYTHONDONTWRITEBYTECODE='1'))
+        return subprocess.Popen(
+            command,
+            stdout=f,
+            stderr=subprocess.STDOUT,
+            env=os.environ | dict(OMP_NUM_THREADS='1', PYTHONDONTWRITEBYTECODE='1'),
+        )
 
 
 def shown():
@@ -40,21 +49,23 @@ def wait_for(condition, process, seconds=120):
 
 
 def injected(code):
-    """A config file that runs code before each loss is computed; `call` counts from 1, `rank` is this process's, `loss` can be changed."""
+    """A config file that runs code after each training loss. `call` counts from 1, `rank` is this
+    process's, `loss` can be changed."""
     with open('fault.py', 'w') as f:
-        f.write(f"""import os as _os
+        f.write(f"""import dataclasses as _dataclasses
+import os as _os
 import torch as _torch
 import model as _model
 _subs, _calls = _model.OBJECTIVES['subs'], []
-def _faulty(at, **options):
-    loss = _subs(at, **options)
+def _faulty(*arguments, **options):
+    loss = _subs.loss(*arguments, **options)
     if not _torch.is_grad_enabled():
         return loss
     _calls.append(1)
     call, rank = len(_calls), int(_os.environ.get('RANK', 0))
     {code}
     return loss
-_model.OBJECTIVES['subs'] = _faulty
+_model.OBJECTIVES['subs'] = _dataclasses.replace(_subs, loss=_faulty)
 """)
     return 'fault.py'
 
@@ -64,15 +75,21 @@ _model.OBJECTIVES['subs'] = _faulty
 
 @pytest.mark.slow
 def test_killed_twenty_times_it_ends_with_the_weights_of_the_uninterrupted_run(mine, run):
-    options = [*WIDE, '--max_iters=600', '--ckpt_interval=4', '--eval_interval=50', '--eval_iters=1', '--global_batch_size=4', '--lr_schedule=cosine']
+    options = [
+        *WIDE, '--max_iters=600', '--ckpt_interval=4', '--eval_interval=50', '--eval_iters=1',
+        '--global_batch_size=4', '--lr_schedule=cosine'
+    ]
     run('train.py', *options, '--out_dir=whole')
     rng, inside = random.Random(0), 0
     for kill in range(20):
         process = start(*options, '--out_dir=parts', '--init_from=auto')
         wait_for(lambda: '\nstep ' in shown(), process)
         time.sleep(rng.random() * 0.3)
-        if kill % 2:                                                           # in the middle of a save
-            wait_for(lambda: os.path.exists('parts/ckpt.pt.unfinished') or '600: validation' in shown(), process)
+        if kill % 2:  # in the middle of a save
+            wait_for(
+                lambda: os.path.exists('parts/ckpt.pt.unfinished') or '600: validation' in shown(),
+                process,
+            )
             time.sleep(rng.random() * 0.01)
         process.kill()
         process.wait()
@@ -86,14 +103,27 @@ def test_killed_twenty_times_it_ends_with_the_weights_of_the_uninterrupted_run(m
     assert sorted(metrics('parts')[0]) == list(range(1, 601))
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGINT, signal.SIGUSR1))])
+@pytest.mark.parametrize(
+    'number',
+    [
+        signal.SIGTERM,
+        *(
+            pytest.param(number, marks=pytest.mark.slow)
+            for number in (signal.SIGINT, signal.SIGUSR1)
+        ),
+    ],
+)
 def test_a_signal_ends_the_run_with_a_checkpoint(mine, run, number):
     process = start(*SMALL, '--max_iters=1000000')
     wait_for(lambda: 'step 5:' in shown(), process)
     process.send_signal(number)
     assert process.wait(60) == 0
     step = checkpoint()['iter']
-    assert f'stopped by a signal after step {step}: go on with the same command and --init_from=resume' in shown() and step >= 5
+    assert (
+        f'stopped by a signal after step {step}: go on with the same command and --init_from=resume'
+        in shown()
+    )
+    assert step >= 5
     run('train.py', *SMALL, f'--max_iters={step + 3}', '--init_from=resume')
     assert checkpoint()['iter'] == step + 3 and sorted(metrics()[0]) == list(range(1, step + 4))
 
@@ -104,7 +134,8 @@ def test_torchrun_passes_a_signal_to_all_and_the_run_goes_on_from_there(mine, ru
     process = start(*SMALL, '--max_iters=1000000', processes=2)
     wait_for(lambda: 'step 5:' in shown(), process)
     children = open(f'/proc/{process.pid}/task/{process.pid}/children').read().split()
-    for pid in [process.pid, *map(int, children)] if whole_group else [process.pid]:                          # then the workers get two
+    # then the workers get two
+    for pid in [process.pid, *map(int, children)] if whole_group else [process.pid]:
         os.kill(pid, signal.SIGTERM)
     process.wait(60)
     step = checkpoint()['iter']
@@ -116,7 +147,12 @@ def test_torchrun_passes_a_signal_to_all_and_the_run_goes_on_from_there(mine, ru
 @pytest.mark.slow
 def test_a_process_that_dies_takes_the_job_down(mine):
     began = time.time()
-    process = start(injected('if rank == 1 and call == 9: _os._exit(7)'), *SMALL, '--max_iters=1000000', processes=2)
+    process = start(
+        injected('if rank == 1 and call == 9: _os._exit(7)'),
+        *SMALL,
+        '--max_iters=1000000',
+        processes=2,
+    )
     assert process.wait(90) != 0 and time.time() - began < 80
 
 
@@ -139,14 +175,15 @@ def test_a_broken_newest_checkpoint_is_passed_over(mine, here, capsys):
     here('train.py', *options, '--out_dir=whole')
     here('train.py', *options, '--out_dir=parts')
     assert checkpoint('parts')['iter'] == 10 and checkpoint('parts', 'ckpt.prev.pt')['iter'] == 8
-    with open('parts/ckpt.pt', 'r+b') as f:                                    # one bit
+    with open('parts/ckpt.pt', 'r+b') as f:  # one bit
         f.seek(os.path.getsize('parts/ckpt.pt') // 2)
         byte = f.read(1)[0]
         f.seek(-1, 1)
         f.write(bytes([byte ^ 4]))
     capsys.readouterr()
     here('train.py', *options, '--out_dir=parts', '--init_from=resume')
-    assert 'warning: parts/ckpt.pt is truncated or damaged' in (output := capsys.readouterr().out) and 'resuming at step 8' in output
+    assert 'warning: parts/ckpt.pt is truncated or damaged' in (output := capsys.readouterr().out)
+    assert 'resuming at step 8' in output
     assert equal(checkpoint('whole')['model'], checkpoint('parts')['model'])
     os.remove('parts/ckpt.pt')
     here('train.py', *options, '--out_dir=parts', '--init_from=resume')
@@ -154,17 +191,22 @@ def test_a_broken_newest_checkpoint_is_passed_over(mine, here, capsys):
 
 
 def test_a_full_disk_is_told_and_the_run_goes_on(mine):
-    process = start(*SMALL, '--ckpt_interval=4', shell='ulimit -f 20')         # blocks of 1,024 bytes: the bins fit, a checkpoint does not
+    # blocks of 1,024 bytes: the bins fit, a checkpoint does not
+    process = start(*SMALL, '--ckpt_interval=4', shell='ulimit -f 20')
     assert process.wait(60) == 1
     output = shown()
-    assert output.count('warning: the checkpoint of step') >= 3 and 'File too large' in output and 'step 10: loss' in output
-    assert 'error: the last checkpoint could not be written to out' in output.splitlines()[-1] and 'Traceback' not in output
+    assert output.count('warning: the checkpoint of step') >= 3
+    assert 'File too large' in output
+    assert 'step 10: loss' in output
+    assert 'error: the last checkpoint could not be written to out' in output.splitlines()[-1]
+    assert 'Traceback' not in output
     assert not glob.glob('out/*.unfinished') and not os.path.exists('out/ckpt.pt')
 
 
 @pytest.mark.slow
 def test_a_full_disk_under_the_output_and_a_net_that_is_shared_out(mine):
-    process = start(*SMALL, '--max_iters=300', shell='ulimit -f 4')            # out.txt and metrics.jsonl are full soon
+    # out.txt and metrics.jsonl are full soon
+    process = start(*SMALL, '--max_iters=300', shell='ulimit -f 4')
     assert process.wait(60) == 1 and 'Traceback' not in shown()
     process = start(*SMALL, '--max_iters=3', '--shard=True', processes=2, shell='ulimit -f 20')
     assert process.wait(120) == 1 and 'the last checkpoint could not be written' in shown()
@@ -172,40 +214,64 @@ def test_a_full_disk_under_the_output_and_a_net_that_is_shared_out(mine):
 
 def test_names_come_before_the_one_that_counts(tmp_path, monkeypatch):
     from model import put, read_newest, write_checkpoint
-    whole = dict(model={}, ema={}, optimizer=[], tokens_seen=1, best_val_loss=1.0, model_config={}, constants={}, tokenizer={})
+
+    whole = dict(
+        model={}, ema={}, optimizer=[], tokens_seen=1, best_val_loss=1.0, model_config={},
+        constants={}, tokenizer={}
+    )
     write_checkpoint(whole | dict(iter=1), str(tmp_path), ('ckpt.pt',))
     write_checkpoint(whole | dict(iter=2), str(tmp_path), ('ckpt.pt', 'ckpt_best.pt', 'ckpt_2.pt'))
     assert sorted(os.listdir(tmp_path)) == ['ckpt.prev.pt', 'ckpt.pt', 'ckpt_2.pt', 'ckpt_best.pt']
-    for moment in range(1, 5):                                                 # killed before each renaming
-        moves, replace = [], os.replace
-        def killed(a, b):
+    replace = os.replace
+    for moment in range(1, 5):  # killed before each renaming
+        moves = []
+
+        def killed(a, b, moves=moves, moment=moment):
             moves.append(b)
             if len(moves) == moment:
                 raise KeyboardInterrupt
             replace(a, b)
+
         monkeypatch.setattr(os, 'replace', killed)
         with pytest.raises(KeyboardInterrupt):
-            write_checkpoint(whole | dict(iter=9), str(tmp_path), ('ckpt.pt', 'ckpt_best.pt', 'ckpt_9.pt'))
+            write_checkpoint(
+                whole | dict(iter=9), str(tmp_path), ('ckpt.pt', 'ckpt_best.pt', 'ckpt_9.pt')
+            )
         monkeypatch.setattr(os, 'replace', replace)
-        assert read_newest(str(tmp_path)) == (whole | dict(iter=2), None) and checkpoint(tmp_path, 'ckpt.prev.pt')['iter'] == (1 if moment < 4 else 2)
+        assert read_newest(str(tmp_path)) == (whole | dict(iter=2), None)
+        assert checkpoint(tmp_path, 'ckpt.prev.pt')['iter'] == (1 if moment < 4 else 2)
     put(str(tmp_path), 'ckpt.prev.pt', 'ckpt.pt')
     put(str(tmp_path), 'ckpt.prev.pt', 'ckpt.pt')
     whole_file = (tmp_path / 'ckpt.pt').read_bytes()
-    for at in random.Random(0).sample(range(len(whole_file)), 60):             # a flipped bit is seen, or does not matter
-        (tmp_path / 'ckpt.new').write_bytes(whole_file[:at] + bytes([whole_file[at] ^ 16]) + whole_file[at + 1:])
+    # a flipped bit is seen, or does not matter
+    for at in random.Random(0).sample(range(len(whole_file)), 60):
+        (tmp_path / 'ckpt.new').write_bytes(
+            whole_file[:at] + bytes([whole_file[at] ^ 16]) + whole_file[at + 1 :]
+        )
         os.replace(tmp_path / 'ckpt.new', tmp_path / 'ckpt.pt')
         assert read_newest(str(tmp_path))[0]['iter'] == 2
-    with monkeypatch.context() as patch:                                       # a disk that cannot be read just now is not a damaged file
-        patch.setattr('zipfile.ZipFile', lambda path: (_ for _ in ()).throw(OSError(5, 'Input/output error')))
+    # a disk that cannot be read just now is not a damaged file
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            'zipfile.ZipFile', lambda path: (_ for _ in ()).throw(OSError(5, 'Input/output error'))
+        )
         with pytest.raises(OSError, match='Input/output'):
             read_newest(str(tmp_path))
 
 
 def test_an_out_dir_that_vanishes_is_made_again(mine, here, capsys):
     import shutil
+
     shutil.rmtree('out', ignore_errors=True)
-    here('train.py', injected("if call == 20: __import__('shutil').rmtree('out')"), *SMALL, '--ckpt_interval=4')
-    assert checkpoint()['iter'] == 10 and 'warning: out is gone: it is made again' in capsys.readouterr().out and 10 in metrics()[0]
+    here(
+        'train.py',
+        injected("if call == 20: __import__('shutil').rmtree('out')"),
+        *SMALL,
+        '--ckpt_interval=4',
+    )
+    assert checkpoint()['iter'] == 10
+    assert 'warning: out is gone: it is made again' in capsys.readouterr().out
+    assert 10 in metrics()[0]
 
 
 # --- numbers
@@ -214,9 +280,17 @@ def test_an_out_dir_that_vanishes_is_made_again(mine, here, capsys):
 @pytest.mark.slow
 def test_bad_numbers_on_one_process_are_skipped_by_all(mine, run):
     # 2 micro-batches a step for each process
-    run('train.py', injected("loss = loss * float('nan') if rank == 1 and call in (5, 6, 11) else loss"), *SMALL, processes=2)
+    run(
+        'train.py',
+        injected("loss = loss * float('nan') if rank == 1 and call in (5, 6, 11) else loss"),
+        *SMALL,
+        processes=2,
+    )
     output = run('train.py', 'fault.py', *SMALL, '--out_dir=again', processes=2).stdout
-    assert 'step 3: loss nan' in output and 'step 6: loss nan' in output and output.count('the update is skipped') == 2 and '2 since step 0' in output
+    assert 'step 3: loss nan' in output
+    assert 'step 6: loss nan' in output
+    assert output.count('the update is skipped') == 2
+    assert '2 since step 0' in output
     state = checkpoint()
     assert all(torch.isfinite(p).all() for p in state['model'].values()) and state['iter'] == 10
     assert {int(s['step']) for s in state['optimizer'][0]['state'].values()} == {8}
@@ -224,9 +298,20 @@ def test_bad_numbers_on_one_process_are_skipped_by_all(mine, run):
 
 
 def test_only_bad_numbers_end_the_run_with_a_checkpoint(mine, run):
-    done = run('train.py', injected("loss = loss / 0 if call > 20 else loss"), *SMALL, '--max_iters=100', '--max_bad_steps=4', status=1)
-    assert done.stderr.splitlines()[-1].startswith('error: 4 steps in a row had no finite loss and gradient: stopped at step 9') and done.stderr.count('error') == 1
-    assert checkpoint()['iter'] == 9 and all(torch.isfinite(p).all() for p in checkpoint()['model'].values())
+    done = run(
+        'train.py',
+        injected('loss = loss / 0 if call > 20 else loss'),
+        *SMALL,
+        '--max_iters=100',
+        '--max_bad_steps=4',
+        status=1,
+    )
+    assert done.stderr.splitlines()[-1].startswith(
+        'error: 4 steps in a row had no finite loss and gradient: stopped at step 9'
+    )
+    assert done.stderr.count('error') == 1
+    assert checkpoint()['iter'] == 9
+    assert all(torch.isfinite(p).all() for p in checkpoint()['model'].values())
 
 
 def test_a_jump_of_the_gradient_is_told(mine, here, capsys):
@@ -235,8 +320,18 @@ def test_a_jump_of_the_gradient_is_told(mine, here, capsys):
 
 
 def test_out_of_memory_says_what_to_lower(mine, run):
-    done = run('train.py', injected("if call == 3: raise _torch.OutOfMemoryError('CUDA out of memory. Tried to allocate')"), *SMALL, status=1)
-    assert done.stderr.splitlines()[-1] == 'error: the device is out of memory (CUDA out of memory): lower batch_size, which changes nothing else'
+    done = run(
+        'train.py',
+        injected(
+            "if call == 3: raise _torch.OutOfMemoryError('CUDA out of memory. Tried to allocate')"
+        ),
+        *SMALL,
+        status=1,
+    )
+    assert (
+        done.stderr.splitlines()[-1] == 'error: the device is out of memory (CUDA out of memory): '
+        'lower batch_size, which changes nothing else'
+    )
     assert 'Traceback' not in done.stderr
 
 
@@ -255,25 +350,40 @@ def test_sharing_the_net_out_equals_ddp(mine, run):
     run('train.py', *options, '--out_dir=ddp', processes=2)
     run('train.py', *options, '--out_dir=fsdp', '--shard=True', '--max_iters=6', processes=2)
     run('train.py', *options, '--out_dir=fsdp', '--shard=True', '--init_from=resume', processes=2)
-    for (step, line), again in zip(metrics('ddp')[0].items(), metrics('fsdp')[0].values(), strict=True):
-        assert again['loss'] == pytest.approx(line['loss'], rel=1e-5) and again['grad_norm'] == pytest.approx(line['grad_norm'], rel=1e-4), step
-    assert metrics('fsdp')[1][10]['val_loss'] == pytest.approx(metrics('ddp')[1][10]['val_loss'], rel=1e-5)
+    for (step, line), again in zip(
+        metrics('ddp')[0].items(), metrics('fsdp')[0].values(), strict=True
+    ):
+        assert again['loss'] == pytest.approx(line['loss'], rel=1e-5) and again[
+            'grad_norm'
+        ] == pytest.approx(line['grad_norm'], rel=1e-4), step
+    assert metrics('fsdp')[1][10]['val_loss'] == pytest.approx(
+        metrics('ddp')[1][10]['val_loss'], rel=1e-5
+    )
     for part in ('model', 'ema'):
         for name, p in checkpoint('ddp')[part].items():
             torch.testing.assert_close(checkpoint('fsdp')[part][name], p, rtol=1e-3, atol=1e-5)
-    run('train.py', *options, '--out_dir=fsdp', '--init_from=resume', '--max_iters=12')            # a single process goes on
+    # a single process goes on
+    run('train.py', *options, '--out_dir=fsdp', '--init_from=resume', '--max_iters=12')
     assert checkpoint('fsdp')['iter'] == 12
 
 
 @pytest.mark.slow
 def test_the_largest_size_trains_shared_out_at_reduced_width(mine, run):
     config = os.path.join(ROOT, 'config', 'smdm_mdm.py')
-    shape = ['--size=None', '--flops=None', '--n_layer=28', '--n_head=17', '--n_embd=136', '--n_mlp=544']      # 2121M's, its width divided by 16
-    run('train.py', config, *SMALL, *shape, '--max_iters=3', '--shard=True', '--packing=concat', processes=2)
+    # 2121M's, its width divided by 16
+    shape = [
+        '--size=None', '--flops=None', '--n_layer=28', '--n_head=17', '--n_embd=136', '--n_mlp=544'
+    ]
+    run(
+        'train.py', config, *SMALL, *shape, '--max_iters=3', '--shard=True', '--packing=concat',
+        processes=2
+    )
     losses = metrics()[0]
     assert len(losses) == 3 and all(0 < line['loss'] < 10 for line in losses.values())
 
 
 def test_sharing_out_is_refused_where_it_cannot_be(mine, refused):
     for options in (['--shard=True'], ['--shard=True', '--optimizer=muon']):
-        assert refused('train.py', *SMALL, *options).startswith('error: shard=True shares the net among several processes')
+        assert refused('train.py', *SMALL, *options).startswith(
+            'error: shard=True shares the net among several processes'
+        )
