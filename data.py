@@ -171,7 +171,7 @@ def gpt2_tokenizer(name):
 
 def bpe_tokenizer(name, folder):
     import tokenizers
-    path = os.path.join(folder or '', 'tokenizer.json')
+    path = f'{folder or "."}/tokenizer.json'
     if not os.path.isfile(path):
         raise FileNotFoundError(f'{path} is missing: data.py trains {name} and saves it there')
     try:
@@ -179,7 +179,7 @@ def bpe_tokenizer(name, folder):
     except Exception as error:  # tokenizers' own
         why = f'is not the file of a tokenizer ({error}): prepare the data again'
         raise ValueError(f'{path} {why}') from None
-    base.encode_special_tokens = True  # "<|endoftext|>" in a text is text
+    base.encode_special_tokens = True  # as text
 
     def encode_batch(texts):
         encodings = base.encode_batch(texts, add_special_tokens=False)
@@ -209,7 +209,8 @@ def train_bpe(texts, size, path):
 def hugging_face_tokenizer(name):
     import transformers
     try:
-        base = transformers.AutoTokenizer.from_pretrained(name, split_special_tokens=True)
+        base = transformers.AutoTokenizer.from_pretrained(
+            name, split_special_tokens=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         why = str(error).strip().splitlines()[0]
         known = ', '.join(TOKENIZERS)
@@ -295,15 +296,13 @@ def read_plain_text(path):
     inside = False  # its document has begun in an earlier piece
     with open(path, encoding='utf-8-sig') as f:
         while block := f.read(PIECE):
-            *whole, rest = BLANK.split(rest + block)
-            for text in whole:
-                if not inside:
-                    text = LEADING.sub('', text)
-                if inside or text.strip():
-                    yield None, text, True, None
-                inside = False
+            text = rest + block
             if not inside:
-                rest = LEADING.sub('', rest)
+                text = LEADING.sub('', text)
+            *whole, rest = BLANK.split(text)
+            for text in whole:
+                yield None, text, True, None
+                inside = False
             cut = CUT.search(rest, PIECE) if len(rest) > 2 * PIECE else None
             if cut:
                 yield None, rest[:cut.end()], False, None
@@ -533,6 +532,14 @@ def detokenize(dataset_name, text):
     return text
 
 
+def hashed_splits():
+    """The splits of document 0, 1, ...: a hash sends 5% to validation."""
+    for first in itertools.count(0, 2 ** 16):  # so many at a time, for speed
+        index = np.arange(2 ** 16, dtype=np.uint64) + np.uint64(first)
+        for draw in ((splitmix64(index) >> np.uint64(1)) % np.uint64(20)).tolist():
+            yield 'train' if draw else 'validation'
+
+
 def documents(dataset, input=None, streaming=True):
     """What the reader of a dataset yields, with the text cleaned up and every split chosen."""
     local = dataset == 'stdlib' or dataset.startswith('text:')
@@ -547,14 +554,14 @@ def documents(dataset, input=None, streaming=True):
         near = difflib.get_close_matches(dataset, DATASETS, n=1, cutoff=0)[0]
         hint = f"the nearest is '{near}', and text:PATH takes your own text"
         raise ValueError(f"dataset '{dataset}' is not known; {hint}")
-    index = 0  # of the documents whose split is open: a hash of it sends 5% to validation
+    choices = hashed_splits()
+    choice = next(choices)
     for split, text, last, total in reader:
-        if split is None:
-            split = 'train' if (splitmix64(index) >> 1) % 20 else 'validation'
-            index += last
         if dataset in DATASETS:
             text = detokenize(dataset, text)
-        yield split, text, last, total
+        yield split or choice, text, last, total
+        if split is None and last:
+            choice = next(choices)
 
 
 # -----------------------------------------------------------------------------
@@ -590,7 +597,7 @@ def source_size(dataset, input=None):
 def read_meta(folder):
     """meta.json of a data folder. Raises FileNotFoundError where there is none, and ValueError with
     the command that rebuilds the folder where a file is not what the meta says."""
-    path = os.path.join(folder, 'meta.json')
+    path = f'{folder}/meta.json'
     if not os.path.isfile(path):
         hint = 'make one with python data.py --dataset=NAME'
         raise FileNotFoundError(f'{path} is missing: {folder} is not a data folder; {hint}')
@@ -600,20 +607,18 @@ def read_meta(folder):
         rebuild = f"rebuild it with {meta['command']}"
         itemsize = {'uint16': 2, 'uint32': 4}[meta['dtype']]
         for key in ('vocab_size', 'eos_id', 'bos_id', 'pad_id', 'mask_id'):
-            if type(meta['tokenizer'][key]) is not int:
-                raise TypeError('the ids of the tokenizer are not whole numbers')
+            require(type(meta['tokenizer'][key]) is int, f'{path}: {key} is not an id: {rebuild}')
         for split, counts in meta['splits'].items():
             sizes = dict(bin=counts['tokens'] * itemsize, idx=(counts['documents'] + 1) * 8)
             for ending, size in sizes.items():
-                file = os.path.join(folder, f'{split}.{ending}')
+                file = f'{folder}/{split}.{ending}'
                 require(os.path.isfile(file), f'{file} is missing: {rebuild}')
                 found = os.path.getsize(file)
                 problem = f'holds {found:,} bytes, where meta.json says {size:,}'
                 require(found == size, f'{file} {problem}: {rebuild}')
             offsets = np.memmap(file, dtype='<i8', mode='r')
-            ends = offsets[0], offsets[-1]
-            problem = 'does not fit the tokens of meta.json'
-            require(ends == (0, counts['tokens']), f'{file} {problem}: {rebuild}')
+            fits = offsets[0] == 0 and offsets[-1] == counts['tokens']
+            require(fits, f'{file} does not fit the tokens of meta.json: {rebuild}')
     except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         why = f'is not what data.py writes ({type(error).__name__}: {error})'
         raise ValueError(f'{path} {why}: remove {folder} and prepare it again') from None
@@ -672,8 +677,8 @@ def in_order(function, items, workers):
             yield pending.popleft().result()
 
 
-def append(folder, file, array):
-    with open(os.path.join(folder, file), 'ab') as f:
+def append(path, array):
+    with open(path, 'ab') as f:
         f.write(array.tobytes())
 
 
@@ -690,10 +695,10 @@ def write_bins(folder, tok, documents, size=None, name=''):
             for split, (ids, ends, n_bytes) in encoded.items():
                 if split not in counts:
                     counts[split] = dict(documents=0, tokens=0, bytes=0)
-                    append(folder, f'{split}.idx', np.zeros(1, dtype='<i8'))
+                    append(f'{folder}/{split}.idx', np.zeros(1, dtype='<i8'))
                 count = counts[split]
-                append(folder, f'{split}.bin', ids)
-                append(folder, f'{split}.idx', (count['tokens'] + ends).astype('<i8'))
+                append(f'{folder}/{split}.bin', ids)
+                append(f'{folder}/{split}.idx', (count['tokens'] + ends).astype('<i8'))
                 count['documents'] += len(ends)
                 count['tokens'] += len(ids)
                 count['bytes'] += n_bytes
@@ -730,10 +735,10 @@ def prepare(dataset, tokenizer='gpt2', name=None, input=None, streaming=True):
     require(
         re.fullmatch(r'[\w-][\w.-]*', name),
         f"name='{name}': letters, digits, '_', '-' and '.' make the name of a folder in data/")
-    folder = os.path.join('data', name)
-    unfinished = os.path.join('data', f'.{name}.unfinished')
+    folder = f'data/{name}'
+    unfinished = f'data/.{name}.unfinished'
     os.makedirs('data', exist_ok=True)
-    with FileLock(os.path.join('data', f'.{name}.lock')):
+    with FileLock(f'data/.{name}.lock'):
         source = dict(dataset=dataset, input=input, size=source_size(dataset, input))
         if is_prepared(folder, source, tokenizer):
             return folder
@@ -743,7 +748,7 @@ def prepare(dataset, tokenizer='gpt2', name=None, input=None, streaming=True):
             if is_bpe(tokenizer):
                 print(f'training the tokenizer {tokenizer} on {dataset}', flush=True)
                 texts = training_texts(documents(dataset, input, streaming))
-                train_bpe(texts, int(tokenizer[4:]), os.path.join(unfinished, 'tokenizer.json'))
+                train_bpe(texts, int(tokenizer[4:]), f'{unfinished}/tokenizer.json')
             tok = get_tokenizer(tokenizer, unfinished)
             dtype, counts = write_bins(
                 unfinished, tok, documents(dataset, input, streaming), source['size'], name)
@@ -751,7 +756,7 @@ def prepare(dataset, tokenizer='gpt2', name=None, input=None, streaming=True):
             meta = dict(
                 source=source, command=command_for(dataset, tokenizer, name, input),
                 tokenizer=tok.meta(), dtype=dtype, splits=counts)
-            with open(os.path.join(unfinished, 'meta.json'), 'w') as f:
+            with open(f'{unfinished}/meta.json', 'w') as f:
                 json.dump(meta, f, indent=1)
             shutil.rmtree(folder, ignore_errors=True)
             os.rename(unfinished, folder)
@@ -764,9 +769,9 @@ def find_or_prepare(dataset, tokenizer):
     """data/<dataset>, or the folder made from that dataset with that tokenizer, now if that needs
     no hub. Raises ValueError, or FileNotFoundError with the command that makes it."""
     dataset = str(dataset)
-    folder = os.path.join('data', dataset)
-    if not os.path.isfile(os.path.join(folder, 'meta.json')):
-        folder = os.path.join('data', default_name(dataset, tokenizer))
+    folder = f'data/{dataset}'
+    if not os.path.isfile(f'{folder}/meta.json'):
+        folder = f'data/{default_name(dataset, tokenizer)}'
         if dataset == 'stdlib' or dataset.startswith('text:'):
             prepare(dataset, tokenizer)
         elif not os.path.isdir(folder):
@@ -874,11 +879,12 @@ class TokenRows:
         require(split in splits, f"{folder} has no split '{split}', only {known} ({hint})")
         self.meta = meta
         self.tok = meta['tokenizer']
+        self.rebuild = f"rebuild it with {meta['command']}"
         self.name = f'{folder}/{split}'
         self.block_size = block_size
         self.loss_on_padding = loss_on_padding
         self.counts = splits[split]
-        # as plain arrays, whose slices take a tenth of the time
+        # plain arrays: their slices take a tenth of the time
         dtype = np.dtype(meta['dtype']).newbyteorder('<')
         self.tokens = np.asarray(np.memmap(f'{self.name}.bin', dtype=dtype, mode='r'))
         self.offsets = np.asarray(np.memmap(f'{self.name}.idx', dtype='<i8', mode='r'))
@@ -894,9 +900,8 @@ class TokenRows:
     def document(self, i):
         """The ids of document i, its EOS included."""
         start, end = self.offsets[i], self.offsets[i + 1]
-        rises = 0 <= start < end <= len(self.tokens)
-        rebuild = f"rebuild them with {self.meta['command']}"
-        require(rises, f'the offsets of {self.name} do not rise at document {i}: {rebuild}')
+        problem = f'the offsets of {self.name} do not rise at document {i}: {self.rebuild}'
+        require(0 <= start < end <= len(self.tokens), problem)
         return self.tokens[start:end]
 
     def __getitem__(self, indices):
@@ -910,8 +915,7 @@ class TokenRows:
         largest = x0.max(initial=0)
         n_ids = self.tok['vocab_size']
         problem = f'holds the id {largest}, outside of the {n_ids:,} ids of its tokenizer'
-        rebuild = f"rebuild it with {self.meta['command']}"
-        require(largest < n_ids, f'the bin of {self.name} {problem}: {rebuild}')
+        require(largest < n_ids, f'{self.name}.bin {problem}: {self.rebuild}')
         everything = np.ones(x0.shape, dtype=bool)
         for key in ('maskable', 'scored', 'document', 'attention_mask'):
             masks.setdefault(key, everything)

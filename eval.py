@@ -339,9 +339,10 @@ def load_judge(name, device='cpu'):
     import transformers
     transformers.utils.logging.disable_progress_bar()
     with one_line(f"the judge '{name}'"):
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, trust_remote_code=False)
         model = model.to(device).eval()
-        tok = transformers.AutoTokenizer.from_pretrained(name)
+        tok = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     x = torch.zeros(2, 4, dtype=torch.int64, device=device)
     x[1, 3] = 1                                           # only the last token differs
     with torch.no_grad():
@@ -470,8 +471,8 @@ def load_featurizer(name):
     good = 'gpt2' in name or 'bert' in name
     require(good, f"featurizer='{name}': mauve-text needs gpt2 or bert in the name; '': no MAUVE")
     with one_line(f"the featurizer '{name}'"):
-        transformers.AutoConfig.from_pretrained(name)
-        transformers.AutoTokenizer.from_pretrained(name)
+        transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
 def distinct(rows, n):

@@ -2,11 +2,11 @@
 The network, the noise, the objectives, and weights in and out.
 
 What is unusual here, for a reader who knows nanoGPT:
-- attention looks both ways; a mask id stands for an unknown token; rotary positions
-- the conditioning is adaLN-zero (DiT), but most masked diffusion models always feed it sigma = 0:
-  then it is one vector for the whole batch, folded into the weight and bias of the norms
-- trunk and head are apart: only the positions that a loss or a sampler needs are projected
-- one class for every family: an architecture is a ModelConfig
+- attention looks both ways, positions are rotary, a mask id stands for an unknown token
+- adaLN-zero conditioning (DiT), mostly of sigma = 0: then one vector for the whole batch is
+  folded into the weight and bias of the norms
+- the head projects only the positions that a loss or a sampler needs
+- one class for all families: an architecture is a ModelConfig
 
 References: MDLM (Sahoo et al. 2024, arXiv 2406.07524), DiT (Peebles & Xie 2022, arXiv 2212.09748),
 SMDM (Nie et al. 2024, arXiv 2410.18514).
@@ -39,82 +39,79 @@ try:
 except ImportError:
     flash_attn_func = None
 
+
+def require_known(what, value, known):
+    require(value in known, f"{what}'{value}' is not known: choose from {', '.join(known)}")
+
+
 # -----------------------------------------------------------------------------
 # the network
 
-ACTIVATIONS = {
-    'gelu': lambda x: F.gelu(x, approximate='tanh'),
-    'relu': F.relu,
-    'swiglu': F.silu,
-}
+ACTIVATIONS = dict(
+    gelu=lambda x: F.gelu(x, approximate='tanh'), relu=F.relu, swiglu=F.silu)
 
 
 @dataclass
 class ModelConfig:
     """An architecture. The defaults are MDLM's OpenWebText model, 170M parameters."""
-    block_size: int = 1024           # longest row (L)
-    vocab_size: int = 50258          # ids in the input, the mask included (V)
-    mask_id: int | None = 50257      # None: a causal net without a mask
-    pad_id: int | None = None        # its embedding stays zero (xlm); None: as any token
+    block_size: int = 1024  # longest row (L)
+    vocab_size: int = 50258  # with the mask (V)
+    mask_id: int | None = 50257  # None: no mask (causal)
+    pad_id: int | None = None  # its embedding stays zero (xlm)
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
-    n_mlp: int | None = None         # hidden width of the mlp; None: 4 * n_embd
-    cond_dim: int = 128              # width of the adaLN conditioning; 0: none
-    time_conditioning: bool = False  # False: the conditioning is always fed sigma = 0
-    causal: bool = False             # attention looks back only
-    norm: str = 'layernorm'          # 'layernorm' or 'rmsnorm'
-    mlp: str = 'gelu'                # 'gelu' (tanh form), 'relu' or 'swiglu'
+    n_mlp: int | None = None  # width of the mlp; None: 4 * n_embd
+    cond_dim: int = 128  # of the adaLN conditioning; 0: none
+    time_conditioning: bool = False  # False: sigma = 0 always
+    causal: bool = False
+    norm: str = 'layernorm'  # or 'rmsnorm'
+    mlp: str = 'gelu'  # a key of ACTIVATIONS
     norm_bias: bool = False
     mlp_bias: bool = True
     head_bias: bool = True
-    head_mask: bool = True           # False: the head has no row for the mask, the last id
-    rotary_bf16: bool = False        # cos and sin rounded to bfloat16 (SMDM)
-    dropout: float = 0.0             # on the two residual branches of a block
-    attn_dropout: float = 0.0        # on the attention weights
-    init: str = 'mdlm'               # 'mdlm' (adaLN-zero), 'xlm' (PyTorch's), 'smdm' (normal)
-    objective: str = 'subs'          # what the outputs mean: a key of OBJECTIVES
+    head_mask: bool = True  # False: no row for the mask, the last id
+    rotary_bf16: bool = False  # cos and sin rounded to bfloat16 (SMDM)
+    dropout: float | int = 0.0  # on the two residual branches of a block
+    attn_dropout: float | int = 0.0  # on the attention weights
+    init: str = 'mdlm'  # adaLN-zero; or 'xlm' (PyTorch's), 'smdm' (normal)
+    objective: str = 'subs'  # what the outputs mean: a key of OBJECTIVES
 
     def __post_init__(self):
-        def check(key, holds, rule):
-            require(holds, f'{key}={getattr(self, key)!r}: {rule}')
-
         for field in dataclasses.fields(self):
             kinds = typing.get_args(field.type) or (field.type,)
-            kind = type(getattr(self, field.name))
-            fits = kind in kinds or (kind is int and float in kinds)
-            check(field.name, fits, f'{" or ".join(k.__name__ for k in kinds)} is needed')
+            value = getattr(self, field.name)
+            names = ' or '.join(kind.__name__ for kind in kinds)
+            require(type(value) in kinds, f'{field.name}={value!r}: {names} is needed')
         if self.n_mlp is None:
             self.n_mlp = 4 * self.n_embd
 
-        V = self.vocab_size
-        for key in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_mlp'):
-            check(key, getattr(self, key) >= 1, 'it must be at least 1')
-        for key in ('dropout', 'attn_dropout'):
-            check(key, 0 <= getattr(self, key) < 1, 'it must be a probability below 1')
-        for key in ('mask_id', 'pad_id'):
-            value = getattr(self, key)
-            inside = value is None or 0 <= value < V
-            check(key, inside, f'it is outside the vocabulary of {V} ids')
-        for key, known in (
-                ('norm', ('layernorm', 'rmsnorm')), ('mlp', ACTIVATIONS),
-                ('init', ('mdlm', 'xlm', 'smdm')), ('objective', OBJECTIVES)):
-            value = getattr(self, key)
-            require(value in known, f"{key}='{value}' is not known: choose from {', '.join(known)}")
+        require_known('norm=', self.norm, ('layernorm', 'rmsnorm'))
+        require_known('mlp=', self.mlp, ACTIVATIONS)
+        require_known('init=', self.init, ('mdlm', 'xlm', 'smdm'))
+        require_known('objective=', self.objective, OBJECTIVES)
+        V, is_ar = self.vocab_size, self.objective == 'ar'
+        rules = [
+            ('block_size vocab_size n_layer n_head n_embd n_mlp', lambda x: x >= 1, 'at least 1'),
+            ('cond_dim', lambda x: x >= 0, '0 or more'),
+            ('cond_dim', lambda x: x or not self.time_conditioning, 'above 0 to condition on time'),
+            ('dropout attn_dropout', lambda x: 0 <= x < 1, 'a probability below 1'),
+            ('mask_id pad_id', lambda x: x is None or 0 <= x < V, f'one of the {V} ids'),
+            ('mask_id', lambda x: self.causal or x is not None, 'an id unless causal'),
+            ('mask_id', lambda x: self.head_mask or x == V - 1, 'the last id without head_mask'),
+            ('causal', lambda x: x == is_ar, f"{is_ar} with objective '{self.objective}'"),
+        ]
+        for keys, holds, rule in rules:
+            for key in keys.split():
+                value = getattr(self, key)
+                require(holds(value), f'{key}={value!r}: it must be {rule}')
         require(
-            self.n_embd % self.n_head == 0 and self.n_embd // self.n_head % 2 == 0,
+            self.n_embd % (2 * self.n_head) == 0,
             f'n_embd={self.n_embd} over n_head={self.n_head}: heads need a whole and even width')
-        check('cond_dim', self.cond_dim >= 0, 'it must be 0 or more')
-        check('cond_dim', self.cond_dim or not self.time_conditioning, 'time_conditioning needs it')
-        check('mask_id', self.mask_id is not None or self.causal, 'only causal nets do without')
-        last = self.mask_id == V - 1
-        check('mask_id', self.head_mask or last, 'without head_mask it is the last id')
-        is_ar = self.objective == 'ar'
-        check('causal', self.causal == is_ar, "objective 'ar' needs True, the others False")
 
 
 class Norm(nn.Module):
-    """LayerNorm or RMSNorm; modulated, norm(x) * (1 + scale) + shift, both (1 or B, 1, n_embd)."""
+    """norm(x), or norm(x) * (1 + scale) + shift with both (1 or B, 1, n_embd)."""
 
     def __init__(self, config):
         super().__init__()
@@ -127,26 +124,22 @@ class Norm(nn.Module):
         if shift is not None:  # modulation is another weight and bias
             weight = weight * (1 + scale)
             bias = shift if bias is None else bias * (1 + scale) + shift
-        # not layer_norm's own weight: its gradient on a CPU depends on the number of threads
-        if self.rms:
-            x = F.rms_norm(x, x.shape[-1:], eps=1e-5)
-        else:
-            x = F.layer_norm(x, x.shape[-1:])
+        # layer_norm's own weight has a gradient that depends on the number of CPU threads
+        norm = F.rms_norm if self.rms else F.layer_norm
+        x = norm(x, x.shape[-1:], eps=1e-5)
         return x * weight if bias is None else torch.addcmul(bias.to(x.dtype), x, weight)
 
 
 def rotary_table(position, head_dim, bf16=False):
-    """cos and sin (..., 1, 1, head_dim/2) of the rotary angles at positions (...), float32."""
-    exponent = torch.arange(0, head_dim, 2, device=position.device, dtype=torch.float32) / head_dim
+    """cos and sin, (..., 1, 1, head_dim/2) float32, at positions (...)."""
+    exponent = torch.arange(0, head_dim, 2, device=position.device) / head_dim
     angle = position[..., None, None, None] * (1.0 / 10_000 ** exponent)
-    cos, sin = angle.cos(), angle.sin()
-    if bf16:
-        return cos.bfloat16().float(), sin.bfloat16().float()
-    return cos, sin
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    return angle.cos().to(dtype).float(), angle.sin().to(dtype).float()
 
 
 def apply_rotary(x, cos, sin):
-    """Rotate the halves (not interleaved pairs) of each head of x (B, L, 2, H, head_dim)."""
+    """Rotate halves (not interleaved pairs) of the heads of x (B, L, 2, H, head_dim)."""
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
@@ -162,9 +155,10 @@ class Block(nn.Module):
         self.attn_qkv = nn.Linear(C, 3 * C, bias=False)
         self.attn_out = nn.Linear(C, C, bias=False)
         self.norm2 = Norm(config)
-        self.mlp_gate = nn.Linear(C, M, bias=config.mlp_bias) if config.mlp == 'swiglu' else None
-        self.mlp_in = nn.Linear(C, M, bias=config.mlp_bias)
-        self.mlp_out = nn.Linear(M, C, bias=config.mlp_bias)
+        bias = config.mlp_bias
+        self.mlp_gate = nn.Linear(C, M, bias) if config.mlp == 'swiglu' else None
+        self.mlp_in = nn.Linear(C, M, bias)
+        self.mlp_out = nn.Linear(M, C, bias)
         self.adaLN = nn.Linear(config.cond_dim, 6 * C) if config.cond_dim else None
 
     def attention(self, x, rotary, attn_mask, cache):
@@ -183,24 +177,24 @@ class Block(nn.Module):
 
     def mlp(self, x):
         activation = ACTIVATIONS[self.config.mlp]
-        if self.mlp_gate is None:
-            return self.mlp_out(activation(self.mlp_in(x)))
-        return self.mlp_out(activation(self.mlp_gate(x)) * self.mlp_in(x))
+        if self.mlp_gate:
+            return self.mlp_out(activation(self.mlp_gate(x)) * self.mlp_in(x))
+        return self.mlp_out(activation(self.mlp_in(x)))
 
     def forward(self, x, c, rotary, attn_mask=None, cache=None):
         p = self.config.dropout if self.training else 0.0
         if c is None:
             x = x + dropout(self.attention(self.norm1(x), rotary, attn_mask, cache), p)
             return x + dropout(self.mlp(self.norm2(x)), p)
-        modulation = self.adaLN(c)[:, None].chunk(6, dim=2)  # (1 or B, 1, C) each
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
+        # (1 or B, 1, C) each
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN(c)[:, None].chunk(6, dim=2)
         y = self.attention(self.norm1(x, shift1, scale1), rotary, attn_mask, cache)
         x = x + gate1 * dropout(y, p)
         return x + gate2 * dropout(self.mlp(self.norm2(x, shift2, scale2)), p)
 
 
 class SigmaMap(nn.Module):
-    """sigma (B,) -> conditioning (B, cond_dim): 256 sinusoids (cosines first) and a small mlp."""
+    """sigma (B,) -> conditioning (B, cond_dim)."""
 
     def __init__(self, cond_dim):
         super().__init__()
@@ -208,34 +202,33 @@ class SigmaMap(nn.Module):
         self.fc2 = nn.Linear(cond_dim, cond_dim)
 
     def forward(self, sigma):
-        steps = torch.arange(128, device=sigma.device, dtype=torch.float32)
+        steps = torch.arange(128, device=sigma.device)
         angle = sigma.float()[:, None] * torch.exp(-math.log(10_000) * steps / 128)
         features = torch.cat((angle.cos(), angle.sin()), dim=-1).to(self.fc1.weight.dtype)
         return F.silu(self.fc2(F.silu(self.fc1(features))))
 
 
 class DiT(nn.Module):
-    """The network: ids (B, L) -> logits (B, L, V). Parameters are in the order of MDLM's."""
+    """ids (B, L) -> logits (B, L, V). Parameters are in MDLM's order."""
 
     def __init__(self, config):
         super().__init__()
-        C = config.n_embd
-        head_rows = config.vocab_size if config.head_mask else config.vocab_size - 1
+        C, V, cond_dim = config.n_embd, config.vocab_size, config.cond_dim
         self.config = config
-        self.tokenizer = None  # these three are filled in by load_pretrained
+        self.tokenizer = None  # load_pretrained fills in these three
         self.constants = {}
         self.extra = {}
-        self.wte = nn.Embedding(config.vocab_size, C, padding_idx=config.pad_id)
-        self.sigma_map = SigmaMap(config.cond_dim) if config.cond_dim else None
+        self.wte = nn.Embedding(V, C, padding_idx=config.pad_id)
+        self.sigma_map = SigmaMap(cond_dim) if cond_dim else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm_f = Norm(config)
-        self.lm_head = nn.Linear(C, head_rows, bias=config.head_bias)
-        self.adaLN_f = nn.Linear(config.cond_dim, 2 * C) if config.cond_dim else None
+        self.lm_head = nn.Linear(C, V if config.head_mask else V - 1, bias=config.head_bias)
+        self.adaLN_f = nn.Linear(cond_dim, 2 * C) if cond_dim else None
         if config.init == 'mdlm':
             nn.init.kaiming_uniform_(self.wte.weight, a=math.sqrt(5))
             for name, p in self.named_parameters():
                 if name.startswith('lm_head') or 'adaLN' in name:
-                    nn.init.zeros_(p)  # adaLN-zero: every block starts as the identity
+                    nn.init.zeros_(p)  # every block starts as the identity
         elif config.init == 'smdm':
             for name, p in self.named_parameters():
                 if name.endswith(('attn_out.weight', 'mlp_out.weight')):
@@ -244,16 +237,15 @@ class DiT(nn.Module):
                     nn.init.normal_(p, std=math.sqrt(2 / (5 * C)))
 
     def trunk(self, x, sigma=None, attention_mask=None, cache=None):
-        """ids x (B, L) -> (B, L, n_embd), all that precedes the vocabulary projection.
+        """ids x (B, L) -> (B, L, n_embd).
 
-        sigma (B,): total noise. attention_mask (B, L) bool: False where nothing looks.
-        cache: a KVCache of what a causal net has seen before x.
-        Raises ValueError if a time-conditioned net gets no sigma.
+        sigma (B,): total noise; ValueError if a time-conditioned net gets none.
+        attention_mask (B, L) bool: False where nothing looks. cache: a KVCache.
         """
         config = self.config
         require(
             sigma is not None or not config.time_conditioning,
-            'this net is time-conditioned: give sigma (B,), the total noise of each row')
+            'this net is time-conditioned: give sigma (B,), the total noise')
         c = None
         if config.cond_dim:
             if not config.time_conditioning:
@@ -276,7 +268,7 @@ class DiT(nn.Module):
         return self.norm_f(h, shift, scale)
 
     def head(self, h):
-        """h (..., n_embd) -> logits (..., V), at least float32; -inf for a mask without a row."""
+        """h (..., n_embd) -> logits (..., V), at least float32; -inf for a missing mask."""
         logits = self.lm_head(h)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits if self.config.head_mask else F.pad(logits, (0, 1), value=-math.inf)
@@ -285,40 +277,37 @@ class DiT(nn.Module):
         return self.head(self.trunk(x, sigma, attention_mask))
 
     def nll(self, h, target, exclude=None):
-        """-log softmax(head(h))[target], h (N, n_embd), target (N,) -> nats (N,) float32.
-
-        exclude: an id that gets no probability (SUBS excludes the mask).
-        """
+        """-log softmax(head(h))[target] in nats, (N,) float32; h (N, n_embd), target (N,).
+        exclude: an id without probability (for SUBS the mask)."""
         return self.nll_and_logit(h, target, exclude)[0]
 
     def nll_and_logit(self, h, target, exclude=None):
-        """nll, and head(h)[target], both (N,): their sum is the log-sum-exp of the logits."""
+        """nll and head(h)[target], (N,): their sum is the log-sum-exp of the logits."""
+        head = self.lm_head
         exclude = exclude if self.config.head_mask else None
-        weight, bias = self.lm_head.weight, self.lm_head.bias
-        return _NLL.apply(h, weight, bias, target, exclude, torch.is_grad_enabled())
+        return _NLL.apply(h, head.weight, head.bias, target, exclude, torch.is_grad_enabled())
 
     def num_params(self, embedding=True):
-        """Number of parameters, or without those of the embedding and the head."""
+        """embedding=False: without embedding and head."""
         n = sum(p.numel() for p in self.parameters())
         if not embedding:
             n -= self.wte.weight.numel() + sum(p.numel() for p in self.lm_head.parameters())
         return n
 
     def train_flops(self, rows, length, scored):
-        """FLOPs of a step on rows x length tokens, `scored` of them projected: matrix products
-        only, without what kernels recompute, as for MFU."""
-        config = self.config
+        """FLOPs of a step for MFU, matrix products only; `scored` positions are projected."""
+        config, C = self.config, self.config.n_embd
         matrices = 3 if config.mlp == 'swiglu' else 2
-        weights = 4 * config.n_embd ** 2 + matrices * config.n_embd * config.n_mlp
-        per_token = config.n_layer * (weights + 2 * length * config.n_embd)
-        return 6 * (rows * length * per_token + scored * config.n_embd * config.vocab_size)
+        weights = 4 * C ** 2 + matrices * C * config.n_mlp
+        per_token = config.n_layer * (weights + 2 * length * C)
+        return 6 * (rows * length * per_token + scored * C * config.vocab_size)
 
 
 class KVCache:
-    """Keys and values of a causal net, (2, rows, H, length, C/H) for each block.
+    """Keys and values of a causal net, (2, rows, H, length, C/H) a block.
 
-    With position=None the trunk gets the first tokens (n, P) of the rows `slots`, else one token
-    of every row, (rows, 1), at `position` (rows,), on the CPU so that no GPU is waited for.
+    position=None: the trunk gets the first tokens (n, P) of the rows `slots`; else one token of
+    every row, (rows, 1), at `position` (rows,), which is on the CPU to not wait for a GPU.
     """
 
     def __init__(self, rows, length):
@@ -329,21 +318,19 @@ class KVCache:
         self.position = None
 
     def extend(self, block, k, v):
-        """Store the new k and v (n, H, P or 1, C/H); return those to look at."""
+        """Store k and v (n, H, P or 1, C/H); return those to look at."""
         if block not in self.kept:
             self.kept[block] = k.new_zeros(2, self.rows, k.size(1), self.length, k.size(3))
         kv = self.kept[block]
         if self.position is None:
-            kv[0, self.slots, :, :k.size(2)] = k
-            kv[1, self.slots, :, :k.size(2)] = v
+            kv[:, self.slots, :, :k.size(2)] = torch.stack((k, v))
             return k, v
         row, position = torch.arange(self.rows, device=k.device), self.position.to(k.device)
-        kv[0, row, :, position] = k[:, :, 0]
-        kv[1, row, :, position] = v[:, :, 0]
+        kv[:, row, :, position] = torch.cat((k, v), dim=2).transpose(1, 2)
         return kv[:, :, :, :int(self.position.max()) + 1].unbind()
 
     def seen(self, device):
-        """attn_mask (rows, 1, 1, reach) bool; None where every row looks at everything."""
+        """attn_mask (rows, 1, 1, reach) bool; None: all True."""
         seen = torch.arange(int(self.position.max()) + 1) <= self.position[:, None]
         return None if seen.all() else seen[:, None, None].to(device)
 
@@ -353,58 +340,56 @@ class KVCache:
         self.kept = {block: kv[:, slots.to(kv.device)] for block, kv in self.kept.items()}
 
 
-# named sizes, in the constants of train.py
-SIZES = {
-    'mdlm-tiny': dict(n_layer=8, n_head=8, n_embd=512, n_mlp=2048, cond_dim=128),
-    'mdlm-small': dict(n_layer=12, n_head=12, n_embd=768, n_mlp=3072, cond_dim=128),
-    'mdlm-medium': dict(n_layer=24, n_head=16, n_embd=1024, n_mlp=4096, cond_dim=128),
-}
-# SMDM's: non-embedding parameters, n_layer, n_head, n_embd, n_mlp
-SMDM_SIZES = """
-6M     6  4  256 1024
-19M    8  6  384 1536
-34M    8  8  512 2048
-48M    9  9  576 2304
-66M   10 10  640 2560
-75M   16  8  640 1600
-85M   13 10  640 2560
-113M  12 12  768 3072
-142M  15 12  768 3072
-170M  18 12  768 3072
-180M  14 14  896 3584
-206M  16 14  896 3584
-231M  18 14  896 3584
-268M  16 16 1024 4096
-302M  18 16 1024 4096
-336M  20 16 1024 4096
-472M  18 10 1280 5120
-551M  21 10 1280 5120
-571M  18 11 1408 5632
-629M  24 10 1280 5120
-666M  21 11 1408 5632
-717M  19 12 1536 6144
-761M  24 11 1408 5632
-831M  22 12 1536 6144
-944M  25 12 1536 6144
-1028M 20 14 1792 7168
-1233M 24 14 1792 7168
-1476M 22 16 2048 8192
-1678M 25 16 2048 8192
-2121M 28 17 2176 8704
-"""
-for line in SMDM_SIZES.split('\n')[1:-1]:
+# named sizes, in train.py's constants: n_layer, n_head, n_embd
+# (SMDM's are named after their non-embedding parameters)
+SIZES = {}
+for line in '''mdlm-tiny 8 8 512
+mdlm-small 12 12 768
+mdlm-medium 24 16 1024
+6M 6 4 256
+19M 8 6 384
+34M 8 8 512
+48M 9 9 576
+66M 10 10 640
+75M 16 8 640
+85M 13 10 640
+113M 12 12 768
+142M 15 12 768
+170M 18 12 768
+180M 14 14 896
+206M 16 14 896
+231M 18 14 896
+268M 16 16 1024
+302M 18 16 1024
+336M 20 16 1024
+472M 18 10 1280
+551M 21 10 1280
+571M 18 11 1408
+629M 24 10 1280
+666M 21 11 1408
+717M 19 12 1536
+761M 24 11 1408
+831M 22 12 1536
+944M 25 12 1536
+1028M 20 14 1792
+1233M 24 14 1792
+1476M 22 16 2048
+1678M 25 16 2048
+2121M 28 17 2176'''.split('\n'):
     name, *shape = line.split()
-    SIZES[name] = dict(zip(('n_layer', 'n_head', 'n_embd', 'n_mlp'), map(int, shape), strict=True))
+    n_layer, n_head, C = map(int, shape)
+    SIZES[name] = dict(n_layer=n_layer, n_head=n_head, n_embd=C, n_mlp=4 * C)
+    if name.startswith('mdlm'):
+        SIZES[name]['cond_dim'] = 128
+SIZES['75M']['n_mlp'] = 1600
 
 # -----------------------------------------------------------------------------
 # noise: x0 -> xt
 
 
 class Schedule:
-    """Noise at time t in [0, 1]: sigma(t), the total noise, and dsigma(t), its derivative.
-
-    alpha(t) = exp(-sigma(t)) is the probability of not being masked. A schedule has one of the two.
-    """
+    """Total noise sigma at time t in [0, 1], and its derivative dsigma. alpha = exp(-sigma) is the
+    probability of not being masked. A schedule defines dsigma, and sigma or alpha."""
 
     def alpha(self, t):
         return torch.exp(-self.sigma(t))
@@ -417,35 +402,34 @@ class Schedule:
         return self.sigma(t)
 
     def conditioning_at(self, mask_prob):
-        """The same for a probability of being masked, cut off at that of t = 1."""
+        """The same for mask_prob = 1 - alpha, cut off at t = 1."""
         alpha_1 = float(self.alpha(torch.ones((), dtype=torch.float64)))
         return -torch.log1p(-mask_prob.clamp(max=1 - alpha_1))
 
     def sigma_range(self):
         """The noise between which time is importance-sampled."""
+        name = type(self).__name__
         raise ValueError(
-            'importance-sampled time is not defined for the schedule '
-            f'{type(self).__name__}: choose loglinear or linear')
+            f'importance-sampled time is not defined for the schedule {name}: '
+            'choose loglinear or linear')
 
     def log_masked_range(self):
         """log(1 - exp(-sigma)) at both ends."""
         return [math.log1p(-math.exp(-sigma)) for sigma in self.sigma_range()]
 
     def importance_time(self, t):
-        """Uniform t -> times with a uniform log(1 - alpha): the weight of the NELBO is constant
+        """Uniform t -> times with uniform log(1 - alpha), all of one weight in the NELBO
         (MDLM, appendix C.2)."""
         low, high = self.log_masked_range()
         return self.time_of(-torch.log1p(-torch.exp(t * high + (1 - t) * low)))
 
     def importance_weight(self):
-        """That weight, of -log p(x0 | xt)."""
         return -self.log_masked_range()[0]
 
 
 @dataclass
 class LogLinear(Schedule):
-    """A position is masked with probability (1 - eps) t (MDLM, appendix E.1)."""
-
+    """1 - alpha = (1 - eps) t (MDLM, appendix E.1)."""
     eps: float = 1e-3
 
     def sigma(self, t):
@@ -496,30 +480,23 @@ class Geometric(Schedule):
 
 @dataclass
 class Cosine(Schedule):
-    """alpha = eps + (1 - eps) cos(t pi/2)."""
-
     eps: float = 1e-3
+    power = 1
 
     def alpha(self, t):
-        return self.eps + (1 - self.eps) * torch.cos(t * math.pi / 2)
+        return self.eps + (1 - self.eps) * torch.cos(t * math.pi / 2) ** self.power
 
     def dsigma(self, t):
-        return math.pi / 2 * (1 - self.eps) * torch.sin(t * math.pi / 2) / self.alpha(t)
+        angle = t * math.pi / 2 * self.power
+        return math.pi / 2 * (1 - self.eps) * torch.sin(angle) / self.alpha(t)
 
 
 class CosineSqr(Cosine):
-    """alpha = eps + (1 - eps) cos^2(t pi/2)."""
-
-    def alpha(self, t):
-        return self.eps + (1 - self.eps) * torch.cos(t * math.pi / 2) ** 2
-
-    def dsigma(self, t):
-        return math.pi / 2 * (1 - self.eps) * torch.sin(t * math.pi) / self.alpha(t)
+    power = 2
 
 
 class ChangeOfVariables(Schedule):
-    """Loglinear's noise in the time in which log(1 - alpha) is linear, which the net is fed
-    (MDLM, appendix C.2)."""
+    """The noise of loglinear with log(1 - alpha) linear in t (MDLM, appendix C.2)."""
 
     def __init__(self, eps=1e-3):
         self.low, self.high = LogLinear(eps).log_masked_range()
@@ -537,20 +514,14 @@ class ChangeOfVariables(Schedule):
         return ((mask_prob.log() - self.low) / (self.high - self.low)).clamp(0, 1)
 
 
-SCHEDULES = {
-    'loglinear': LogLinear,
-    'linear': Linear,
-    'geometric': Geometric,
-    'cosine': Cosine,
-    'cosinesqr': CosineSqr,
-    'change_of_variables': ChangeOfVariables,
-}
+SCHEDULES = dict(
+    loglinear=LogLinear, linear=Linear, geometric=Geometric, cosine=Cosine, cosinesqr=CosineSqr,
+    change_of_variables=ChangeOfVariables)
 
 
 def get_schedule(name, **parameters):
-    """A Schedule by name, a key of SCHEDULES. Raises ValueError where there is none."""
-    require(
-        name in SCHEDULES, f"schedule '{name}' is not known: choose from {', '.join(SCHEDULES)}")
+    """A Schedule by its name in SCHEDULES. Raises ValueError."""
+    require_known('schedule ', name, SCHEDULES)
     return SCHEDULES[name](**parameters)
 
 
@@ -558,11 +529,9 @@ loglinear = get_schedule('loglinear')
 
 
 def corrupt(x0, t, mask_id, schedule, generator=None, maskable=None):
-    """xt ~ q(xt | x0): each position of x0 (B, L) is masked with probability 1 - alpha(t), t (B,).
-
-    maskable (B, L) bool: the rest stays. The draws are made on the generator's device (or the CPU).
-    """
-    device = generator.device if generator is not None else 'cpu'
+    """xt ~ q(xt | x0): positions of x0 (B, L) are masked with probability 1 - alpha(t), t (B,),
+    where maskable (B, L). The draws are made on the generator's device (or the CPU)."""
+    device = generator.device if generator else 'cpu'
     u = torch.rand(x0.shape, generator=generator, device=device).to(x0.device)
     masked = u < 1 - schedule.alpha(t)[:, None]
     if maskable is not None:
@@ -571,7 +540,7 @@ def corrupt(x0, t, mask_id, schedule, generator=None, maskable=None):
 
 
 def corrupt_exactly(x0, t, mask_id, generator, maskable):
-    """Mask exactly round(t n) of the n maskable positions of each row, chosen uniformly; t (B,)."""
+    """Mask exactly round(t n) of the n maskable positions of each row; t (B,)."""
     u = torch.rand(x0.shape, generator=generator).masked_fill(~maskable, 2)
     rank = u.argsort(dim=1).argsort(dim=1)
     count = (t * maskable.sum(dim=1)).round()
@@ -579,21 +548,21 @@ def corrupt_exactly(x0, t, mask_id, generator, maskable):
 
 
 def corrupt_batch(batch, t, config, schedule, key, device, visible=False, exactly=False):
-    """A batch of data.TokenRows at the times t (B,), with xt drawn by a generator of seed `key`.
+    """A batch of data.TokenRows at the times t (B,), with xt drawn from the seed `key`.
 
     Returns tensors on device: x0, xt, t, scored, attention_mask (None: all True) and masked (N,),
-    the flat indices of the masked positions that have a loss, found on the CPU so that no GPU is
-    waited for. visible: all scored positions have one. exactly: see corrupt_exactly.
-    For a causal net nothing is corrupted, and column 0, which it does not predict, is not scored.
+    flat indices of the positions with a loss, found on the CPU to not wait for a GPU.
+    visible: all scored positions have a loss. exactly: see corrupt_exactly.
+    For a causal net nothing is masked, and column 0 is not scored.
     """
-    x0, scored = batch['x0'], batch['scored']
-    attention_mask = None if batch['attention_mask'].all() else batch['attention_mask']
+    x0, scored, maskable = batch['x0'], batch['scored'], batch['maskable']
+    attention_mask = batch['attention_mask']
     xt = masked = None
     if config.causal:
         scored = scored.clone()
         scored[:, 0] = False
     else:
-        generator, maskable = torch.Generator().manual_seed(key), batch['maskable']
+        generator = torch.Generator().manual_seed(key)
         if exactly:
             xt = corrupt_exactly(x0, t, config.mask_id, generator, maskable)
         else:
@@ -601,8 +570,8 @@ def corrupt_batch(batch, t, config, schedule, key, device, visible=False, exactl
         has_loss = scored if visible else (xt == config.mask_id) & scored
         masked = has_loss.flatten().nonzero().squeeze(1)
 
-    noised = dict(
-        x0=x0, xt=xt, t=t, masked=masked, scored=scored, attention_mask=attention_mask)
+    noised = dict(x0=x0, xt=xt, t=t, masked=masked, scored=scored)
+    noised['attention_mask'] = None if attention_mask.all() else attention_mask
     on_gpu = device.type == 'cuda'
     for name, tensor in noised.items():
         if tensor is not None:
@@ -612,7 +581,7 @@ def corrupt_batch(batch, t, config, schedule, key, device, visible=False, exactl
 
 
 def stratified_times(u, index, n, eps=1e-3):
-    """Times in [eps, 1], one in each of n strata, from one uniform u and index (...,) of 0..n-1
+    """A time in [eps, 1] in each stratum index (...,) of n, from one uniform u
     (Kingma et al. 2021, arXiv 2107.00630, appendix I.1)."""
     return ((u + index / n) % 1 * (1 - eps) + eps).float()
 
@@ -628,20 +597,21 @@ def on_grid(t, T):
 
 @dataclass
 class MaskedPositions:
-    """The N masked positions of a batch, with what the trunk says of them."""
+    """The N positions of a batch that have a loss."""
     net: DiT
-    h: torch.Tensor       # (N, n_embd)
-    x0: torch.Tensor      # (N,) the tokens behind the masks
-    t: torch.Tensor       # (N,)
+    h: torch.Tensor  # (N, n_embd)
+    x0: torch.Tensor  # (N,) the tokens behind the masks
+    t: torch.Tensor  # (N,)
     schedule: Schedule
-    T: int                # number of steps; 0: continuous time
+    T: int  # number of steps; 0: continuous time
 
 
 def subs(pos, importance=False):
-    """MDLM's NELBO: -log p(x0 | xt), without a probability for the mask, weighted by time.
+    """MDLM's NELBO: -log p(x0 | xt), the mask excluded, weighted by time.
 
     Equation 10: by -alpha'_t / (1 - alpha_t), 1/t for loglinear.
     Equation 8, T steps: by T (alpha_s - alpha_t) / (1 - alpha_t), s = t - 1/T.
+    It is also the bound that mlm nets are measured with: for another weight, add an objective.
     """
     nll = pos.net.nll(pos.h, pos.x0, exclude=pos.net.config.mask_id)
     if importance:
@@ -660,8 +630,8 @@ def mlm(pos):
 def d3pm(pos, subs_masking=False):
     """Absorbing D3PM's diffusion term, T KL(q(xs | xt, x0) || p(xs | xt)), alpha_t = 1 - t.
 
-    The net may give the mask a probability p_m (Austin et al. 2021; MDLM, appendix A.2.4).
-    subs_masking: p_m = 0, which is subs.
+    p_m: the probability the net gives the mask, 0 with subs_masking, which is subs
+    (Austin et al. 2021; MDLM, appendix A.2.4).
     """
     if subs_masking:
         return subs(pos)
@@ -680,7 +650,7 @@ def d3pm(pos, subs_masking=False):
 
 
 def sedd(pos):
-    """SEDD's score entropy of the absorbing process, with dsigma (Lou et al. 2023, equation 5).
+    """SEDD's absorbing score entropy times dsigma (Lou et al. 2023, equation 5).
 
     The net's logits are log-scores up to -log(e^sigma - 1) - log(V - 1).
     """
@@ -703,21 +673,21 @@ def ar(net, x0, attention_mask=None):
 
 @dataclass
 class Objective:
-    """What the program knows of an objective. A new one is a loss and a row of OBJECTIVES."""
-    loss: typing.Callable     # (MaskedPositions, **options) -> (N,); that of 'ar' takes rows
-    predicts: str             # what the net puts out; each sampler says what it takes
-    sampler: str              # the default one
-    bound: str                # the objective to evaluate by
-    steps: str = 'none'       # T is 'none', 'optional' or 'required'
-    options: tuple = ()       # keyword arguments of the loss
+    """A new objective is a loss and a row of OBJECTIVES."""
+    loss: typing.Callable  # (MaskedPositions, **options) -> (N,); that of 'ar' takes rows
+    predicts: str  # what the net puts out; a sampler says what it takes
+    sampler: str  # the default one
+    bound: str  # the objective to evaluate by
+    steps: str = 'none'  # T is 'none', 'optional' or 'required'
+    options: tuple = ()  # keyword arguments of the loss
     has_reconstruction: bool = False  # reconstruction_loss is a term of the bound
 
 
-OBJECTIVES = {  # loss, predicts, sampler, bound, steps
-    'subs': Objective(subs, 'x0', 'ancestral', 'subs', 'optional', options=('importance',)),
+OBJECTIVES = {
+    'subs': Objective(subs, 'x0', 'ancestral', 'subs', 'optional', ('importance',)),
     'mlm': Objective(mlm, 'x0', 'ancestral', 'subs'),
     'd3pm': Objective(
-        d3pm, 'x0 or mask', 'ancestral', 'd3pm', 'required', options=('subs_masking',),
+        d3pm, 'x0 or mask', 'ancestral', 'd3pm', 'required', ('subs_masking',),
         has_reconstruction=True),
     'sedd': Objective(sedd, 'score', 'analytic', 'sedd'),
     'ar': Objective(ar, 'next token', 'ar', 'ar'),
@@ -726,28 +696,22 @@ OBJECTIVES = {  # loss, predicts, sampler, bound, steps
 
 def check_objective(objective, T=0, subs_masking=False, importance=False, causal=None):
     """Raise ValueError where these options do not go together."""
-    require(
-        objective in OBJECTIVES,
-        f"objective '{objective}' is not known: choose from {', '.join(OBJECTIVES)}")
+    require_known('objective ', objective, OBJECTIVES)
     record = OBJECTIVES[objective]
+    said = f"objective '{objective}'"
     require(T >= 0, f'T={T}: the number of steps, or 0 for continuous time')
+    require(T or record.steps != 'required', f'{said} is defined in steps: give T, such as T=1000')
+    require(not T or record.steps != 'none', f'{said} is not defined in steps: T={T}')
     require(
-        T or record.steps != 'required',
-        f"objective '{objective}' is defined in steps: give T, such as T=1000")
+        not subs_masking or 'subs_masking' in record.options,
+        'subs_masking=True goes with objective d3pm')
     require(
-        not T or record.steps != 'none', f"objective '{objective}' is not defined in steps: T={T}")
-    for option, given, words in (
-            ('subs_masking', subs_masking, 'subs_masking=True'),
-            ('importance', importance, 'importance-sampled time')):
-        takers = ' or '.join(name for name in OBJECTIVES if option in OBJECTIVES[name].options)
-        require(
-            not given or option in record.options,
-            f"{words} goes with objective {takers}, not '{objective}'")
-    require(
-        not (importance and T), f'importance-sampled time is continuous: it cannot go with T={T}')
+        not importance or 'importance' in record.options,
+        'importance-sampled time goes with objective subs')
+    require(not (importance and T), f'importance-sampled time cannot go with T={T}')
     require(
         causal in (None, record.predicts == 'next token'),
-        f"objective '{objective}' does not go with a net with causal={causal}")
+        f'{said} does not go with a net with causal={causal}')
 
 
 def per_token_loss(
@@ -755,12 +719,9 @@ def per_token_loss(
         importance=False, masked=None, attention_mask=None, reconstruction=False):
     """The loss of each position in nats, (B, L) float32, zero where there is none.
 
-    x0, xt (B, L): ids. t (B,): the times of xt, in T > 0 steps on the grid 1/T ... 1.
-    objective: a key of OBJECTIVES, by default the net's own; 'ar' does not use xt and t.
-    subs_masking: d3pm without a probability for the mask.
-    importance: subs with t drawn by schedule.importance_time.
-    masked (N,): the flat indices of the positions with a loss; default: where xt is the mask.
-    attention_mask: see DiT.trunk.
+    x0, xt (B, L): ids; t (B,): times of xt, with T > 0 steps on_grid ('ar' uses x0 alone).
+    objective: default: the net's own. importance: t is from schedule.importance_time.
+    masked (N,): flat indices of the positions with a loss; default: where xt is the mask.
     reconstruction: add reconstruction_loss where it is a term of the bound.
     Raises ValueError where options do not go together.
     """
@@ -798,32 +759,26 @@ def reconstruction_loss(net, x0, schedule=loglinear, subs_masking=False, attenti
 
 def pick_device(name, local_rank=0):
     """'auto', 'cpu', 'mps', 'cuda' or 'cuda:N' -> torch.device. ValueError if it is not there."""
-    counts = dict(
-        cuda=torch.cuda.device_count(), mps=int(torch.backends.mps.is_available()), cpu=1)
+    mps = torch.backends.mps.is_available()
+    counts = dict(cuda=torch.cuda.device_count(), mps=int(mps), cpu=1)
     if name == 'auto':
         name = next(kind for kind, count in counts.items() if count)
     kind, _, index = name.partition(':')
-    require(
-        kind in counts and (not index or index.isdigit()),
-        f"device='{name}' is not known: choose from auto, cpu, cuda, cuda:N, mps")
+    is_known = kind in counts and (not index or index.isdigit())
+    require(is_known, f"device='{name}' is not known: choose from auto, cpu, cuda, cuda:N, mps")
     count, processes = counts[kind], int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     require(
         kind != 'cuda' or index or processes <= count or count == 0,
-        f'{processes} processes on a machine with {count} GPUs: '
-        f'give torchrun --nproc_per_node={count}')
+        f'{processes} processes for {count} GPUs: give torchrun --nproc_per_node={count}')
     index = int(index or (local_rank if kind == 'cuda' else 0))
     require(
-        index < count,
-        f"device='{name}': there is no {kind} device {index} here; "
-        "device='auto' takes what there is")
+        index < count, f"device='{name}': there is no {kind} device {index}; try device='auto'")
     return torch.device(kind, index) if kind == 'cuda' else torch.device(kind)
 
 
 def autocast(device, dtype):
     """The context to run a net in. 'auto': bfloat16 where the device has it, else float32."""
-    require(
-        dtype in ('auto', 'float32', 'bfloat16'),
-        f"dtype='{dtype}' is not known: choose from auto, float32, bfloat16")
+    require_known('dtype=', dtype, ('auto', 'float32', 'bfloat16'))
     if dtype == 'auto':
         native = False
         if device.type == 'cuda':
@@ -990,6 +945,30 @@ def fields_of(family, tensors, inv_freq, described):
     return fields
 
 
+PLAIN_RECORD = re.compile(
+    r'data\.pkl|data/\d+|version|byteorder|\.format_version|\.storage_alignment|'
+    r'\.data/serialization_id')
+
+
+def check_archive(path):
+    """Raise ValueError unless the file is a whole zip of one pickle and its tensors as torch.save
+    writes it. Torch itself would run the code of a TorchScript archive, unpack a few compressed
+    bytes into gigabytes, and take a flipped bit."""
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        names = [record.filename.partition('/') for record in records]
+        for root, _, name in names:
+            require(
+                root == names[0][0] and PLAIN_RECORD.fullmatch(name),
+                f'it holds {root}/{name}, which torch.save does not write')
+        require(len(set(names)) == len(names), 'it holds two records of one name')
+        stored = all(record.compress_type == zipfile.ZIP_STORED for record in records)
+        size = sum(record.file_size for record in records)
+        require(stored and size <= os.path.getsize(path), 'it is compressed')
+        damaged = archive.testzip()
+    require(damaged is None, str(damaged))
+
+
 def read_checkpoint(path):
     """The dict that train.py saved at path, tensors on the CPU. Nothing in the file is executed.
     Raises FileNotFoundError, or ValueError where the file is truncated, damaged or not ours."""
@@ -997,14 +976,12 @@ def read_checkpoint(path):
         raise FileNotFoundError(f'no checkpoint at {path}: train one with train.py, '
                                 'or give another out_dir or init_from')
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # every CRC: torch.load itself would take a flipped bit
+        check_archive(path)
     except (OSError, MemoryError):  # the machine's fault, not the file's
         raise
     except Exception as error:  # BadZipFile, and what else a flipped bit in a header leads to
-        damaged = error
-    require(damaged is None,
-            f'{path} is truncated or damaged ({damaged}): use another checkpoint')
+        raise ValueError(
+            f'{path} is truncated or damaged ({error}): use another checkpoint') from None
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except (OSError, MemoryError):
@@ -1189,6 +1166,7 @@ def read_lightning(path, ema):
     which are in the order of the parameters, if it has them."""
     reader = types.SimpleNamespace(Unpickler=_TensorUnpickler, __name__='nanomdm')
     try:
+        check_archive(path)
         checkpoint = torch.load(path, map_location='cpu', weights_only=False, pickle_module=reader)
         tensors = {name: tensor for name, tensor in checkpoint['state_dict'].items()
                    if isinstance(tensor, torch.Tensor)}
@@ -1323,6 +1301,7 @@ def load_pretrained(source, ema=True, device='cpu', **overrides):
     tensors = {renamed(name, pairs) or name: tensor for name, tensor in tensors.items()}
     require('blocks.0.mlp_in.weight' in tensors, f'{source} lacks blocks.0.mlp_in.weight')
     fields = fields_of(family, tensors, next(iter(extra.values()), None), described)
+    fields |= described.get('nanomdm', {})
     n_head = overrides.get('n_head', fields['n_head'])
     for name in tensors:  # one by one: no second copy of the file in memory
         tensor = tensors[name].float()
@@ -1357,6 +1336,12 @@ def save_pretrained(net, folder):
         extra = {family.inv_freq.format(i=i): inv_freq.clone() for i in range(net.config.n_layer)}
     described = {theirs: config[ours] if ours in FIELDS else ours
                  for theirs, ours in family.described.items()}
+    # what the family's own files cannot tell
+    told = dataclasses.asdict(ModelConfig()) | fields_of(
+        family, net.state_dict(), next(iter(extra.values()), None), described)
+    untold = {key: value for key, value in config.items() if told[key] != value}
+    if untold:
+        described['nanomdm'] = untold
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, 'model.safetensors')
     save_file(tensors | extra, path + '.unfinished', metadata=dict(format='pt'))
@@ -1373,10 +1358,9 @@ def save_pretrained(net, folder):
 class _NLL(torch.autograd.Function):
     """Linear layer and cross entropy in one, in chunks of the vocabulary that fit a CPU's cache.
 
-    The forward pass keeps each chunk's softmax without the target, in the compute dtype, and its
-    probability, exp(lse of the chunk - lse of all). The backward pass is two products a chunk.
-    The target has a term of its own, exact where its probability is near 1.
-    Sums and exponentials are float32 whatever the autocast.
+    Forward keeps each chunk's softmax without the target, in the compute dtype, and the chunk's
+    probability; backward is two products a chunk. The target has a term of its own, exact where
+    its probability is near 1. Sums and exponentials are float32 whatever the autocast.
     """
 
     @staticmethod
@@ -1427,10 +1411,8 @@ class _NLL(torch.autograd.Function):
         grad_target = grad_nll * torch.expm1(-nll)  # (N,)
         grad_target = grad_target + (0 if grad_logit is None else grad_logit)
         dh = weight[target] * grad_target[:, None]
-        dweight = torch.empty(weight.shape, device=h.device, dtype=weight_dtype)
-        dbias = None
-        if bias_dtype is not None:
-            dbias = torch.empty(len(weight), device=h.device, dtype=bias_dtype)
+        dweight = h.new_empty(weight.shape, dtype=weight_dtype)
+        dbias = h.new_empty(len(weight), dtype=bias_dtype) if bias_dtype else None
         for chunk, prob, softmax in zip(ctx.chunks, probs, softmaxes, strict=True):
             grad = (grad_nll * prob)[:, None]  # (N, 1)
             dh += (softmax @ weight[chunk]) * grad
@@ -1444,10 +1426,8 @@ class _NLL(torch.autograd.Function):
 
 
 def dropout(x, p):
-    """F.dropout, on a CPU with 16 random bits an element (p is rounded to them).
-
-    torch's own, one number an element in one thread, takes longer there than the mlp before it.
-    """
+    """F.dropout, on a CPU with 16 random bits an element (p is rounded): torch's own, in one
+    thread, takes longer there than the mlp before it."""
     if p == 0:
         return x
     if x.device.type != 'cpu':
@@ -1462,8 +1442,8 @@ def attention(q, k, v, attn_mask=None, p=0.0, is_causal=False):
     """softmax(q k^T / sqrt(C/H)) v, q (B, H, L, C/H), k and v (B, H, K, C/H).
 
     attn_mask (B, 1, 1, K) bool: what is looked at. p: dropout of the weights.
-    flash-attn on a GPU where it is installed. In bfloat16 on a CPU plain products: half the time,
-    and rounded scores: the quickstart's net is 0.34% from its float32 output rather than 0.29%.
+    In bfloat16 on a CPU plain products take half the time, with rounded scores: the quickstart's
+    net is 0.34% from its float32 output rather than 0.29%.
     """
     bfloat16 = q.dtype == torch.bfloat16
     small = q.size(2) * k.size(2) <= 2 ** 20
@@ -1480,8 +1460,7 @@ def attention(q, k, v, attn_mask=None, p=0.0, is_causal=False):
 
 
 def reuse_memory():
-    """Keep freed memory for the next step (glibc only): the kernel would zero each page anew, a
-    tenth of a training step on a CPU."""
+    """Keep freed memory (glibc only): zeroing new pages is a tenth of a training step on a CPU."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)   # M_MMAP_MAX: no mapping of its own for a large tensor

@@ -299,13 +299,13 @@ if flops is not None:
 warmup_iters = max(warmup_iters, round(warmup_share * max_iters))
 
 loss_module = Loss(net, objective, importance)
-bound = Loss(ema_net, OBJECTIVES[objective].bound)  # what is evaluated
+eval_loss = Loss(ema_net, OBJECTIVES[objective].bound)
 if shard:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import distribute_tensor
     mesh = init_device_mesh(device.type, (world_size,))
-    for module in (*net.blocks, *ema_net.blocks, loss_module, bound):
+    for module in (*net.blocks, *ema_net.blocks, loss_module, eval_loss):
         fully_shard(module, mesh=mesh, reshard_after_forward=module is not loss_module)
 else:
     net.to(device)
@@ -389,7 +389,7 @@ def evaluate():
         rows = val_rows[indices]
         batch = corrupt_batch(rows, t, net.config, schedule, key_of(start), device)
         with amp:
-            loss = bound(batch)
+            loss = eval_loss(batch)
         loss, scored = loss.cpu().double(), batch['scored'].cpu() & (start < n)
         in_document = scored & rows['document']
         parts = (loss * scored, scored, loss * in_document, in_document)

@@ -5,7 +5,7 @@
 #   torchrun --nproc_per_node=8 eval.py config/eval_owt_mlm.py
 #
 # It can be stopped and started again: samples that are on disk are not drawn again.
-# For another net: --init_from=out-owt-mlm --samples_dir=...
+# For another net: --init_from=out --samples_dir=...
 
 metric = 'table'
 init_from = 'dhruveshpatel/mlm-owt@step-800000'

@@ -1,5 +1,31 @@
-"""Training that survives: kills, full disks, broken checkpoints, NaNs, other numbers of processes.
-The faults are real; those of the arithmetic are put in by config files, which are Python."""
+"""Training that survives. The faults here are real: processes are killed, disks are full. Those of
+the arithmetic are put in by config files, which are Python. What happens when something breaks:
+
+- Killed at any moment, also inside a save: the last whole checkpoint is found, and the rest of the
+  run equals the uninterrupted one to the bit on one CPU (test_killed_twenty_times_...,
+  test_names_come_before_...).
+- SIGTERM, SIGUSR1, Ctrl-C: the step is finished, a checkpoint is written, the exit status is 0.
+  Another signal, more than 3 s later, ends the run at once (test_a_signal_ends_the_run_...,
+  test_torchrun_passes_a_signal_...).
+- The newest checkpoint is damaged or gone: a warning is printed, the one before it (ckpt.prev.pt)
+  is used, and the damaged one is kept as ckpt.bad.pt. A disk that cannot be read ends the run
+  instead (test_a_broken_newest_checkpoint_...).
+- The disk is full, the log's too: a warning is printed, training goes on and tries again at the
+  next checkpoint. The exit status is 1 if the last one could not be written (test_a_full_disk_...).
+- out_dir is removed: it is made again with the next checkpoint (test_an_out_dir_that_vanishes_...).
+- A non-finite loss or gradient, on any process: no process makes the update; it is counted and a
+  warning is printed (test_bad_numbers_on_one_process_...).
+- max_bad_steps of them in a row: a checkpoint of the last good weights, exit status 1
+  (test_only_bad_numbers_...).
+- A gradient norm ten times the usual: a warning is printed (test_a_jump_of_the_gradient_...).
+- CUDA is out of memory: one line says which constant to lower (test_out_of_memory_..., raised by
+  hand).
+- A process dies: torchrun ends the job within a minute (test_a_process_that_dies_...).
+- A constant that all processes find wrong: one line, from the first process
+  (test_what_all_processes_find_wrong_...).
+- Another number of processes on resume: the same run, up to the order of additions
+  (test_one_process_then_two_..., test_sharing_the_net_out_...).
+"""
 
 import glob
 import os

@@ -1,0 +1,118 @@
+"""What a hostile tester found: files that would run code, and nets that came back as others."""
+
+import dataclasses
+import json
+import os
+import zipfile
+
+import pytest
+import torch
+
+from model import DiT, ModelConfig, load_pretrained, read_checkpoint, save_pretrained
+
+GOLDEN = os.path.join(os.path.dirname(__file__), 'golden')
+LIGHTNING = os.path.join(GOLDEN, 'mdlm_lightning.ckpt')
+
+
+def repacked(path, change=lambda name, data: data, extra=None, compression=zipfile.ZIP_STORED):
+    """The released Lightning checkpoint, its records changed, added to or compressed."""
+    with zipfile.ZipFile(LIGHTNING) as source, zipfile.ZipFile(path, 'w', compression) as target:
+        for record in source.infolist():
+            target.writestr(record.filename, change(record.filename, source.read(record)))
+        root = source.namelist()[0].partition('/')[0]
+        for name, data in (extra or {}).items():
+            target.writestr(f'{root}/{name}', data)
+    return str(path)
+
+
+def test_a_torchscript_archive_is_refused_before_torch_sees_it(tmp_path, monkeypatch):
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / 'a.ckpt')
+    loaded = []
+    monkeypatch.setattr(torch.jit, 'load', lambda *args, **kwargs: loaded.append(args))
+    monkeypatch.setattr(torch, 'load', lambda *args, **kwargs: loaded.append(args))
+    with pytest.raises(ValueError, match='torch.save does not write'):
+        load_pretrained(str(tmp_path / 'a.ckpt'))
+    os.rename(tmp_path / 'a.ckpt', tmp_path / 'ckpt.pt')
+    with pytest.raises(ValueError, match='torch.save does not write'):
+        read_checkpoint(str(tmp_path / 'ckpt.pt'))
+    path = repacked(tmp_path / 'b.ckpt', extra={'constants.pkl': b'\x80\x02).'})
+    with pytest.raises(ValueError, match='torch.save does not write'):
+        load_pretrained(path)
+    assert not loaded
+
+
+def test_a_compressed_checkpoint_is_refused(tmp_path):
+    whole = repacked(tmp_path / 'whole.ckpt')
+    assert load_pretrained(whole).config == load_pretrained(LIGHTNING).config
+    path = repacked(tmp_path / 'a.ckpt', compression=zipfile.ZIP_DEFLATED)
+    with pytest.raises(ValueError, match='compressed'):
+        load_pretrained(path)
+
+
+def test_a_flipped_bit_in_a_lightning_checkpoint_is_noticed(tmp_path):
+    with zipfile.ZipFile(LIGHTNING) as archive:
+        largest = max(archive.infolist(), key=lambda record: record.file_size)
+    data = bytearray(open(LIGHTNING, 'rb').read())
+    data[largest.header_offset + largest.file_size // 2] ^= 1
+    (tmp_path / 'a.ckpt').write_bytes(data)
+    with pytest.raises(ValueError, match='is not a Lightning checkpoint that can be read'):
+        load_pretrained(str(tmp_path / 'a.ckpt'))
+
+
+BASES = dict(
+    mdlm=dict(),
+    mdlm_ar=dict(causal=True, objective='ar', cond_dim=0),
+    xlm=dict(
+        cond_dim=0, mlp='relu', norm_bias=True, head_bias=False, objective='mlm', init='xlm',
+        mask_id=38, pad_id=36,
+    ),
+    smdm=dict(
+        cond_dim=0, norm='rmsnorm', mlp='swiglu', mlp_bias=False, head_bias=False,
+        head_mask=False, rotary_bf16=True, init='smdm',
+    ),
+    smdm_ar=dict(
+        cond_dim=0, norm='rmsnorm', mlp='swiglu', mlp_bias=False, head_bias=False, causal=True,
+        objective='ar', mask_id=None, rotary_bf16=True, init='smdm',
+    ),
+)  # fmt: skip
+CHANGES = [
+    dict(),
+    dict(block_size=7),
+    dict(n_head=1),
+    dict(n_mlp=24),
+    dict(dropout=0.1, attn_dropout=0.2),
+    dict(mask_id=4),
+    dict(pad_id=5),
+    dict(pad_id=None),
+    dict(objective='sedd'),
+    dict(objective='d3pm'),
+    dict(objective='mlm'),
+    dict(objective='subs'),
+    dict(time_conditioning=True),
+    dict(rotary_bf16=True),
+    dict(rotary_bf16=False),
+    dict(init='mdlm'),
+    dict(init='xlm'),
+]
+
+
+@pytest.mark.parametrize('base', BASES)
+@pytest.mark.parametrize('change', CHANGES, ids=str)
+def test_every_field_of_a_net_comes_back(tmp_path, base, change):
+    shape = dict(block_size=16, vocab_size=40, mask_id=39, n_layer=2, n_head=2, n_embd=16)
+    try:
+        config = ModelConfig(**shape | dict(cond_dim=8) | BASES[base] | change)
+    except ValueError:
+        pytest.skip('a setting that this family does not allow')
+    net = DiT(config).eval()
+    save_pretrained(net, tmp_path)
+    again = load_pretrained(str(tmp_path))
+    assert dataclasses.asdict(again.config) == dataclasses.asdict(config)
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name])
+
+
+def test_what_a_published_net_is_needs_no_words_of_ours(tmp_path):
+    save_pretrained(load_pretrained(os.path.join(GOLDEN, 'mdlm_hf')), tmp_path)
+    with open(tmp_path / 'config.json') as f:
+        assert 'nanomdm' not in json.load(f)
