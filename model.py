@@ -1301,7 +1301,9 @@ def load_pretrained(source, ema=True, device='cpu', **overrides):
     tensors = {renamed(name, pairs) or name: tensor for name, tensor in tensors.items()}
     require('blocks.0.mlp_in.weight' in tensors, f'{source} lacks blocks.0.mlp_in.weight')
     fields = fields_of(family, tensors, next(iter(extra.values()), None), described)
-    fields |= described.get('nanomdm', {})
+    untold = described.get('nanomdm', {})  # by save_pretrained
+    require(isinstance(untold, dict), f"{source} has no dict 'nanomdm' in its config.json")
+    fields |= untold
     n_head = overrides.get('n_head', fields['n_head'])
     for name in tensors:  # one by one: no second copy of the file in memory
         tensor = tensors[name].float()

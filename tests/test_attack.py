@@ -115,4 +115,9 @@ def test_every_field_of_a_net_comes_back(tmp_path, base, change):
 def test_what_a_published_net_is_needs_no_words_of_ours(tmp_path):
     save_pretrained(load_pretrained(os.path.join(GOLDEN, 'mdlm_hf')), tmp_path)
     with open(tmp_path / 'config.json') as f:
-        assert 'nanomdm' not in json.load(f)
+        described = json.load(f)
+    assert 'nanomdm' not in described
+    for broken, message in (([1], "no dict 'nanomdm'"), (dict(a=1), "'a' is not a field")):
+        (tmp_path / 'config.json').write_text(json.dumps(described | dict(nanomdm=broken)))
+        with pytest.raises(ValueError, match=message):
+            load_pretrained(str(tmp_path))
