@@ -86,6 +86,7 @@ subs_masking = False        # d3pm: no probability for the mask
 importance = False          # subs: draw times at which the weight of the loss is constant
 use_num_masked_factor = False   # mlm: weigh a row by 1 / (1 + its masked positions)
 loss_on_visible_tokens = False  # mlm: predict what is seen too
+loss_norm = 'step'          # [step | micro] mean over what a step, or each micro-batch, scores
 # optimizer
 optimizer = 'adamw'         # [adamw | muon] muon: for the matrices of the blocks, adamw the rest
 learning_rate = 3e-4        # [> 0]
@@ -363,14 +364,18 @@ def training_batch(step, micro):
 
 
 def mean_loss(loss, batch):
-    """(B, L) nats -> what is trained on, their mean."""
+    """(B, L) nats -> what is trained on, and the part of a full mean's positions that it has.
+    loss_norm 'step': of all positions, whatever is scored; the sum of the parts rescales it."""
     if use_num_masked_factor:
         loss = loss / (1 + (batch['xt'] == mask_id).sum(dim=1, keepdim=True))
     if objective == 'mlm':
-        count = max(batch['masked'].numel(), 1)
+        count = torch.tensor(batch['masked'].numel())
     else:
-        count = batch['scored'].sum().clamp(min=1)  # on the device: no waiting for it
-    return (loss * batch['scored']).sum() / count
+        count = batch['scored'].sum()  # on the device: no waiting for it
+    divisor = batch_size * (row_length - causal)  # nothing predicts column 0 of a causal net
+    if loss_norm == 'micro':
+        divisor = count = count.clamp(min=1)
+    return (loss * batch['scored']).sum() / divisor, count / divisor
 
 
 @torch.no_grad()
@@ -549,7 +554,7 @@ while True:
     for opt in optimizers:
         for group in opt.param_groups:
             group['lr'] = lr
-    loss = 0.0
+    loss, filled = 0.0, torch.zeros((), device=device)
     for micro in my_micro_batches:
         waiting_from = time.time()
         batch = upcoming.result()
@@ -561,24 +566,29 @@ while True:
         synchronised = last or world_size == 1 or shard
         with contextlib.nullcontext() if synchronised else loss_module.no_sync():
             with amp:
-                micro_loss = mean_loss(loss_module(batch), batch) / len(my_micro_batches)
+                micro_loss, part = mean_loss(loss_module(batch), batch)
+                micro_loss = micro_loss / len(my_micro_batches)
             micro_loss.backward()
         loss += micro_loss.detach()
+        filled += part
     gradients = [p.grad for p in parameters if p.grad is not None]
     grad_norm = nn.utils.get_total_norm(gradients)
     if shard:
         grad_norm = grad_norm.full_tensor()
     bad = ~torch.isfinite(loss + grad_norm)
-    status = torch.stack([loss.float(), bad.float(),
+    status = torch.stack([loss.float(), filled / len(my_micro_batches), bad.float(),
                           torch.full_like(loss, bool(stop_requests), dtype=torch.float32)])
     if world_size > 1:  # all processes skip, and stop, together
-        status[0] /= world_size
+        status[:2] /= world_size
         dist.all_reduce(status, op=dist.ReduceOp.SUM)
-    loss, bad, stopping = status.tolist()  # note: this waits for the device
-    grad_norm = float(grad_norm)
+    loss, filled, bad, stopping = status.tolist()  # note: this waits for the device
+    scale = 1 / (filled or 1)  # to the mean over what the whole step scores
+    loss, grad_norm = loss * scale, float(grad_norm) * scale
     if not bad:
         if 0 < grad_clip < grad_norm:
-            torch._foreach_mul_(gradients, grad_clip / grad_norm)
+            scale *= grad_clip / grad_norm
+        if scale != 1:
+            torch._foreach_mul_(gradients, scale)
         for opt in optimizers:
             opt.step()
         with torch.no_grad():
