@@ -36,8 +36,8 @@ from data import (
     BENCHMARKS, DATASETS, GPT2_XLM, TokenRows, Tokenizer, find_or_prepare, get_tokenizer, key_of,
     permute, read_meta, splitmix64)
 from model import (
-    OBJECTIVES, DiT, autocast, check_overrides, corrupt_batch, get_schedule, load_pretrained,
-    loglinear, on_grid, per_token_loss, pick_device, reuse_memory, stratified_times)
+    OBJECTIVES, DiT, autocast, check_overrides, corrupt_batch, float64, load_pretrained, loglinear,
+    on_grid, per_token_loss, pick_device, reuse_memory, schedule_of, stratified_times)
 from sample import generate
 
 metric = 'ppl'          # ppl, zero_shot, samples, table or report
@@ -102,10 +102,17 @@ def require_known(what, name, choices):
     require(name in choices, f"{what} '{name}' is not known: choose from {', '.join(choices)}")
 
 
+def exp(nats):
+    """The perplexity; inf where it overflows."""
+    return math.exp(nats) if nats < 709 else math.inf
+
+
 def ratio_with_error(sums, counts):
-    """sum / count over independent rows (n,), and its standard error (the ratio estimator)."""
+    """sum / count over independent rows (n,), and its standard error (the ratio estimator).
+    Raises ValueError where a sum is NaN."""
     n = len(sums)
     ratio = sums.sum() / counts.sum()
+    require(not ratio.isnan(), 'the losses are not numbers: the weights are not, or overflow')
     if n == 1:
         return float(ratio), math.nan
     residual = sums - ratio * counts
@@ -120,11 +127,11 @@ def natural_estimator(net, T=0):
     return 'count' if timeless and not T else 'time'
 
 
-def draw_times(u, stratum, num_strata, estimator, T, maskable):
+def draw_times(u, stratum, num_strata, estimator, T, maskable, sampling_eps=1e-3):
     """Times (B,) of rows that share the uniform u, each in its stratum (B,). 'count': t = k/n, k
     uniform in 1 ... n, the number of maskable (B,) tokens. T > 0: on the grid of T steps."""
     if estimator == 'time' and not T:
-        return stratified_times(u, stratum, num_strata)
+        return stratified_times(u, stratum, num_strata, sampling_eps)
     t = stratified_times(u, stratum, num_strata, eps=0)
     if T:
         return on_grid(t, T)
@@ -134,7 +141,7 @@ def draw_times(u, stratum, num_strata, estimator, T, maskable):
 @torch.no_grad()
 def nelbo(
     net, rows, num_mc=1, batch_size=16, seed=0, max_rows=None, schedule=loglinear, T=0,
-    subs_masking=False, estimator=None, progress=False,
+    subs_masking=False, estimator=None, progress=False, sampling_eps=1e-3,
 ):
     """The negative evidence lower bound of rows (data.TokenRows) by the net's own objective ('mlm':
     MDLM's equation 10; 'ar': the likelihood itself), in continuous time or in T steps, with num_mc
@@ -176,7 +183,7 @@ def nelbo(
         for j in range(num_mc):
             stratum = torch.from_numpy(permute(index, n, seed)) + j * n
             maskable = clean['maskable'].sum(dim=1)
-            t = draw_times(u, stratum, num_mc * n, estimator, T, maskable)
+            t = draw_times(u, stratum, num_mc * n, estimator, T, maskable, sampling_eps)
             key = key_of(seed, start, j)
             batch = corrupt_batch(clean, t, net.config, schedule, key, device, exactly=by_count)
             loss = per_token_loss(
@@ -197,7 +204,7 @@ def nelbo(
     to_bits = rows.counts['tokens'] / rows.counts['bytes'] / math.log(2)
     return dict(
         nats_per_token=nats, nats_per_token_se=nats_se,
-        ppl=math.exp(nats), ppl_se=math.exp(nats) * nats_se,
+        ppl=exp(nats), ppl_se=exp(nats) * nats_se,
         bits_per_byte=document_nats * to_bits, bits_per_byte_se=document_se * to_bits,
         tokens=int(sums[1].sum()), document_tokens=int(sums[3].sum()), rows=n, num_mc=num_mc,
         estimator=None if net.config.causal else estimator)
@@ -211,7 +218,7 @@ def guided_log_probs(net, x, position, prompt_length, cfg_scale, schedule):
     """log p at the N positions (row, col) of x (B, L) -> (N, V) float32, the mask excluded; guided
     away from the net with the prompt masked (SMDM: Nie et al. 2024, arXiv 2410.18514)."""
     mask_id = net.config.mask_id
-    mask_prob = (x == mask_id).double().mean(dim=1)
+    mask_prob = float64(x == mask_id).mean(dim=1)
     sigma = schedule.conditioning_at(mask_prob).float()
     logits = net.head(net.trunk(x, sigma)[position])
     if cfg_scale:
@@ -291,7 +298,7 @@ def continuation_nll(
     row = torch.cat((prefix, target))
     if net.config.causal:
         h = net.trunk(row[None, :-1])[0, P - 1:]
-        return net.nll(h, target, mask_id).double().sum().item()
+        return float64(net.nll(h, target, mask_id)).sum().item()
     if padding:
         row = F.pad(row, (0, net.config.block_size - len(row)), value=mask_id)
     if method == 'chain_rule':
@@ -304,7 +311,7 @@ def continuation_nll(
         x = torch.where(hidden[chunk].to(row.device), mask_id, row)
         position = scored[chunk].to(row.device).nonzero(as_tuple=True)
         log_p = guided_log_probs(net, x, position, P, cfg_scale, schedule)
-        log_p = log_p.gather(1, row[position[1]][:, None]).squeeze(1).double().cpu()
+        log_p = log_p.gather(1, row[position[1]][:, None]).squeeze(1).cpu().double()
         total -= (log_p * weight[chunk].double()[position[0].cpu()]).sum().item()
     return total
 
@@ -429,7 +436,7 @@ def generative_perplexity(
     entropies = np.array(entropies)[kept]
     entropy_se = entropies.std(ddof=1) / math.sqrt(n) if n > 1 else math.nan
     return dict(
-        gen_ppl=math.exp(mean), gen_ppl_se=math.exp(mean) * error,
+        gen_ppl=exp(mean), gen_ppl_se=exp(mean) * error,
         gen_ppl_mean=float((nats / counts).exp().mean()), entropy=float(entropies.mean()),
         entropy_se=float(entropy_se), tokens=int(counts.sum()), texts=n, skipped=len(texts) - n,
         protocol=protocol)
@@ -764,11 +771,12 @@ def likelihood(run, name, folder):
     rows = TokenRows(folder, split, block_size, packing, run.trained('loss_on_padding', True))
     ours, theirs = run.tok.meta(), rows.meta['tokenizer']
     require(ours == theirs, f'the net has ids of the tokenizer {ours}, the data those of {theirs}')
-    schedule, T = get_schedule(run.trained('schedule', 'loglinear')), run.trained('T', 0)
+    schedule, T = schedule_of(net), run.trained('T', 0)
     with autocast(run.device, c.dtype):
         result = nelbo(
             net, rows, c.num_mc, c.batch_size, c.seed, c.max_rows, schedule, T,
-            run.trained('subs_masking', False), c.estimator, progress=True)
+            run.trained('subs_masking', False), c.estimator, progress=True,
+            sampling_eps=run.trained('sampling_eps', 1e-3))
     return dict(dataset=name, split=split) | result
 
 

@@ -14,6 +14,7 @@ SMDM (Nie et al. 2024, arXiv 2410.18514).
 import contextlib
 import ctypes
 import dataclasses
+import inspect
 import json
 import math
 import os
@@ -398,13 +399,13 @@ class Schedule:
         return -torch.log(self.alpha(t))
 
     def conditioning(self, t):
-        """What a time-conditioned net is fed."""
-        return self.sigma(t)
+        """What a time-conditioned net is fed: finite even where alpha is 0."""
+        return self.sigma(t).clamp(max=30)
 
     def conditioning_at(self, mask_prob):
         """The same for mask_prob = 1 - alpha, cut off at t = 1."""
         alpha_1 = float(self.alpha(torch.ones((), dtype=torch.float64)))
-        return -torch.log1p(-mask_prob.clamp(max=1 - alpha_1))
+        return -torch.log1p(-mask_prob.clamp(max=1 - alpha_1)).clamp(min=-30)
 
     def sigma_range(self):
         """The noise between which time is importance-sampled."""
@@ -429,7 +430,7 @@ class Schedule:
 
 @dataclass
 class LogLinear(Schedule):
-    """1 - alpha = (1 - eps) t (MDLM, appendix E.1)."""
+    """1 - alpha = (1 - eps) t (MDLM, appendix E.1). xlm and SMDM have eps = 0."""
     eps: float = 1e-3
 
     def sigma(self, t):
@@ -442,6 +443,7 @@ class LogLinear(Schedule):
         return 1 - (1 - self.eps) * t
 
     def sigma_range(self):
+        require(self.eps > 0, 'importance-sampled time needs eps above 0')
         return self.eps, -math.log(self.eps)
 
     def time_of(self, sigma):
@@ -450,8 +452,8 @@ class LogLinear(Schedule):
 
 @dataclass
 class Linear(Schedule):
-    sigma_min: float = 1e-4
-    sigma_max: float = 20.0
+    sigma_min: float = 1e-3
+    sigma_max: float = 7.0
 
     def sigma(self, t):
         return self.sigma_min + t * (self.sigma_max - self.sigma_min)
@@ -495,11 +497,13 @@ class CosineSqr(Cosine):
     power = 2
 
 
+@dataclass
 class ChangeOfVariables(Schedule):
     """The noise of loglinear with log(1 - alpha) linear in t (MDLM, appendix C.2)."""
+    eps: float = 1e-3
 
-    def __init__(self, eps=1e-3):
-        self.low, self.high = LogLinear(eps).log_masked_range()
+    def __post_init__(self):
+        self.low, self.high = LogLinear(self.eps).log_masked_range()
 
     def alpha(self, t):
         return -torch.expm1(self.low + t * (self.high - self.low))
@@ -522,7 +526,24 @@ SCHEDULES = dict(
 def get_schedule(name, **parameters):
     """A Schedule by its name in SCHEDULES. Raises ValueError."""
     require_known('schedule ', name, SCHEDULES)
-    return SCHEDULES[name](**parameters)
+    known = inspect.signature(SCHEDULES[name]).parameters
+    for key in parameters:
+        require_known(f"schedule '{name}': the parameter ", key, known)
+    try:
+        schedule = SCHEDULES[name](**parameters)
+        alpha = schedule.alpha(torch.linspace(0, 1, 11, dtype=torch.float64))
+        falls = bool((alpha.diff() <= 0).all()) and 1 >= alpha[0] > alpha[-1] >= 0
+    except (ArithmeticError, TypeError, ValueError):  # such as the logarithm of 0
+        falls = False
+    require(falls, f"schedule '{name}' with {parameters}: alpha(t), the share that is not masked, "
+            'must fall from at most 1 to at least 0 over t = 0 ... 1')
+    return schedule
+
+
+def schedule_of(net):
+    """The Schedule that a net was trained with, by net.constants."""
+    parameters = net.constants.get('schedule_parameters') or {}
+    return get_schedule(net.constants.get('schedule', 'loglinear'), **parameters)
 
 
 loglinear = get_schedule('loglinear')
@@ -581,9 +602,10 @@ def corrupt_batch(batch, t, config, schedule, key, device, visible=False, exactl
 
 
 def stratified_times(u, index, n, eps=1e-3):
-    """A time in [eps, 1] in each stratum index (...,) of n, from one uniform u
+    """A time in [eps, 1) in each stratum index (...,) of n, from one uniform u
     (Kingma et al. 2021, arXiv 2107.00630, appendix I.1)."""
-    return ((u + index / n) % 1 * (1 - eps) + eps).float()
+    below_1 = 1 - 2 ** -24  # rounding up to 1 would leave a weight of inf / inf where alpha is 0
+    return ((u + index / n) % 1 * (1 - eps) + eps).float().clamp(max=below_1)
 
 
 def on_grid(t, T):
@@ -640,8 +662,8 @@ def d3pm(pos, subs_masking=False):
     logit_m = (pos.h.float() * head.weight[mask_id]).sum(dim=-1)
     if head.bias is not None:
         logit_m = logit_m + head.bias[mask_id]
-    p_m = (logit_m - (nll + logit)).double().exp()
-    t, dt = pos.t.double(), 1 / pos.T
+    p_m = float64(logit_m - (nll + logit)).exp()
+    t, dt = float64(pos.t), 1 / pos.T
     s = (t - dt).clamp(min=0)
     log_t = torch.log1p((1 - t) * p_m / t)
     log_s = torch.log1p((1 - s) * p_m / s.clamp(min=dt / 2))
@@ -774,6 +796,11 @@ def pick_device(name, local_rank=0):
     require(
         index < count, f"device='{name}': there is no {kind} device {index}; try device='auto'")
     return torch.device(kind, index) if kind == 'cuda' else torch.device(kind)
+
+
+def float64(x):
+    """x in float64; on MPS, which has none, in float32."""
+    return x.float() if x.device.type == 'mps' else x.double()
 
 
 def autocast(device, dtype):
@@ -994,6 +1021,9 @@ def read_checkpoint(path):
     for key, kind in sections.items():
         require(isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), kind),
                 f'{path} is not a checkpoint of train.py (no {key})')
+    if checkpoint['constants'].get('schedule') == 'linear':  # its default before it was recorded
+        checkpoint['constants'].setdefault(
+            'schedule_parameters', dict(sigma_min=1e-4, sigma_max=20.0))
     return checkpoint
 
 
@@ -1094,14 +1124,14 @@ class CheckpointWriter:
 
     def save(self, state, names, **rest):
         """Write state, with the entries `rest`, under names. All processes call it."""
-        started = time.time()
+        started = time.monotonic()
         self.wait()
         self.buffers = self.copy(state, self.buffers)
         if not self.master:
             return
         if self.device.type == 'cuda':
             torch.cuda.synchronize(self.device)
-        self.newest = self.buffers | rest, names, started, time.time() - started
+        self.newest = self.buffers | rest, names, started, time.monotonic() - started
         self.start()
 
     def start(self):
@@ -1126,7 +1156,7 @@ class CheckpointWriter:
         with contextlib.suppress(OSError):
             size = os.path.getsize(os.path.join(self.folder, names[0])) / 1e9
             say(f"step {step}: {', '.join(names)} written, {size:.2f} GB in "
-                f'{time.time() - started:.2f} s, {waited:.2f} s of which the training waited')
+                f'{time.monotonic() - started:.2f} s, {waited:.2f} s of which the training waited')
 
     def wait(self):
         """Wait for the last save. Returns whether it succeeded; a failure is printed."""

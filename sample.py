@@ -41,11 +41,12 @@ from model import (
     KVCache,
     autocast,
     check_overrides,
-    get_schedule,
+    float64,
     load_pretrained,
     loglinear,
     pick_device,
     reuse_memory,
+    schedule_of,
 )
 
 out_dir = 'out'         # where train.py left ckpt.pt
@@ -117,7 +118,7 @@ def generate(
         batch_size=batch_size, first_row=first_row, temperature=temperature, cfg_scale=cfg_scale,
         compile=compile)
     if schedule is None:
-        schedule = get_schedule(net.constants.get('schedule', 'loglinear'))
+        schedule = schedule_of(net)
     bos_id = None
     if sampler == 'ar' and net.tokenizer is not None:
         tok = get_tokenizer(**net.tokenizer)
@@ -219,7 +220,7 @@ def analytic(b, num_steps):
         b.follow(plan_steps(b, mask_prob), mask_prob)
         return
 
-    sigma = b.schedule.sigma(times)
+    sigma = b.schedule.sigma(times).clamp(max=30)  # where alpha is 0
     sigma[-1] = 0
     for rows, step in b.steps(mask_prob):
         sigma_t = sigma[step][:, None]
@@ -523,8 +524,8 @@ def transition(net, xt, sigma, dsigma):
     score may be negative."""
     row, col = (xt == net.config.mask_id).nonzero(as_tuple=True)
     logits = net.head(net.trunk(xt, sigma)[row, col])
-    ratio = torch.expm1(dsigma.double()) / torch.expm1(sigma.double())
-    masked = relative_score(net, logits.double()) * ratio[row, None]
+    ratio = torch.expm1(float64(dsigma)) / torch.expm1(float64(sigma))
+    masked = relative_score(net, float64(logits)) * ratio[row, None]
     masked[:, net.config.mask_id] = 1 - masked.sum(dim=-1)
     probs = F.one_hot(xt, net.config.vocab_size).to(logits.dtype)
     probs[row, col] = masked.to(probs.dtype)

@@ -80,7 +80,10 @@ attn_dropout = 0.0          # on the attention weights
 init = 'mdlm'               # [mdlm | xlm | smdm] of new weights
 # objective
 objective = 'subs'          # 'subs' (MDLM), 'mlm' (xlm's cross entropy), 'd3pm', 'sedd' or 'ar'
-schedule = 'loglinear'      # of the noise: a key of model.SCHEDULES, with its default parameters
+schedule = 'loglinear'      # of the noise: a key of model.SCHEDULES
+schedule_parameters = None  # [dict] its own, "{'eps': 1e-4}"; None: its defaults
+time_sampling = 'stratified'  # [stratified | per_process | iid] over a step, a micro-batch, not
+sampling_eps = 1e-3         # [0 <= x < 1] the least time
 T = 0                       # steps of the diffusion, for 'd3pm' and 'subs'; 0: continuous time
 subs_masking = False        # d3pm: no probability for the mask
 importance = False          # subs: draw times at which the weight of the loss is constant
@@ -134,7 +137,7 @@ require(not shard or world_size > 1 and optimizer != 'muon',
 require(init_from, "init_from='': give 'scratch', 'resume' or a source of weights")
 check_overrides(overrides)
 check_objective(objective, T, subs_masking, importance, causal)
-schedule = get_schedule(schedule)
+schedule = get_schedule(schedule, **(schedule_parameters or {}))
 if importance:
     schedule.sigma_range()  # refuses schedules without it
 micro_batches = global_batch_size // batch_size  # of a step, on all processes together
@@ -342,17 +345,29 @@ def row_length_of(step, micro):
     return 1 + int(length * block_size) + (row_length - block_size)
 
 
+def times_of(step, micro):
+    """Times (batch_size,). 'stratified': over the global batch, by one uniform, and interleaved so
+    that those of each micro-batch span [0, 1]. 'per_process' (MDLM): each row of a micro-batch in
+    a stratum, by its own uniform. 'iid' (SMDM, xlm)."""
+    row = torch.arange(batch_size)
+    if time_sampling == 'stratified':
+        generator = torch.Generator().manual_seed(key_of(seed, step))
+        u = torch.rand((), generator=generator, dtype=torch.float64)
+        strata = micro + micro_batches * row
+        return stratified_times(u, strata, global_batch_size, sampling_eps)
+    n = batch_size if time_sampling == 'per_process' else 1
+    generator = torch.Generator().manual_seed(key_of(seed, step, micro, 3))
+    u = torch.rand(batch_size, generator=generator, dtype=torch.float64) / n
+    return stratified_times(u, row % n, n, sampling_eps)
+
+
 def training_batch(step, micro):
-    """Micro-batch `micro` of a step. Each epoch permutes the rows. Times are stratified over the
-    global batch, and interleaved so that those of each micro-batch span [0, 1]."""
+    """Micro-batch `micro` of a step. Each epoch permutes the rows."""
     index = step * global_batch_size + micro * batch_size + np.arange(batch_size)
     epoch, place = index // len(train_rows), index % len(train_rows)
     rows = np.concatenate([permute(place[epoch == e], len(train_rows), seed, e)
                            for e in np.unique(epoch)])
-    generator = torch.Generator().manual_seed(key_of(seed, step))
-    u = torch.rand((), generator=generator, dtype=torch.float64)
-    strata = micro + micro_batches * torch.arange(batch_size)
-    t = stratified_times(u, strata, global_batch_size)
+    t = times_of(step, micro)
     if T:
         t = on_grid(t, T)
     elif importance:
@@ -388,7 +403,7 @@ def evaluate():
     # past the end, FSDP takes part with a row that does not count
     for start in range(first, n + first if shard else n, world_size * batch_size):
         indices = np.arange(min(start, n - 1), min(start + batch_size, n))
-        t = stratified_times(0.5, torch.from_numpy(permute(indices, n, 0)), n)
+        t = stratified_times(0.5, torch.from_numpy(permute(indices, n, 0)), n, sampling_eps)
         if T:
             t = on_grid(t, T)
         rows = val_rows[indices]
@@ -474,7 +489,7 @@ stop_requests = []  # when
 
 def ask_to_stop(number, frame):
     """Finish the step first. One more, later than torchrun passes the first on, ends at once."""
-    stop_requests.append(time.time())
+    stop_requests.append(time.monotonic())
     if stop_requests[-1] - stop_requests[0] > 3:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
@@ -512,14 +527,14 @@ for name in ('SIGTERM', 'SIGINT', 'SIGUSR1'):  # queues send the first or the la
 
 parameters, ema_parameters = list(net.parameters()), list(ema_net.parameters())
 start = step
-timer, timed_from = time.time(), step
+timer, timed_from = time.monotonic(), step
 skipped = 0          # updates skipped in all,
 bad_steps = 0        # and in a row
 stopping = 0         # whether some process is asked to stop
 typical_norm = None  # a running mean of the gradient norm
 maker = ThreadPoolExecutor(1)  # makes the next batch while this one is trained on
 upcoming = maker.submit(training_batch, step, rank)
-began, waited = time.time(), 0.0
+began, waited = time.monotonic(), 0.0
 while True:
 
     better = False
@@ -533,7 +548,7 @@ while True:
             log(iter=step, val_loss=val_loss, val_bpb=val_bpb)
             if sample_interval and step % sample_interval == 0:
                 print_samples(1)
-        timer, timed_from = time.time(), step  # evaluations do not count in tokens/s
+        timer, timed_from = time.monotonic(), step  # evaluations do not count in tokens/s
     hopeless = bad_steps >= max_bad_steps
     ending = step >= max_iters or stopping or hopeless
     files = []
@@ -556,9 +571,9 @@ while True:
             group['lr'] = lr
     loss, filled = 0.0, torch.zeros((), device=device)
     for micro in my_micro_batches:
-        waiting_from = time.time()
+        waiting_from = time.monotonic()
         batch = upcoming.result()
-        waited += time.time() - waiting_from
+        waited += time.monotonic() - waiting_from
         last = micro == my_micro_batches[-1]
         following = (step + 1, rank) if last else (step, micro + world_size)
         upcoming = maker.submit(training_batch, *following)
@@ -620,8 +635,8 @@ while True:
             typical_norm = 0.98 * typical_norm + 0.02 * grad_norm
 
     if step % log_interval == 0 or step == start + 1:
-        seconds = (time.time() - timer) / (step - timed_from)
-        timer, timed_from = time.time(), step
+        seconds = (time.monotonic() - timer) / (step - timed_from)
+        timer, timed_from = time.monotonic(), step
         if master and not bad:
             rate = global_batch_size * block_size / seconds
             mfu = ''
@@ -635,7 +650,7 @@ while True:
             log(iter=step, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=rate)
 
 if master and step > start:
-    say(f'the loop waited for its batches {waited / (time.time() - began):.2%} of the time')
+    say(f'the loop waited for its batches {waited / (time.monotonic() - began):.2%} of the time')
 saved = writer.wait() or writer.retry()
 if master and stopping and saved and step < max_iters:
     say(f'stopped by a signal after step {step}: '
