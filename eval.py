@@ -771,7 +771,7 @@ def likelihood(run, name, folder):
     rows = TokenRows(folder, split, block_size, packing, run.trained('loss_on_padding', True))
     ours, theirs = run.tok.meta(), rows.meta['tokenizer']
     require(ours == theirs, f'the net has ids of the tokenizer {ours}, the data those of {theirs}')
-    schedule, T = schedule_of(net), run.trained('T', 0)
+    schedule, T = schedule_of(net.constants), run.trained('T', 0)
     with autocast(run.device, c.dtype):
         result = nelbo(
             net, rows, c.num_mc, c.batch_size, c.seed, c.max_rows, schedule, T,

@@ -540,10 +540,11 @@ def get_schedule(name, **parameters):
     return schedule
 
 
-def schedule_of(net):
-    """The Schedule that a net was trained with, by net.constants."""
-    parameters = net.constants.get('schedule_parameters') or {}
-    return get_schedule(net.constants.get('schedule', 'loglinear'), **parameters)
+def schedule_of(constants):
+    """The Schedule that the constants of train.py name ({}, of published weights: loglinear)."""
+    parameters = constants.get('schedule_parameters') or {}
+    parameters = {str(key): value for key, value in parameters.items()}
+    return get_schedule(constants.get('schedule', 'loglinear'), **parameters)
 
 
 loglinear = get_schedule('loglinear')

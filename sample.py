@@ -118,7 +118,7 @@ def generate(
         batch_size=batch_size, first_row=first_row, temperature=temperature, cfg_scale=cfg_scale,
         compile=compile)
     if schedule is None:
-        schedule = schedule_of(net)
+        schedule = schedule_of(net.constants)
     bos_id = None
     if sampler == 'ar' and net.tokenizer is not None:
         tok = get_tokenizer(**net.tokenizer)

@@ -33,8 +33,8 @@ from configurator import configure, constants_of, require
 from data import TokenRows, find_or_prepare, get_tokenizer, key_of, permute
 from model import (
     OBJECTIVES, SIZES, CheckpointWriter, DiT, ModelConfig, autocast, check_objective,
-    check_overrides, corrupt_batch, get_schedule, load_pretrained, load_state, on_grid,
-    per_token_loss, pick_device, put, read_newest, reuse_memory, say, stratified_times)
+    check_overrides, corrupt_batch, load_pretrained, load_state, on_grid, per_token_loss,
+    pick_device, put, read_newest, reuse_memory, say, schedule_of, stratified_times)
 from sample import generate
 
 # input and output
@@ -42,7 +42,7 @@ out_dir = 'out'             # checkpoints and metrics.jsonl
 init_from = 'scratch'       # 'scratch', 'resume', 'auto' (resume if there is a ckpt.pt) or weights
 overrides = None            # [dict] fields of ModelConfig that weights cannot tell: "{'n_head': 4}"
 eval_interval = 2000        # [> 0] steps
-eval_iters = 20             # [> 0] global batches of an evaluation, at most
+eval_iters = 20             # [>= 0] global batches of an evaluation, at most; 0: all of val_split
 log_interval = 10           # [> 0] steps
 ckpt_interval = 2000        # [> 0] steps; ckpt.pt is the latest
 keep_interval = 0           # [>= 0] steps; ckpt_<step>.pt is kept for ever; 0: none
@@ -59,6 +59,7 @@ block_size = 1024           # tokens a row
 batch_size = 32             # [> 0] rows a micro-batch
 global_batch_size = 512     # [> 0] rows a step, of all processes and micro-batches together
 ssl_ratio = 0.0             # [0 <= x <= 1] share of micro-batches cut to a random length (SMDM)
+ssl_group = 1               # [int >= 1] neighbouring micro-batches that share a cut
 # model
 size = None                 # a name in model.SIZES, in place of the next four (and cond_dim)
 n_layer = 12
@@ -82,7 +83,7 @@ init = 'mdlm'               # [mdlm | xlm | smdm] of new weights
 objective = 'subs'          # 'subs' (MDLM), 'mlm' (xlm's cross entropy), 'd3pm', 'sedd' or 'ar'
 schedule = 'loglinear'      # of the noise: a key of model.SCHEDULES
 schedule_parameters = None  # [dict] its own, "{'eps': 1e-4}"; None: its defaults
-time_sampling = 'stratified'  # [stratified | per_process | iid] over a step, a micro-batch, not
+time_sampling = 'stratified'  # [stratified | per_process | iid] see times_of
 sampling_eps = 1e-3         # [0 <= x < 1] the least time
 T = 0                       # steps of the diffusion, for 'd3pm' and 'subs'; 0: continuous time
 subs_masking = False        # d3pm: no probability for the mask
@@ -97,6 +98,7 @@ max_iters = 1_000_000       # [> 0] steps
 flops = None                # [number > 0] 6 * non-embedding parameters * tokens, sets max_iters
 lr_schedule = 'constant'    # [constant | cosine] after the warm-up; cosine: to min_lr at the end
 warmup_iters = 2500         # [>= 0] steps
+lr_from_zero = False        # [bool] the first step of the warm-up has rate 0, as released
 warmup_share = 0.0          # [0 <= x < 1] of max_iters, if that is more than warmup_iters
 min_lr = 0.0                # [>= 0]
 weight_decay = 0.0          # [>= 0]
@@ -137,7 +139,7 @@ require(not shard or world_size > 1 and optimizer != 'muon',
 require(init_from, "init_from='': give 'scratch', 'resume' or a source of weights")
 check_overrides(overrides)
 check_objective(objective, T, subs_masking, importance, causal)
-schedule = get_schedule(schedule, **(schedule_parameters or {}))
+schedule = schedule_of(constants)
 if importance:
     schedule.sigma_range()  # refuses schedules without it
 micro_batches = global_batch_size // batch_size  # of a step, on all processes together
@@ -234,11 +236,11 @@ class Loss(nn.Module):
         super().__init__()
         self.net, self.objective, self.importance = net, objective, importance
 
-    def forward(self, batch):
+    def forward(self, batch, objective=None):
         """A batch of corrupt_batch -> (B, L) nats."""
         return per_token_loss(
-            self.net, batch['x0'], batch['xt'], batch['t'], self.objective, schedule, T,
-            subs_masking, self.importance, masked=batch['masked'],
+            self.net, batch['x0'], batch['xt'], batch['t'], objective or self.objective, schedule,
+            T, subs_masking, self.importance, masked=batch['masked'],
             attention_mask=batch['attention_mask'], reconstruction=True)
 
 
@@ -300,6 +302,19 @@ if flops is not None:
     one_step = 6 * net.num_params(embedding=False) * global_batch_size * mean_length
     max_iters = round(flops / one_step)
     require(max_iters > 0, f'flops={flops:g} is less than one step: {one_step:.3g}')
+of_noise = 'schedule', 'schedule_parameters', 'time_sampling', 'sampling_eps'
+needs = dict.fromkeys(of_noise, ('an objective with noise', not causal)) | {
+    'min_lr': ("lr_schedule='cosine'", lr_schedule == 'cosine'),
+    'lr_from_zero': ('a warm-up', warmup_iters or warmup_share),
+    'warmup_share': ('a larger max_iters', warmup_share * max_iters > warmup_iters),
+    'loss_on_padding': ("packing='pad'", packing == 'pad'),
+    'ssl_group': ('ssl_ratio', ssl_ratio),
+    'overrides': ('weights in init_from', init_from not in ('scratch', 'resume')),
+}
+idle = [f'{key}={constants[key]!r} (it needs {what})' for key, (what, used) in needs.items()
+        if not used and constants[key] != constants_of(__file__)[key][0]]
+if idle and master:
+    say('warning: these do nothing:', ', '.join(idle))
 warmup_iters = max(warmup_iters, round(warmup_share * max_iters))
 
 loss_module = Loss(net, objective, importance)
@@ -338,7 +353,7 @@ if world_size > 1 and not shard:
 
 def row_length_of(step, micro):
     """SMDM's stochastic sequence length: some micro-batches draw one from 1 ... block_size."""
-    generator = torch.Generator().manual_seed(key_of(seed, step, micro, 1))
+    generator = torch.Generator().manual_seed(key_of(seed, step, micro // ssl_group, 1))
     cut, length = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
     if cut >= ssl_ratio:
         return row_length
@@ -395,11 +410,12 @@ def mean_loss(loss, batch):
 
 @torch.no_grad()
 def evaluate():
-    """NELBO of the averaged weights ('ar': the likelihood) on the first rows of val_split: nats per
-    scored token, bits per byte. Rows, times and masks are always the same."""
-    n = min(len(val_rows), eval_iters * global_batch_size)
+    """What is logged of the averaged weights on the first rows of val_split: the NELBO ('ar': the
+    likelihood) in nats per scored token and bits per byte; of mlm nets also the mean cross entropy
+    at masked positions (xlm). Rows, times and masks are always the same."""
+    n = min(len(val_rows), eval_iters * global_batch_size or len(val_rows))
     first = rank * batch_size
-    sums = torch.zeros(4, dtype=torch.float64)
+    sums = torch.zeros(6, dtype=torch.float64)
     # past the end, FSDP takes part with a row that does not count
     for start in range(first, n + first if shard else n, world_size * batch_size):
         indices = np.arange(min(start, n - 1), min(start + batch_size, n))
@@ -410,23 +426,28 @@ def evaluate():
         batch = corrupt_batch(rows, t, net.config, schedule, key_of(start), device)
         with amp:
             loss = eval_loss(batch)
+            cross_entropy = eval_loss(batch, 'mlm') if objective == 'mlm' else None
         loss, scored = loss.cpu().double(), batch['scored'].cpu() & (start < n)
         in_document = scored & rows['document']
-        parts = (loss * scored, scored, loss * in_document, in_document)
-        sums += torch.stack([x.sum() for x in parts])
+        parts = [loss * scored, scored, loss * in_document, in_document]
+        if objective == 'mlm':
+            parts += [cross_entropy.cpu().double() * scored,
+                      scored & (batch['xt'] == mask_id).cpu()]
+        sums[:len(parts)] += torch.stack([x.sum() for x in parts])
     if world_size > 1:
         sums = sums.to(device)
         dist.all_reduce(sums)
-    loss, tokens, document_loss, document_tokens = sums.tolist()
+    loss, tokens, document_loss, document_tokens, cross_entropy, masked = sums.tolist()
     counts = val_rows.counts
     nats_per_byte = document_loss / document_tokens * counts['tokens'] / counts['bytes']
-    return loss / tokens, nats_per_byte / math.log(2)
+    found = dict(val_loss=loss / tokens, val_bpb=nats_per_byte / math.log(2))
+    return found | dict(val_mlm_loss=cross_entropy / masked) if masked else found
 
 
 def get_lr(step):
     """Linear warm-up, then constant or cosine."""
     if step < warmup_iters:
-        return learning_rate * (step + 1) / warmup_iters
+        return learning_rate * (step + (not lr_from_zero)) / warmup_iters
     if lr_schedule == 'constant':
         return learning_rate
     done = (step - warmup_iters) / max(1, max_iters - warmup_iters)
@@ -539,13 +560,15 @@ while True:
 
     better = False
     if step > start and (step % eval_interval == 0 or step == max_iters):
-        val_loss, val_bpb = evaluate()
+        found = evaluate()
+        val_loss = found['val_loss']
         better = val_loss < best_val_loss  # NaN is never better
         if better:
             best_val_loss = val_loss
         if master:
-            say(f'step {step}: validation {val_loss:.4f} nats/token, {val_bpb:.4f} bits/byte')
-            log(iter=step, val_loss=val_loss, val_bpb=val_bpb)
+            say(f"step {step}: validation {val_loss:.4f} nats/token, {found['val_bpb']:.4f} "
+                'bits/byte')
+            log(iter=step, **found)
             if sample_interval and step % sample_interval == 0:
                 print_samples(1)
         timer, timed_from = time.monotonic(), step  # evaluations do not count in tokens/s
@@ -644,7 +667,8 @@ while True:
                 projected = global_batch_size * block_size // (1 if causal else 2)  # the masked
                 used = net.train_flops(global_batch_size, block_size, projected) / seconds
                 mfu = f', MFU {used / peak / world_size:.1%}'
-            left = datetime.timedelta(seconds=round(seconds * (max_iters - step)))
+            left = min(seconds * (max_iters - step), 1e13)  # timedelta overflows
+            left = datetime.timedelta(seconds=round(left))
             say(f'step {step}: loss {loss:.3f}, lr {lr:.2e}, grad norm {grad_norm:.2f}, '
                 f'{rate:,.0f} tokens/s{mfu}, {left} left')
             log(iter=step, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=rate)
