@@ -104,7 +104,7 @@ def require_known(what, name, choices):
 
 def exp(nats):
     """The perplexity; inf where it overflows."""
-    return math.exp(nats) if nats < 709 else math.inf
+    return math.exp(nats) if nats <= 709 else math.inf
 
 
 def ratio_with_error(sums, counts):

@@ -531,8 +531,10 @@ def get_schedule(name, **parameters):
         require_known(f"schedule '{name}': the parameter ", key, known)
     try:
         schedule = SCHEDULES[name](**parameters)
-        alpha = schedule.alpha(torch.linspace(0, 1, 11, dtype=torch.float64))
-        falls = bool((alpha.diff() <= 0).all()) and 1 >= alpha[0] > alpha[-1] >= 0
+        t = torch.linspace(0, 1, 11, dtype=torch.float64)
+        alpha, dsigma = schedule.alpha(t), schedule.dsigma(t[1:-1])
+        falls = bool((alpha.diff() <= 0).all() and dsigma.isfinite().all())
+        falls = falls and 1 >= alpha[0] > alpha[-1] >= 0
     except (ArithmeticError, TypeError, ValueError):  # such as the logarithm of 0
         falls = False
     require(falls, f"schedule '{name}' with {parameters}: alpha(t), the share that is not masked, "
