@@ -270,9 +270,19 @@ def is_bpe(name):
     return re.fullmatch(r'bpe-\d{1,7}', name)
 
 
-def get_tokenizer(name, folder=None):
+def get_tokenizer(name, folder=None, meta=None):
     """The tokenizer of that name: a key of TOKENIZERS, 'bpe-N' (from folder/tokenizer.json), or a
-    Hugging Face name or folder. Raises ValueError or FileNotFoundError."""
+    Hugging Face name or folder. Raises ValueError or FileNotFoundError.
+    meta: of the tokenizer that a net was trained with, which must have the same ids."""
+    if meta:
+        tok = get_tokenizer(name, folder)
+        for key, ours in tok.meta().items():
+            theirs = meta.get(key)  # None: an old checkpoint
+            where = f' in {folder}' if key == 'sha256' else ''
+            require(key == 'name' or theirs in (None, ours),
+                    f"the tokenizer '{name}'{where} has {key}={ours}, the net was trained with "
+                    f'{key}={theirs}: give its own')
+        return tok
     if is_bpe(name):
         return bpe_tokenizer(name, folder)
     return TOKENIZERS.get(name, hugging_face_tokenizer)(name)

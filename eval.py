@@ -38,7 +38,7 @@ from data import (
 from model import (
     OBJECTIVES, DiT, autocast, check_overrides, corrupt_batch, float64, load_pretrained, loglinear,
     on_grid, per_token_loss, pick_device, reuse_memory, schedule_of, stratified_times)
-from sample import generate
+from sample import generate, tokenizer_of
 
 metric = 'ppl'          # ppl, zero_shot, samples, table or report
 out_dir = 'out'         # where train.py left ckpt.pt
@@ -744,9 +744,7 @@ def load(c):
     net = load_pretrained(path, c.ema, device, **(c.overrides or {}))
     if c.tokenizer or net.tokenizer is None:
         net.tokenizer = (net.tokenizer or {}) | dict(name=str(c.tokenizer or 'gpt2'))
-    tok, size = get_tokenizer(**net.tokenizer), net.config.vocab_size
-    fits = tok.vocab_size == size or net.config.mask_id is None
-    require(fits, f"tokenizer '{tok.name}' has {tok.vocab_size} ids, the net {size}: give its own")
+    tok = tokenizer_of(net)
     if distributed:
         hours = datetime.timedelta(hours=4)
         if device.type == 'cuda':

@@ -15,12 +15,14 @@ import contextlib
 import ctypes
 import dataclasses
 import inspect
+import errno
 import json
 import math
 import os
 import pickle
 import re
 import shutil
+import sys
 import threading
 import time
 import types
@@ -1007,9 +1009,11 @@ def read_checkpoint(path):
                                 'or give another out_dir or init_from')
     try:
         check_archive(path)
-    except (OSError, MemoryError):  # the machine's fault, not the file's
+    except MemoryError:
         raise
     except Exception as error:  # BadZipFile, and what else a flipped bit in a header leads to
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: a wrong offset
+            raise  # the machine's fault, not the file's
         raise ValueError(
             f'{path} is truncated or damaged ({error}): use another checkpoint') from None
     try:
@@ -1044,13 +1048,18 @@ def put(folder, name, same):
     os.replace(path + '.unfinished', path)
 
 
-def write_checkpoint(checkpoint, folder, files):
+def write_checkpoint(checkpoint, folder, files, tokenizer=None):
     """Write a checkpoint under the names `files` in folder. It is flushed to the disk before it has
     them, and an older ckpt.pt becomes ckpt.prev.pt: a kill leaves a whole one.
-    Raises OSError or RuntimeError."""
+    tokenizer: the bytes of tokenizer.json, which goes there first. Raises OSError or RuntimeError.
+    """
     os.makedirs(folder, exist_ok=True)
     path, unfinished = os.path.join(folder, files[0]), files[0] + '.unfinished'
     try:
+        if tokenizer:
+            with open(path + '.unfinished', 'wb') as f:
+                f.write(tokenizer)
+            os.replace(path + '.unfinished', os.path.join(folder, 'tokenizer.json'))
         with open(path + '.unfinished', 'wb') as f:
             torch.save(checkpoint, f)
             f.flush()
@@ -1081,19 +1090,21 @@ def read_newest(folder):
         return read_checkpoint(os.path.join(folder, 'ckpt.prev.pt')), error
 
 
-def say(*words):
-    """print, but a full disk behind the output does not end the run."""
-    with contextlib.suppress(OSError):
-        print(*words, flush=True)
+def say(text):
+    """print, but neither a full disk behind the output nor a terminal that lacks a letter ends the
+    run."""
+    encoding = getattr(sys.stdout, 'encoding', None) or 'utf-8'
+    with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
+        print(text.encode(encoding, 'backslashreplace').decode(encoding), flush=True)
 
 
 class CheckpointWriter:
     """Writes checkpoints in the background: training waits only for a copy of its state. Failures
-    are warnings. The master alone writes. on_new_folder(): called where folder had vanished."""
+    are warnings. The master alone writes. tokenizer: the bytes of tokenizer.json, or None."""
 
-    def __init__(self, folder, device, master, on_new_folder):
+    def __init__(self, folder, device, master, tokenizer):
         self.folder, self.device, self.master = folder, device, master
-        self.on_new_folder = on_new_folder
+        self.tokenizer = tokenizer
         self.buffers = None  # the state's copy on the CPU, used again by the next save
         self.newest = None   # what is to be written
         self.thread = self.failure = None
@@ -1140,8 +1151,6 @@ class CheckpointWriter:
     def start(self):
         if not os.path.isdir(self.folder):
             say(f'warning: {self.folder} is gone: it is made again, without what was in it')
-            with contextlib.suppress(OSError):  # writing will report it
-                self.on_new_folder()
         self.thread = threading.Thread(target=self.write)
         self.thread.start()
 
@@ -1149,7 +1158,7 @@ class CheckpointWriter:
         checkpoint, names, started, waited = self.newest
         step = checkpoint['iter']
         try:
-            write_checkpoint(checkpoint, self.folder, names)
+            write_checkpoint(checkpoint, self.folder, names, self.tokenizer)
         except Exception as error:  # a full disk, a folder that is gone
             while error.__context__ and not isinstance(error, OSError):
                 error = error.__context__  # torch's own error comes after the disk's
@@ -1239,6 +1248,16 @@ def find_source(source):
     return os.path.join(folder, file) if file else folder
 
 
+def read_json(path):
+    try:
+        with open(path) as f:
+            described = json.load(f)
+    except (ValueError, RecursionError) as error:  # json's own, and that of a byte that is no text
+        raise ValueError(f'{path} is not whole ({error}): download it again') from None
+    require(isinstance(described, dict), f'{path} holds no dict')
+    return described
+
+
 def read_published(path, ema):
     """(named tensors, config.json) of a folder, a .safetensors or a Lightning .ckpt."""
     described = {}
@@ -1247,12 +1266,15 @@ def read_published(path, ema):
     paths = [path]
     if os.path.isdir(path):
         if os.path.isfile(os.path.join(path, 'config.json')):
-            with open(os.path.join(path, 'config.json')) as f:
-                described = json.load(f)
+            described = read_json(os.path.join(path, 'config.json'))
         index = os.path.join(path, 'model.safetensors.index.json')
         if os.path.isfile(index):
-            with open(index) as f:
-                files = sorted(set(json.load(f)['weight_map'].values()))
+            weight_map = read_json(index).get('weight_map')
+            require(isinstance(weight_map, dict), f'{index} has no weight_map')
+            files = sorted(set(map(str, weight_map.values())))
+            for file in files:
+                require(file == os.path.basename(file),
+                        f'{index} names {file}: only files in its folder are read')
         else:
             files = sorted(file for file in os.listdir(path) if file.endswith('.safetensors'))
             some = ', '.join(files[:5]) + (' ...' if len(files) > 5 else '')
@@ -1321,7 +1343,8 @@ def load_pretrained(source, ema=True, device='cpu', **overrides):
         weights = checkpoint['ema' if ema else 'model']
         net = build(checkpoint['model_config'], overrides, weights, source)
         name = str(checkpoint['tokenizer'].get('name'))
-        net.tokenizer = dict(name=name, folder=os.path.dirname(path))
+        net.tokenizer = dict(
+            name=name, folder=os.path.dirname(path), meta=checkpoint['tokenizer'])
         net.constants = checkpoint['constants']
         return net.to(device).eval()
     if not os.path.exists(path):

@@ -910,6 +910,20 @@ def check_remdm(etas, strategy, eta, t_on, t_off, alpha_on):
             f'alpha_on={alpha_on}: 0 < t_off <= t_on < 1 and alpha_on above 0 are needed')
 
 
+def tokenizer_of(net):
+    """The tokenizer that net.tokenizer names. Raises ValueError unless its ids are the net's."""
+    tok, config = get_tokenizer(**net.tokenizer), net.config
+    theirs = dict(vocab_size=config.vocab_size, mask_id=config.mask_id, pad_id=config.pad_id)
+    if config.mask_id is None:  # the tokenizer's is the id after the last of the net
+        theirs |= dict(vocab_size=config.vocab_size + 1, mask_id=config.vocab_size)
+    if config.pad_id is None:
+        del theirs['pad_id']
+    ours = {key: getattr(tok, key) for key in theirs}
+    require(ours == theirs, f"tokenizer '{tok.name}' has {ours}, the net {theirs}: "
+            'give the one it was trained with')
+    return tok
+
+
 def padding_of(net):
     """The id after the end of a row that is shorter than others."""
     if net.config.pad_id is not None:
@@ -1266,11 +1280,7 @@ if __name__ == '__main__':
         net.tokenizer = (net.tokenizer or {}) | dict(name=str(tokenizer))
     tok = None
     if net.tokenizer:
-        tok = get_tokenizer(**net.tokenizer)
-        require(
-            (tok.vocab_size, tok.mask_id) == (net.config.vocab_size, net.config.mask_id),
-            f"tokenizer '{tok.name}' has {tok.vocab_size} ids, mask {tok.mask_id}; the net "
-            f'{net.config.vocab_size}, mask {net.config.mask_id}: give the one it was trained with')
+        tok = tokenizer_of(net)
     set_here = {name: value for name, value in constants.items() if value is not None}
     options = {name: set_here[name] for key in SAMPLERS for name in own_options(key)
                if name in set_here}

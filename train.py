@@ -18,8 +18,8 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from configurator import configure, constants_of, require
 from data import TokenRows, find_or_prepare, get_tokenizer, key_of, permute
 from model import (
-    OBJECTIVES, SIZES, CheckpointWriter, DiT, ModelConfig, autocast, check_objective,
+    OBJECTIVES, SIZES, CheckpointWriter, DiT, ModelConfig, autocast, build, check_objective,
     check_overrides, corrupt_batch, load_pretrained, load_state, on_grid, per_token_loss,
     pick_device, put, read_newest, reuse_memory, say, schedule_of, stratified_times)
 from sample import generate
@@ -40,6 +40,7 @@ from sample import generate
 # input and output
 out_dir = 'out'             # checkpoints and metrics.jsonl
 init_from = 'scratch'       # 'scratch', 'resume', 'auto' (resume if there is a ckpt.pt) or weights
+overwrite = False           # begin anew where out_dir holds a run: its files are removed
 overrides = None            # [dict] fields of ModelConfig that weights cannot tell: "{'n_head': 4}"
 eval_interval = 2000        # [> 0] steps
 eval_iters = 20             # [>= 0] global batches of an evaluation, at most; 0: all of val_split
@@ -49,6 +50,7 @@ keep_interval = 0           # [>= 0] steps; ckpt_<step>.pt is kept for ever; 0: 
 sample_interval = 0         # [>= 0] steps; evaluations on these print a sample; 0: never
 sample_at_end = True        # print samples when training is done
 wandb_project = None        # log to this project of wandb; None: only to metrics.jsonl
+tensorboard = False         # log to TensorBoard too, in out_dir
 # data
 dataset = 'openwebtext'     # a folder in data/, or what data.py knows
 tokenizer = 'gpt2'          # the one the bins were made with
@@ -151,12 +153,22 @@ train_rows = TokenRows(folder, 'train', row_length, packing, loss_on_padding)
 val_rows = TokenRows(folder, val_split, row_length, packing, loss_on_padding)
 tokenizer_meta = train_rows.meta['tokenizer']
 mask_id = tokenizer_meta['mask_id']
+tokenizer_file = None  # of a tokenizer trained with the data: it goes where the weights go
+if tokenizer_meta['sha256']:
+    get_tokenizer(tokenizer_meta['name'], folder, tokenizer_meta)
+    with open(os.path.join(folder, 'tokenizer.json'), 'rb') as f:
+        tokenizer_file = f.read()
 
 if wandb_project and master:
     try:
         import wandb
     except ImportError:
         raise ValueError(f'wandb_project={wandb_project} needs wandb: pip install wandb') from None
+if tensorboard and master:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError('tensorboard=True needs it: pip install tensorboard') from None
 if device.type == 'cuda':
     torch.set_float32_matmul_precision('high')  # TF32 for what is not autocast
 if world_size > 1:
@@ -193,9 +205,18 @@ def shape_of_run():
     return shape
 
 
+def warn_of_unused(config, source):
+    """Say which constants were given for a net whose shape its source tells."""
+    unused = [f'{key}={ours!r} (it has {config[key]!r})' for key, ours in shape.items()
+              if key in constants and ours not in (constants_of(__file__)[key][0], config[key])]
+    if unused and master:
+        say(f'warning: {source} tells the shape of the net, not used are ' + ', '.join(unused))
+
+
 def pretrained_net():
     fields = {key: shape[key] for key in ('dropout', 'attn_dropout', 'block_size', 'objective')}
     net = load_pretrained(init_from, **fields | (overrides or {}))
+    warn_of_unused(dataclasses.asdict(net.config), init_from)
     check_objective(objective, T, subs_masking, importance, net.config.causal)
     theirs = dict(vocab_size=net.config.vocab_size, mask_id=net.config.mask_id)
     if net.tokenizer:
@@ -215,10 +236,6 @@ def checkpoint_to_resume():
         with contextlib.suppress(FileNotFoundError):
             os.replace(path, f'{out_dir}/ckpt.bad.pt')
         put(out_dir, 'ckpt.pt', 'ckpt.prev.pt')  # not to keep the broken one at the next save
-    for key, ours in dataclasses.asdict(net.config).items():
-        theirs = checkpoint['model_config'].get(key)
-        require(theirs == ours or 'dropout' in key,
-                f'{path} has {key}={theirs!r}, the run {key}={ours!r}: they must agree to resume')
     theirs = checkpoint['tokenizer']
     require(theirs == tokenizer_meta, f'{path} was trained with another tokenizer ({theirs}) than '
             f'{folder} ({tokenizer_meta})')
@@ -227,6 +244,54 @@ def checkpoint_to_resume():
             f"{path} has the state of optimizer='{theirs}', the run '{optimizer}': "
             'they must agree to resume')
     return checkpoint
+
+
+def resumed_net():
+    """The net of the checkpoint. Constants may differ from its shape where they are not given, or
+    where they did so in the first run, which took its shape from weights."""
+    path, before = f'{out_dir}/ckpt.pt', checkpoint['constants']
+    wanted = {key: shape[key] for key in shape if key in constants} | (overrides or {})
+    dropouts = {key: value for key, value in wanted.items() if 'dropout' in key}
+    net = build(checkpoint['model_config'], dropouts, checkpoint['model'], path)
+    config, defaults = dataclasses.asdict(net.config), constants_of(__file__)
+    for key, ours in wanted.items():
+        agrees = config[key] == ours
+        if key not in (overrides or {}):
+            agrees |= ours == defaults[key][0] and key not in ('block_size', 'objective')
+            agrees |= all(before.get(name) == constants[name] for name in ('size', key))
+        require(agrees, f'{path} has {key}={config[key]!r}, the run {key}={ours!r}: '
+                'they must agree to resume')
+    warn_of_unused(config, path)
+    return net
+
+
+def claim_out_dir():
+    """Lock out_dir for this process -> the open file, which holds the lock until it is closed.
+    Raises ValueError where a run is going on in it, where there is one that would be replaced, or
+    where nothing can be written."""
+    name = f'out_dir={out_dir}'
+    path = os.path.join(out_dir, '.lock')
+    there = [os.path.basename(file) for pattern in ('ckpt*.pt', 'metrics.jsonl')
+             for file in sorted(glob.glob(os.path.join(glob.escape(out_dir), pattern)))]
+    if auto and there == ['metrics.jsonl']:
+        there = []  # this run was killed before its first checkpoint
+    require(init_from == 'resume' or overwrite or not there,
+            f'{name} holds a run ({", ".join(there)}), which would be lost: go on with it '
+            '(--init_from=resume), give another --out_dir, or replace it (--overwrite=True)')
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        lock = open(path, 'a')
+    except OSError as error:
+        raise ValueError(f'{name} cannot be written to: {error}') from None
+    try:
+        import fcntl
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f'{name}: another training is going on there, wait for its end or '
+                         'give another --out_dir') from None
+    except (ImportError, OSError):
+        pass  # a system without locks
+    return lock
 
 
 class Loss(nn.Module):
@@ -268,28 +333,49 @@ def make_optimizers():
 
 torch.manual_seed(seed)
 step, tokens_seen, best_val_loss = 0, 0, math.inf
+wandb_id = None
 checkpoint, changed = None, {}
-if init_from == 'auto':
+auto = init_from == 'auto'
+if auto:
     found = any(os.path.exists(f'{out_dir}/{name}') for name in ('ckpt.pt', 'ckpt.prev.pt'))
     init_from = 'resume' if found else 'scratch'
 shape = shape_of_run()
-if init_from in ('scratch', 'resume'):
+if init_from == 'scratch':
     net = DiT(ModelConfig(**shape))
+elif init_from == 'resume':
+    checkpoint = checkpoint_to_resume()
+    net = resumed_net()
 else:
     net = pretrained_net()
 ema_net = copy.deepcopy(net)
-if init_from == 'resume':
-    checkpoint = checkpoint_to_resume()
-    before = checkpoint['constants']
-    changed = {key: value for key, value in constants.items()
-               if before.get(key) != value and key != 'init_from'}
-    if master:
-        changes = [f'{key}={value!r} (was {before.get(key)!r})' for key, value in changed.items()]
-        say(', '.join([f"resuming at step {checkpoint['iter']:,}", *changes]))
-    load_state(net, checkpoint['model'], out_dir)
+if checkpoint:
     load_state(ema_net, checkpoint['ema'], out_dir)
     step, tokens_seen = checkpoint['iter'], checkpoint['tokens_seen']
     best_val_loss = checkpoint['best_val_loss']
+    wandb_id = checkpoint.get('wandb_id')
+if flops is not None:
+    mean_length = block_size * (1 - ssl_ratio) + ssl_ratio * (1 + block_size) / 2
+    one_step = 6 * net.num_params(embedding=False) * global_batch_size * mean_length
+    max_iters = round(flops / one_step)
+    require(max_iters > 0, f'flops={flops:g} is less than one step: {one_step:.3g}')
+warmup_iters = max(warmup_iters, round(warmup_share * max_iters))
+if checkpoint and step >= max_iters:
+    if master:
+        say(f'{out_dir} is finished: it is at step {step:,} of {max_iters:,}; '
+            'a larger --max_iters goes on')
+    if world_size > 1:
+        dist.destroy_process_group()
+    sys.exit()
+lock = claim_out_dir() if master else None
+if checkpoint:
+    before = checkpoint['constants']
+    for key in shape.keys() & before.keys() - {'dropout', 'attn_dropout'}:
+        constants[key] = before[key]
+    changed = {key: value for key, value in constants.items()
+               if before.get(key) != value and key not in ('init_from', 'overwrite')}
+    if master:
+        changes = [f'{key}={value!r} (was {before.get(key)!r})' for key, value in changed.items()]
+        say(', '.join([f'resuming at step {step:,}', *changes]))
 net.train()
 ema_net.eval().requires_grad_(False)
 if world_size > 1:  # folders may not be shared, a disk may fail one of them
@@ -297,16 +383,11 @@ if world_size > 1:  # folders may not be shared, a disk may fail one of them
     dist.all_gather_object(steps, step)
     require(len(set(steps)) == 1, f'the processes would resume at different steps, {steps}: '
             f'out_dir={out_dir} must be one folder for all')
-if flops is not None:
-    mean_length = block_size * (1 - ssl_ratio) + ssl_ratio * (1 + block_size) / 2
-    one_step = 6 * net.num_params(embedding=False) * global_batch_size * mean_length
-    max_iters = round(flops / one_step)
-    require(max_iters > 0, f'flops={flops:g} is less than one step: {one_step:.3g}')
 of_noise = 'schedule', 'schedule_parameters', 'time_sampling', 'sampling_eps'
 needs = dict.fromkeys(of_noise, ('an objective with noise', not causal)) | {
     'min_lr': ("lr_schedule='cosine'", lr_schedule == 'cosine'),
     'lr_from_zero': ('a warm-up', warmup_iters or warmup_share),
-    'warmup_share': ('a larger max_iters', warmup_share * max_iters > warmup_iters),
+    'warmup_share': ('a larger max_iters', warmup_iters > constants['warmup_iters']),
     'loss_on_padding': ("packing='pad'", packing == 'pad'),
     'ssl_group': ('ssl_ratio', ssl_ratio),
     'overrides': ('weights in init_from', init_from not in ('scratch', 'resume')),
@@ -314,8 +395,7 @@ needs = dict.fromkeys(of_noise, ('an objective with noise', not causal)) | {
 idle = [f'{key}={constants[key]!r} (it needs {what})' for key, (what, used) in needs.items()
         if not used and constants[key] != constants_of(__file__)[key][0]]
 if idle and master:
-    say('warning: these do nothing:', ', '.join(idle))
-warmup_iters = max(warmup_iters, round(warmup_share * max_iters))
+    say('warning: these do nothing: ' + ', '.join(idle))
 
 loss_module = Loss(net, objective, importance)
 eval_loss = Loss(ema_net, OBJECTIVES[objective].bound)
@@ -454,12 +534,6 @@ def get_lr(step):
     return min_lr + (learning_rate - min_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def make_out_dir():
-    os.makedirs(out_dir, exist_ok=True)
-    if tokenizer_meta['sha256']:  # a tokenizer trained with the data goes where the weights go
-        shutil.copy(os.path.join(folder, 'tokenizer.json'), out_dir)
-
-
 def cut_metrics():
     """Drop the lines after this step, which is done again."""
     if not os.path.exists(metrics_path):
@@ -483,6 +557,9 @@ def log(**line):
         say(f'warning: {metrics_path} cannot be written ({error})')
     if wandb_project:
         wandb.log(line, step=line['iter'])
+    if tensorboard:
+        for key in line.keys() - {'iter', 'changed'}:
+            board.add_scalar(key, line[key], line['iter'])
 
 
 def print_samples(n):
@@ -491,13 +568,20 @@ def print_samples(n):
         return
     ema_net.tokenizer = dict(name=tokenizer_meta['name'], folder=folder)
     ema_net.constants = constants
-    with amp:
-        out = generate(ema_net, n, block_size, steps=block_size, sampler=None, top_p=0.9,
-                       seed=seed)
-    tok = get_tokenizer(**ema_net.tokenizer)
-    for i, ids in enumerate(out.tokens.tolist()):
-        say(f'--- sample {i} (top_p 0.9, {out.nfe[i]} network evaluations)\n'
-            f'{tok.decode(ids[:out.length[i]])}')
+    try:
+        with amp:
+            out = generate(ema_net, n, block_size, steps=block_size, sampler=None, top_p=0.9,
+                           seed=seed)
+        tok = get_tokenizer(**ema_net.tokenizer)
+    except Exception as error:  # a tokenizer that is gone, a full device
+        say(f'warning: no samples ({type(error).__name__}: {error})')
+        return
+    texts = [tok.decode(ids[:n]) for ids, n in zip(out.tokens.tolist(), out.length, strict=True)]
+    for i, text in enumerate(texts):
+        say(f'--- sample {i} (top_p 0.9, {out.nfe[i]} network evaluations)\n{text}')
+    if wandb_project:
+        table = wandb.Table(columns=['step', 'text'], data=[[step, text] for text in texts])
+        wandb.log(dict(samples=table), step=step)
 
 
 def training_state():
@@ -520,16 +604,22 @@ def ask_to_stop(number, frame):
 # the loop
 
 metrics_path = os.path.join(out_dir, 'metrics.jsonl')
-writer = CheckpointWriter(out_dir, device, master, on_new_folder=make_out_dir)
+writer = CheckpointWriter(out_dir, device, master, tokenizer_file)
 if master:
-    make_out_dir()
-    for path in glob.glob(os.path.join(glob.escape(out_dir), '*.unfinished')):
-        os.remove(path)  # what a killed run was writing
+    stale = ['*.unfinished']  # what a killed run was writing
+    if overwrite and init_from != 'resume':
+        stale += ['ckpt*.pt', 'metrics.jsonl', 'tokenizer.json']
+    for pattern in stale:
+        for path in glob.glob(os.path.join(glob.escape(out_dir), pattern)):
+            os.remove(path)
     cut_metrics()
+    if wandb_project:
+        wandb_id = wandb.init(project=wandb_project, name=out_dir, config=constants, id=wandb_id,
+                              resume='allow').id
+    if tensorboard:
+        board = SummaryWriter(out_dir)
     if changed:
         log(iter=step, changed=changed)
-    if wandb_project:
-        wandb.init(project=wandb_project, name=out_dir, config=constants)
     say(f'{net.num_params() / 1e6:.2f}M parameters '
         f'({net.num_params(embedding=False) / 1e6:.2f}M without embedding and head), '
         f'{len(train_rows):,} rows of {block_size} tokens, '
@@ -582,9 +672,10 @@ while True:
     if step > start and keep_interval and step % keep_interval == 0:
         files.append(f'ckpt_{step}.pt')
     if files:
+        of_wandb = dict(wandb_id=wandb_id) if wandb_id else {}
         writer.save(training_state(), files, iter=step, tokens_seen=tokens_seen,
                     best_val_loss=best_val_loss, model_config=dataclasses.asdict(net.config),
-                    constants=constants, tokenizer=tokenizer_meta)
+                    constants=constants, tokenizer=tokenizer_meta, **of_wandb)
     if ending:
         break
 
@@ -681,6 +772,12 @@ if master and stopping and saved and step < max_iters:
         'go on with the same command and --init_from=resume')
 if master and sample_at_end and step >= max_iters:
     print_samples(4)
+if master:
+    with contextlib.suppress(OSError):
+        os.remove(lock.name)
+    lock.close()
+    if tensorboard:
+        board.close()
 if world_size > 1:
     dist.barrier()  # the others wait for the last checkpoint and the samples
     loss_module = micro_loss = None  # gloo's threads end with what DDP holds, or exiting may abort

@@ -336,7 +336,7 @@ def test_fine_tuning_and_measuring_published_weights(folder, here, tmp_path, mon
             'train.py', f'--init_from={source}', f'--overrides={overrides}', '--dataset=t58',
             '--tokenizer=tok58', '--block_size=24', '--batch_size=4', '--device=cpu',
             '--global_batch_size=8', '--max_iters=2', '--learning_rate=1e-9', '--dropout=0.0',
-            '--out_dir=out', '--sample_at_end=False', *options
+            '--out_dir=out', '--overwrite=True', '--sample_at_end=False', *options
         )
         assert torch.allclose(ran['net'].wte.weight, load_pretrained(source).wte.weight, atol=1e-6)
 
