@@ -111,7 +111,8 @@ def test_two_processes_give_the_gradient_of_one_big_batch(mine, run, tmp_path, s
 def test_times_are_sampled_as_each_family_does(mine, here):
     u = {}
     for kind in ('stratified', 'per_process', 'iid'):
-        ran = here('train.py', *ONE_STEP, f'--time_sampling={kind}', '--sampling_eps=0.2')
+        options = [f'--time_sampling={kind}', '--sampling_eps=0.2', '--overwrite=True']
+        ran = here('train.py', *ONE_STEP, *options)
         t = torch.stack([ran['times_of'](step, micro) for step in range(50) for micro in range(4)])
         assert torch.equal(t[4 * 7 + 3], ran['times_of'](7, 3))  # of (seed, step, micro) alone
         assert t.min() >= 0.2 and t.max() < 1
@@ -192,7 +193,7 @@ def test_neighbouring_micro_batches_may_share_a_cut(mine, here):
     lengths = {}
     for group in (1, 2):
         options = [*ONE_STEP, '--ssl_ratio=1.0', f'--ssl_group={group}']
-        ran = here('train.py', *options)
+        ran = here('train.py', *options, '--overwrite=True')
         lengths[group] = [[ran['row_length_of'](step, micro) for micro in range(4)]
                           for step in range(20)]  # fmt: skip
     assert all(a == b and c == d for a, b, c, d in lengths[2])
