@@ -617,10 +617,10 @@ while True:
     status = torch.stack([loss.float(), filled / len(my_micro_batches), bad.float(),
                           torch.full_like(loss, bool(stop_requests), dtype=torch.float32)])
     if world_size > 1:  # all processes skip, and stop, together
-        status[:2] /= world_size
+        status[0] /= world_size
         dist.all_reduce(status, op=dist.ReduceOp.SUM)
     loss, filled, bad, stopping = status.tolist()  # note: this waits for the device
-    scale = 1 / (filled or 1)  # to the mean over what the whole step scores
+    scale = world_size / (filled or world_size)  # to the mean over what the whole step scores
     loss, grad_norm = loss * scale, float(grad_norm) * scale
     if not bad:
         if 0 < grad_clip < grad_norm:
