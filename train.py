@@ -394,8 +394,8 @@ def training_batch(step, micro):
 
 
 def mean_loss(loss, batch):
-    """(B, L) nats -> what is trained on, and the part of a full mean's positions that it has.
-    loss_norm 'step': of all positions, whatever is scored; the sum of the parts rescales it."""
+    """(B, L) nats -> the loss, and the share of its divisor's positions that are scored.
+    loss_norm 'step': over all positions; the loop then divides by the share of the whole step."""
     if use_num_masked_factor:
         loss = loss / (1 + (batch['xt'] == mask_id).sum(dim=1, keepdim=True))
     if objective == 'mlm':
