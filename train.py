@@ -474,8 +474,8 @@ def training_batch(step, micro):
 
 
 def mean_loss(loss, batch):
-    """(B, L) nats -> what is trained on, and the part of a full mean's positions that it has.
-    loss_norm 'step': of all positions, whatever is scored; the sum of the parts rescales it."""
+    """(B, L) nats -> the loss, and the share of its divisor's positions that are scored.
+    loss_norm 'step': over all positions; the loop then divides by the share of the whole step."""
     if use_num_masked_factor:
         loss = loss / (1 + (batch['xt'] == mask_id).sum(dim=1, keepdim=True))
     if objective == 'mlm':
@@ -708,10 +708,10 @@ while True:
     status = torch.stack([loss.float(), filled / len(my_micro_batches), bad.float(),
                           torch.full_like(loss, bool(stop_requests), dtype=torch.float32)])
     if world_size > 1:  # all processes skip, and stop, together
-        status[:2] /= world_size
+        status[0] /= world_size
         dist.all_reduce(status, op=dist.ReduceOp.SUM)
     loss, filled, bad, stopping = status.tolist()  # note: this waits for the device
-    scale = 1 / (filled or 1)  # to the mean over what the whole step scores
+    scale = world_size / (filled or world_size)  # to the mean over what the whole step scores
     loss, grad_norm = loss * scale, float(grad_norm) * scale
     if not bad:
         if 0 < grad_clip < grad_norm:
