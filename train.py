@@ -387,7 +387,7 @@ of_noise = 'schedule', 'schedule_parameters', 'time_sampling', 'sampling_eps'
 needs = dict.fromkeys(of_noise, ('an objective with noise', not causal)) | {
     'min_lr': ("lr_schedule='cosine'", lr_schedule == 'cosine'),
     'lr_from_zero': ('a warm-up', warmup_iters or warmup_share),
-    'warmup_share': ('a larger max_iters', warmup_iters > constants['warmup_iters']),
+    'warmup_share': ('a larger max_iters', warmup_share * max_iters > constants['warmup_iters']),
     'loss_on_padding': ("packing='pad'", packing == 'pad'),
     'ssl_group': ('ssl_ratio', ssl_ratio),
     'overrides': ('weights in init_from', init_from not in ('scratch', 'resume')),
