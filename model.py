@@ -1081,13 +1081,17 @@ def write_checkpoint(checkpoint, folder, files, tokenizer=None):
 
 def read_newest(folder):
     """(checkpoint, None) of folder/ckpt.pt; where that is missing or damaged, (checkpoint, why) of
-    the one before it. Raises as read_checkpoint does where neither is whole."""
+    the one before it (ckpt_best.pt, where a run was killed before its first ckpt.pt). Raises as
+    read_checkpoint does where neither is whole."""
     try:
         return read_checkpoint(os.path.join(folder, 'ckpt.pt')), None
     except (ValueError, FileNotFoundError) as error:
-        if not os.path.isfile(os.path.join(folder, 'ckpt.prev.pt')):
+        older = os.path.join(folder, 'ckpt.prev.pt')
+        if isinstance(error, FileNotFoundError) and not os.path.isfile(older):
+            older = os.path.join(folder, 'ckpt_best.pt')
+        if not os.path.isfile(older):
             raise
-        return read_checkpoint(os.path.join(folder, 'ckpt.prev.pt')), error
+        return read_checkpoint(older), error
 
 
 def say(text):

@@ -232,10 +232,12 @@ def checkpoint_to_resume():
     checkpoint, failed = read_newest(out_dir)
     path = f'{out_dir}/ckpt.pt'
     if failed and master:
-        say(f'warning: {failed}; resuming from {out_dir}/ckpt.prev.pt, the checkpoint before it')
+        names = 'ckpt.prev.pt', 'ckpt_best.pt'
+        older = next(name for name in names if os.path.exists(f'{out_dir}/{name}'))
+        say(f'warning: {failed}; resuming from {out_dir}/{older}, the checkpoint before it')
         with contextlib.suppress(FileNotFoundError):
             os.replace(path, f'{out_dir}/ckpt.bad.pt')
-        put(out_dir, 'ckpt.pt', 'ckpt.prev.pt')  # not to keep the broken one at the next save
+        put(out_dir, 'ckpt.pt', older)  # not to keep the broken one at the next save
     theirs = checkpoint['tokenizer']
     require(theirs == tokenizer_meta, f'{path} was trained with another tokenizer ({theirs}) than '
             f'{folder} ({tokenizer_meta})')
@@ -337,7 +339,8 @@ wandb_id = None
 checkpoint, changed = None, {}
 auto = init_from == 'auto'
 if auto:
-    found = any(os.path.exists(f'{out_dir}/{name}') for name in ('ckpt.pt', 'ckpt.prev.pt'))
+    names = 'ckpt.pt', 'ckpt.prev.pt', 'ckpt_best.pt'
+    found = any(os.path.exists(f'{out_dir}/{name}') for name in names)
     init_from = 'resume' if found else 'scratch'
 shape = shape_of_run()
 if init_from == 'scratch':

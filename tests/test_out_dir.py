@@ -16,7 +16,7 @@ import torch
 
 from conftest import ROOT
 from data import TOKENIZERS, get_tokenizer, prepare
-from model import DiT, ModelConfig, load_pretrained, read_newest, say, write_checkpoint
+from model import DiT, ModelConfig, load_pretrained, put, read_newest, say, write_checkpoint
 from sample import tokenizer_of
 from test_survival import injected, shown, start, wait_for
 from test_train import SMALL, checkpoint, equal, metrics
@@ -69,6 +69,17 @@ def test_auto_begins_anew_where_a_run_was_killed_before_its_first_checkpoint(min
     assert 'holds a run (metrics.jsonl)' in refused('train.py', *SMALL)
     here('train.py', *SMALL, '--max_iters=2', '--init_from=auto')
     assert sorted(metrics()[0]) == [1, 2]
+
+
+def test_a_run_killed_before_its_first_ckpt_resumes_from_its_best(mine, here, capsys):
+    here('train.py', *SMALL, '--eval_interval=4', '--keep_interval=4')
+    whole = checkpoint()['model']
+    put('out', 'ckpt_best.pt', 'ckpt_4.pt')
+    for name in set(files()) - {'ckpt_best.pt', 'metrics.jsonl'}:
+        os.remove(f'out/{name}')
+    here('train.py', *SMALL, '--init_from=auto')
+    assert 'resuming from out/ckpt_best.pt' in (output := capsys.readouterr().out)
+    assert 'resuming at step 4' in output and equal(checkpoint()['model'], whole)
 
 
 def test_an_out_dir_that_is_locked_is_left_alone(mine, here, refused):
