@@ -35,7 +35,7 @@ from tqdm import tqdm
 from configurator import configure, require
 
 dataset = 'stdlib'  # a name in DATASETS, or text:PATH (a text file, a .jsonl, or a folder of them)
-tokenizer = 'gpt2'  # gpt2, gpt2-xlm, bytes, text8, bpe-N (trained here), or a Hugging Face name
+tokenizer = 'gpt2'  # gpt2, gpt2-xlm, bytes, text8, bpe-N (trained here), a hub name, a run's folder
 name = None         # the bins go to data/<name>; None: <dataset>-<tokenizer>
 input = None        # a local file or folder of the same form, in place of the hub's
 streaming = True    # hub datasets: read while they download; False: download first
@@ -270,11 +270,32 @@ def is_bpe(name):
     return re.fullmatch(r'bpe-\d{1,7}', name)
 
 
+def is_run(name):
+    """Whether it is the folder of a run of train.py, or of data, and no tokenizer's name."""
+    files = ('ckpt.pt', 'meta.json')
+    return name not in TOKENIZERS and any(os.path.isfile(f'{name}/{file}') for file in files)
+
+
+def tokenizer_of_run(folder):
+    """The tokenizer that the net or the data in a folder have their ids from."""
+    path = f'{folder}/ckpt.pt'
+    if not os.path.isfile(path):
+        return get_tokenizer(read_meta(folder)['tokenizer']['name'], folder)
+    try:
+        name = torch.load(path, mmap=True, weights_only=True)['tokenizer']['name']
+    except Exception as error:  # whatever a broken file leads to
+        why = f'({type(error).__name__}): give --tokenizer by its name'
+        raise ValueError(f'{path} does not tell its tokenizer {why}') from None
+    return get_tokenizer(name, folder)
+
+
 def get_tokenizer(name, folder=None):
-    """The tokenizer of that name: a key of TOKENIZERS, 'bpe-N' (from folder/tokenizer.json), or a
-    Hugging Face name or folder. Raises ValueError or FileNotFoundError."""
+    """The tokenizer of that name: a key of TOKENIZERS, 'bpe-N' (from folder/tokenizer.json), the
+    folder of a run, or a Hugging Face name or folder. Raises ValueError or FileNotFoundError."""
     if is_bpe(name):
         return bpe_tokenizer(name, folder)
+    if is_run(name):
+        return tokenizer_of_run(name)
     return TOKENIZERS.get(name, hugging_face_tokenizer)(name)
 
 
@@ -283,6 +304,7 @@ def get_tokenizer(name, folder=None):
 # of the document's index chooses, last False where the document goes on in the next item, and total
 # the number of documents, if it is known
 
+TEXT_FILES = ('.txt', '.jsonl')
 PIECE = 1 << 20  # characters; longer documents go through in pieces
 BLANK = re.compile(r'\n(?:[^\S\n]*\n)+')  # lines of nothing but white space
 LEADING = re.compile(r'\A(?:[^\S\n]*\n)+')
@@ -321,7 +343,7 @@ def read_jsonl(path, column='text'):
             try:
                 row = json.loads(line)
                 text = row[column if column in row else 'text']
-                if '\\ud' in line:
+                if '\\u' in line:
                     text.encode()  # half of a surrogate pair is no text
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 text = None
@@ -340,17 +362,20 @@ def read_lines(path, keep_newline=False):
             yield None, text, True, None
 
 
-def files_in(folder):
-    for parent, _, files in os.walk(folder):
-        for file in files:
-            yield os.path.join(parent, file)
+def files_in(folder, endings=''):
+    """The paths of the files in a folder that end so, in order."""
+    paths = [os.path.join(parent, file) for parent, _, files in os.walk(folder) for file in files]
+    for path in sorted(path for path in paths if path.endswith(endings)):
+        if not os.path.exists(path):
+            raise FileNotFoundError(f'{path} is a link to a file that is not there')
+        yield path
 
 
 def read_files(path, read_text=read_plain_text, column='text'):
     """A text file, a .jsonl file, or a folder of them in the order of their names."""
     paths = [path]
     if os.path.isdir(path):
-        paths = sorted(file for file in files_in(path) if file.endswith(('.txt', '.jsonl')))
+        paths = list(files_in(path, TEXT_FILES))
         if not paths:
             raise FileNotFoundError(f'{path} is a folder without .txt or .jsonl files')
     if not os.path.exists(path):
@@ -391,9 +416,10 @@ def read_stdlib(input=None, streaming=True):
         yield None, text, True, len(texts)
 
 
-def read_text8(input=None, streaming=True, benchmark=None):
-    """text8 in pieces of 256 characters; the first 90% are train, 5% validation, 5% test (Austin et
-    al. 2021, appendix B.1). input: the file. benchmark: for BENCHMARKS only."""
+def read_text8(input=None, streaming=True, benchmark=None, length=256):
+    """text8 in documents of `length` characters, None: one a split. The first 90% are train, 5%
+    validation, 5% test (Austin et al. 2021, appendix B.1). input: the file. benchmark: for
+    BENCHMARKS only."""
     splits = ('train', 'validation', 'test')
     if input:
         with open(input, encoding='ascii', errors='replace') as f:
@@ -403,8 +429,12 @@ def read_text8(input=None, streaming=True, benchmark=None):
     else:
         parts = (item[:2] for item in read_hub('afmck/text8', splits=splits))
     for split, text in parts:
-        for i in range(0, len(text) - 255, 256):
-            yield split, text[i:i + 256], True, None
+        if length is None:
+            for i in range(0, len(text), PIECE):
+                yield split, text[i:i + PIECE], i + PIECE >= len(text), None
+            continue
+        for i in range(0, len(text) - length + 1, length):
+            yield split, text[i:i + length], True, None
 
 
 def read_hub(repository, splits=('train',), validation_last=0, column='text', keep=None,
@@ -496,7 +526,7 @@ DATASETS = {
     'scientific_papers_pubmed': partial(papers, files='pubmed/*{split}/*.parquet'),
     'scientific_papers_arxiv': partial(papers, files='arxiv/*{split}/*.parquet'),
     'text8': partial(read_text8, benchmark='test'),
-    'text8-crop': partial(read_text8, benchmark='test'),  # MDLM crops its training rows at random
+    'text8-crop': partial(read_text8, benchmark='test', length=None),  # goes with packing 'crop'
 }
 BENCHMARKS = {
     name: reader.keywords['benchmark'] for name, reader in DATASETS.items()
@@ -583,15 +613,27 @@ def command_for(dataset, tokenizer, name=None, input=None):
     return ' '.join(['python data.py', *words])
 
 
-def source_size(dataset, input=None):
-    """Bytes of the local files that a dataset is read from, None where there are none."""
-    path = input
-    if not path and dataset.startswith('text:'):
-        path = dataset[5:]
+def source_files(dataset, input=None):
+    """The local files that a dataset is read from, none where they are not there."""
+    own_text = not input and dataset.startswith('text:')
+    path = dataset[5:] if own_text else input
     if not path or not os.path.exists(path):
-        return None
-    files = [path] if os.path.isfile(path) else files_in(path)
-    return sum(os.path.getsize(file) for file in files)
+        return []
+    return [path] if os.path.isfile(path) else files_in(path, TEXT_FILES if own_text else '')
+
+
+def fingerprint(files):
+    """Size in bytes and hash of files, Nones where there are none."""
+    sizes, digest = [], hashlib.sha256()
+    for path in files:
+        sizes.append(os.path.getsize(path))
+        digest.update(b'%d ' % sizes[-1])
+        with open(path, 'rb') as f:
+            while block := f.read(PIECE):
+                digest.update(block)
+    if not sizes:
+        return dict(size=None, sha256=None)
+    return dict(size=sum(sizes), sha256=digest.hexdigest()[:16])
 
 
 def read_meta(folder):
@@ -605,6 +647,7 @@ def read_meta(folder):
         with open(path) as f:
             meta = json.load(f)
         rebuild = f"rebuild it with {meta['command']}"
+        require(meta['source']['dataset'] and meta['tokenizer']['name'], f'{path}: {rebuild}')
         itemsize = {'uint16': 2, 'uint32': 4}[meta['dtype']]
         for key in ('vocab_size', 'eos_id', 'bos_id', 'pad_id', 'mask_id'):
             require(type(meta['tokenizer'][key]) is int, f'{path}: {key} is not an id: {rebuild}')
@@ -709,6 +752,13 @@ def write_bins(folder, tok, documents, size=None, name=''):
     return dtype.name, counts
 
 
+def has_tokenizer(meta, tokenizer):
+    """Whether the ids of a data folder are those of a tokenizer, given as for get_tokenizer."""
+    if is_run(tokenizer):
+        return meta['tokenizer'] == get_tokenizer(tokenizer).meta()
+    return meta['tokenizer']['name'] == tokenizer
+
+
 def is_prepared(folder, source, tokenizer):
     """Whether the folder is there and whole. Raises ValueError where it was made from others."""
     if not os.path.exists(folder):
@@ -718,13 +768,14 @@ def is_prepared(folder, source, tokenizer):
     except ValueError as error:
         print(f'{error}\nrebuilding {folder}', file=sys.stderr)
         return False
-    if source['size'] is None:  # the text itself may be gone by now
-        source = source | dict(size=meta['source']['size'])
-    theirs = meta['tokenizer']['name']
+    theirs = dict(sha256=None) | meta['source']  # older folders have no hash
+    for key in ('size', 'sha256'):
+        if source[key] is None or theirs[key] is None:  # the text itself may be gone by now
+            source = source | {key: theirs[key]}
     require(
-        meta['source'] == source and theirs == tokenizer,
-        f"{folder} was made from {meta['source']} with {theirs}, not from {source} with "
-        f'{tokenizer}: give another --name, or remove the folder')
+        theirs == source and has_tokenizer(meta, tokenizer),
+        f"{folder} was made from {theirs} with {meta['tokenizer']['name']}, not from "
+        f'{source} with {tokenizer}: give another --name, or remove the folder')
     return True
 
 
@@ -738,8 +789,8 @@ def prepare(dataset, tokenizer='gpt2', name=None, input=None, streaming=True):
     folder = f'data/{name}'
     unfinished = f'data/.{name}.unfinished'
     os.makedirs('data', exist_ok=True)
+    source = dict(dataset=dataset, input=input, **fingerprint(source_files(dataset, input)))
     with FileLock(f'data/.{name}.lock'):
-        source = dict(dataset=dataset, input=input, size=source_size(dataset, input))
         if is_prepared(folder, source, tokenizer):
             return folder
         try:
@@ -750,6 +801,8 @@ def prepare(dataset, tokenizer='gpt2', name=None, input=None, streaming=True):
                 texts = training_texts(documents(dataset, input, streaming))
                 train_bpe(texts, int(tokenizer[4:]), f'{unfinished}/tokenizer.json')
             tok = get_tokenizer(tokenizer, unfinished)
+            if tok.sha256 and not is_bpe(tokenizer):
+                shutil.copy(f'{tokenizer}/tokenizer.json', unfinished)
             dtype, counts = write_bins(
                 unfinished, tok, documents(dataset, input, streaming), source['size'], name)
             require(counts, f'{input or dataset} holds no document')
@@ -765,12 +818,14 @@ def prepare(dataset, tokenizer='gpt2', name=None, input=None, streaming=True):
     return folder
 
 
-def find_or_prepare(dataset, tokenizer):
-    """data/<dataset>, or the folder made from that dataset with that tokenizer, now if that needs
-    no hub. Raises ValueError, or FileNotFoundError with the command that makes it."""
+def find_or_prepare(dataset, tokenizer=None):
+    """data/<dataset>, or the folder made from that dataset with that tokenizer (None: whichever
+    data/<dataset> has, else gpt2), now if that needs no hub. Raises ValueError, or
+    FileNotFoundError with the command that makes it."""
     dataset = str(dataset)
     folder = f'data/{dataset}'
     if not os.path.isfile(f'{folder}/meta.json'):
+        tokenizer = tokenizer or 'gpt2'
         folder = f'data/{default_name(dataset, tokenizer)}'
         if dataset == 'stdlib' or dataset.startswith('text:'):
             prepare(dataset, tokenizer)
@@ -779,9 +834,11 @@ def find_or_prepare(dataset, tokenizer):
             if dataset not in DATASETS:
                 hint = f"and '{dataset}' is none of {', '.join(DATASETS)}"
             raise FileNotFoundError(f'there is no data in {folder}: {hint}')
-    theirs = read_meta(folder)['tokenizer']['name']
+    meta = read_meta(folder)
+    theirs = meta['tokenizer']['name']
     problem = f"{folder} holds ids of the tokenizer '{theirs}', not '{tokenizer}'"
-    require(theirs == tokenizer, f'{problem}: give --tokenizer={theirs}, or other data')
+    fits = tokenizer is None or has_tokenizer(meta, tokenizer)
+    require(fits, f'{problem}: give --tokenizer={theirs}, or other data')
     return folder
 
 
@@ -832,6 +889,15 @@ def concat_rows(rows, indices):
     return stretches(rows.tokens, indices, rows.block_size), {}
 
 
+def crop_rows(rows, indices):
+    """L tokens from any place of the training stream on: the permutation that picks a row picks the
+    place. Other splits are as with concat_rows."""
+    if not rows.is_train:
+        return concat_rows(rows, indices)
+    columns = np.add.outer(indices, np.arange(rows.block_size))
+    return rows.tokens[columns].astype(np.int64), {}
+
+
 def pad_rows(rows, indices):
     """One document and its EOS, cut to L, and padding, which is a token like any other, or with
     loss_on_padding=False neither corrupted, looked at, nor scored."""
@@ -854,6 +920,7 @@ def sentence_rows(rows, indices):
 PACKINGS = {  # name -> its function, what it cuts up, and the tokens that it adds to a row
     'wrap': (wrap_rows, 'stream', 2),
     'concat': (concat_rows, 'stream', 0),
+    'crop': (crop_rows, 'stream', 0),
     'pad': (pad_rows, 'documents', 0),
     'sentence': (sentence_rows, 'documents', 2),
 }
@@ -891,6 +958,9 @@ class TokenRows:
         self.length = self.counts['documents']
         if unit == 'stream':
             self.length = len(self.tokens) // (block_size - added)
+        self.is_train = split == 'train'
+        if packing == 'crop' and self.is_train:  # places; the EOS at the very end is left out
+            self.length = max(0, len(self.tokens) - block_size)
         problem = f'holds {len(self.tokens)} tokens, less than one row of {block_size}'
         require(self.length, f'{self.name}.bin {problem}: prepare more text, or lower block_size')
 

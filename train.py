@@ -51,9 +51,9 @@ sample_at_end = True        # print samples when training is done
 wandb_project = None        # log to this project of wandb; None: only to metrics.jsonl
 # data
 dataset = 'openwebtext'     # a folder in data/, or what data.py knows
-tokenizer = 'gpt2'          # the one the bins were made with
+tokenizer = None            # [str] of the data; None: the one that data/<dataset> was made with
 val_split = 'validation'    # what evaluations are made on
-packing = 'wrap'            # how rows are cut: 'wrap', 'concat', 'pad', 'sentence'
+packing = 'wrap'            # how rows are cut: a key of data.PACKINGS
 loss_on_padding = True      # packing 'pad': padding is masked and predicted like any token
 block_size = 1024           # tokens a row
 batch_size = 32             # [> 0] rows a micro-batch
@@ -140,7 +140,8 @@ micro_batches = global_batch_size // batch_size  # of a step, on all processes t
 my_micro_batches = range(rank, micro_batches, world_size)
 
 folder = find_or_prepare(dataset, tokenizer)  # before the process group, which would time out
-row_length = block_size + (causal and packing == 'concat')  # its last token is a target only
+# the last token of a causal net's row is a target only
+row_length = block_size + (causal and packing in ('concat', 'crop'))
 train_rows = TokenRows(folder, 'train', row_length, packing, loss_on_padding)
 val_rows = TokenRows(folder, val_split, row_length, packing, loss_on_padding)
 tokenizer_meta = train_rows.meta['tokenizer']
