@@ -353,13 +353,15 @@ def read_objects(path, *columns):
                 continue
             try:
                 row = json.loads(line)
-                other = row.get('text') if len(columns) == 1 else None
-            except (ValueError, AttributeError, RecursionError):
-                row, other = {}, None
+            except (ValueError, RecursionError):
+                row = None
+            row = row if isinstance(row, dict) else {}
+            other = row.get('text') if len(columns) == 1 else None
             values = [row.get(column, other) for column in columns]
             for column, value in zip(columns, values, strict=True):
                 problem = f'not a JSON object with a "{column}" field that holds a string'
-                require(is_text(value), f'{path}, line {number}: {problem}')
+                is_string = is_text(value) if '\\u' in line else isinstance(value, str)
+                require(is_string, f'{path}, line {number}: {problem}')
             yield number, *values
 
 

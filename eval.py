@@ -761,7 +761,9 @@ def likelihood(run, name, folder):
     block_size = net.config.block_size if c.block_size is None else c.block_size
     if net.config.causal and packing in ('concat', 'crop'):
         block_size += 1                                   # the first token is not predicted
-    rows = TokenRows(folder, split, block_size, packing, run.trained('loss_on_padding', True))
+    padding = run.trained('loss_on_padding', True) and not (net.config.causal and packing == 'pair')
+    rows = TokenRows(
+        folder, split, block_size, packing, padding, run.trained('pad_to', 'block'))
     ours, theirs = run.tok.meta(), rows.meta['tokenizer']
     require(ours == theirs, f'the net has ids of the tokenizer {ours}, the data those of {theirs}')
     schedule, T = get_schedule(run.trained('schedule', 'loglinear')), run.trained('T', 0)
