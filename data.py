@@ -133,8 +133,9 @@ class Tokenizer:
 
 def one_after_the_other(sequences):
     """Sequences of ids -> all ids in one array, and where each sequence ends."""
-    ids = np.concatenate([np.asarray(sequence, dtype=np.int64) for sequence in sequences])
-    return ids, np.cumsum([len(sequence) for sequence in sequences])
+    arrays = [np.asarray(sequence, dtype=np.int64) for sequence in sequences]
+    ends = np.cumsum([len(array) for array in arrays], dtype=np.int64)
+    return np.concatenate([np.zeros(0, dtype=np.int64), *arrays]), ends
 
 
 GPT2_XLM = ('<|cls|>', '<|bos|>', '<|pad|>', '<|unk|>', '<|mask|>', '<|sep|>')  # ids from 50257
@@ -866,36 +867,37 @@ def encode_texts(tok, texts, last):
 
 
 def encode_examples(tok, examples, limit):
-    """-> ids and ends as of encode_texts; prompt lengths; counts for meta.json. Each part is
-    encoded apart, behind a BOS where the tokenizer has one that is not its EOS. An example with a
-    document of more than `limit` tokens is left out."""
+    """-> ids and ends as of encode_texts; prompt lengths; counts for meta.json. A document begins
+    with BOS, and so does each of its parts where BOS is not EOS. An example with a document of more
+    than `limit` tokens is left out."""
     parts = [part for example in examples for row in example for side in row for part in side]
-    ids, ends = tok.encode_batch(parts) if parts else (np.zeros(0, dtype=np.int64), [0])
-    encoded = iter(zip(parts, np.split(ids, ends[:-1]), strict=bool(parts)))
-    begin = [tok.bos_id] if tok.bos_id != tok.eos_id else []
+    ids, ends = tok.encode_batch(parts) if parts else (np.zeros(0, dtype=np.int64), [])
+    encoded = iter(np.split(ids, ends[:-1]))
     kept, prompt_lengths = [], []
     n = dict(bytes=0, prompt_tokens=0, prompt_bytes=0, malformed_left_out=0, too_long_left_out=0)
     for example in examples:
-        rows = []
-        for row in example:
-            sides, n_bytes = [], []
-            for side in row:
-                pieces = list(itertools.islice(encoded, len(side)))
-                sides.append([i for _, piece in pieces for i in [*begin, *piece.tolist()]])
-                n_bytes.append(sum(len(part.encode()) for part, _ in pieces))
-            rows.append((*sides, *n_bytes))
-        n['malformed_left_out'] += not rows
-        if any(len(prompt) + len(answer) + 1 > limit for prompt, answer, *_ in rows):
+        documents = []
+        for prompt, answer in example:
+            ids, prompt_length = [], 0
+            for number in range(1, len(prompt + answer) + 1):
+                if number == 1 or tok.bos_id != tok.eos_id:
+                    ids.append(tok.bos_id)
+                ids += next(encoded).tolist()
+                if number == len(prompt):
+                    prompt_length = len(ids)
+            documents.append((ids + [tok.eos_id], prompt_length))
+        if not documents:
+            n['malformed_left_out'] += 1
+        elif max(len(ids) for ids, _ in documents) > limit:
             n['too_long_left_out'] += 1
-            continue
-        for prompt, answer, prompt_bytes, answer_bytes in rows:
-            kept.append([*prompt, *answer, tok.eos_id])
-            prompt_lengths.append(len(prompt))
-            n['prompt_bytes'] += prompt_bytes
-            n['bytes'] += prompt_bytes + answer_bytes
+        else:
+            for (ids, prompt_length), (prompt, answer) in zip(documents, example, strict=True):
+                kept.append(ids)
+                prompt_lengths.append(prompt_length)
+                n['prompt_bytes'] += len(''.join(prompt).encode())
+                n['bytes'] += len(''.join(prompt + answer).encode())
     n['prompt_tokens'] = sum(prompt_lengths)
-    ids, ends = one_after_the_other(kept) if kept else (ids[:0], np.zeros(0, dtype=np.int64))
-    return ids, ends, np.array(prompt_lengths, dtype='<i8'), n
+    return *one_after_the_other(kept), np.array(prompt_lengths, dtype='<i8'), n
 
 
 def encode_chunk(tok, dtype, limit, chunk):

@@ -389,7 +389,7 @@ def training_batch(step, micro):
         t = schedule.importance_time(t)
     length = row_length_of(step, micro)
     batch = {name: x[:, :length] for name, x in train_rows[rows].items()}
-    generator = torch.Generator().manual_seed(key_of(seed, step, micro, 3))
+    generator = torch.Generator().manual_seed(key_of(seed, step, micro, 4))
     drop = torch.rand((), generator=generator).item() < prompt_drop
     return corrupt_batch(batch, t, net.config, schedule, key_of(seed, step, micro), device,
                          loss_on_visible_tokens, drop_prompt=drop)

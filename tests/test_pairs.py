@@ -74,21 +74,21 @@ def test_pairs_are_documents_in_order_with_the_length_of_their_prompts():
     write('p.jsonl', pair('Who?', ' Me'), '\n', pair('', 'all'), pair('é\n', '日'))
     folder = prepare('pairs:p.jsonl', 'bytes')
     counts = dict(
-        documents=3, tokens=19, bytes=16, prompt_tokens=7, prompt_bytes=7, malformed_left_out=0,
+        documents=3, tokens=22, bytes=16, prompt_tokens=10, prompt_bytes=7, malformed_left_out=0,
         too_long_left_out=0)
     assert read_meta(folder)['splits'] == dict(train=counts)
-    assert np.fromfile(f'{folder}/train.prompt', '<i8').tolist() == [4, 0, 3]
+    assert np.fromfile(f'{folder}/train.prompt', '<i8').tolist() == [5, 1, 4]
     rows = TokenRows(folder, 'train', 10, 'pair')
-    texts = (b'Who? Me', b'all', 'é\n日'.encode())
-    assert rows[:]['x0'].tolist() == [list(text) + [256] * (10 - len(text)) for text in texts]
-    answer = [[j >= n for j in range(10)] for n in (4, 0, 3)]
+    texts = (b'Who? Me', b'all', 'é\n日'.encode())  # behind BOS, which is EOS here
+    assert rows[:]['x0'].tolist() == [[256, *text] + [256] * (9 - len(text)) for text in texts]
+    answer = [[j >= n for j in range(10)] for n in (5, 1, 4)]
     assert rows[:]['maskable'].tolist() == rows[:]['scored'].tolist() == answer
     assert rows[:]['attention_mask'].all()
     # the longest of those asked for, with its EOS
-    assert TokenRows(folder, 'train', 10, 'pair', pad_to='batch')[[1, 2]]['x0'].shape == (2, 7)
+    assert TokenRows(folder, 'train', 10, 'pair', pad_to='batch')[[1, 2]]['x0'].shape == (2, 8)
     unpadded = TokenRows(folder, 'train', 10, 'pair', loss_on_padding=False)[1]
     for mask in ('maskable', 'scored', 'attention_mask'):  # its one EOS is the answer's
-        assert unpadded[mask].tolist() == [[True] * 4 + [False] * 6]
+        assert unpadded[mask].tolist() == [[mask == 'attention_mask'] + [True] * 4 + [False] * 5]
 
 
 def test_several_files_and_folders_keep_their_splits():
@@ -97,8 +97,8 @@ def test_several_files_and_folders_keep_their_splits():
     write('d/a_test.jsonl', pair('2', 'b'))
     write('e.jsonl', pair('3', 'c'))
     folder = prepare('pairs:d,e.jsonl', 'bytes', 'both')
-    assert [TokenRows(folder, 'train', 4, 'pair')[i]['x0'][0, 0].item() for i in (0, 1)] == [49, 51]
-    assert TokenRows(folder, 'test', 4, 'pair')[:]['x0'].tolist() == [[50, 98, 256, 256]]
+    assert [TokenRows(folder, 'train', 4, 'pair')[i]['x0'][0, 1].item() for i in (0, 1)] == [49, 51]
+    assert TokenRows(folder, 'test', 4, 'pair')[:]['x0'].tolist() == [[256, 50, 98, 256]]
     assert list(read_meta(prepare('pairs:d/a_test.jsonl', 'bytes'))['splits']) == ['train']
 
 
@@ -172,7 +172,7 @@ def test_a_tokenizer_is_trained_on_prompts_and_answers():
     folder = prepare('pairs:' + write('p.jsonl', *lines), 'bpe-300')
     tok = get_tokenizer('bpe-300', folder)
     row = TokenRows(folder, 'train', 64, 'pair', pad_to='batch')[7]
-    ids = [*tok.encode('what is 7 and 7?'), *tok.encode('two times 7'), tok.eos_id]
+    ids = [tok.bos_id, *tok.encode('what is 7 and 7?'), *tok.encode('two times 7'), tok.eos_id]
     assert row['x0'].tolist() == [ids]
 
 
@@ -224,7 +224,7 @@ def test_what_is_no_data_of_prompts_and_answers_is_refused(arguments, error, ref
 @pytest.mark.parametrize(
     'arguments, error',
     [
-        (['--block_size=10'], 'data/mine/train: the prompt of document 17 has 13 tokens'),
+        (['--block_size=10'], 'data/mine/train: the prompt of document 17 has 14 tokens'),
         (['--packing=pad', '--pad_to=batch'], "pad_to and prompt_drop go with packing 'pair'"),
         (['--packing=pad', '--prompt_drop=0.1'], "pad_to and prompt_drop go with packing 'pair'"),
         (['--prompt_drop=0.1', '--causal=True', '--objective=ar'], 'prompt_drop goes with nets'),
@@ -245,7 +245,7 @@ def test_answers_that_do_not_fit_are_left_out_and_counted(here, capsys):
     write('p.jsonl', pair('ask', 'short'), pair('ask', 'much too long'), pair('a', 'fits.'))
     rows = TokenRows(prepare('pairs:p.jsonl', 'bytes', 'mine'), 'train', 10, 'pair')
     assert (len(rows), rows.left_out) == (2, 1)
-    assert rows[1]['x0'].tolist() == [[*b'afits.', *[256] * 4]]
+    assert rows[1]['x0'].tolist() == [[256, *b'afits.', *[256] * 3]]
     with pytest.raises(IndexError):
         rows[2]
     here('train.py', *TINY, '--block_size=10', '--max_iters=1')
@@ -355,7 +355,7 @@ def test_a_row_of_pad_to_batch_is_as_long_as_the_longest_of_the_step(pairs, here
     for step in range(5):
         parts = [done['training_batch'](step, micro)['x0'] for micro in (0, 1)]
         both = torch.cat(parts)  # of one width
-        ends = (both != 256).sum(dim=1) + 1
+        ends = (both != 256).sum(dim=1) + 2  # BOS, EOS
         assert both.size(1) == ends.max()
         widths.append(both.size(1))
     assert len(set(widths)) > 1
@@ -388,7 +388,7 @@ def test_the_likelihood_trained_is_that_of_the_answer_given_the_prompt(tiny_net)
     row = TokenRows(folder, 'train', 8, 'pair', pad_to='batch')[0]
     x0 = row['x0']
     places = row['maskable'][0].nonzero().flatten().tolist()
-    assert places == row['scored'][0].nonzero().flatten().tolist() == [3, 4, 5]  # s, o, EOS
+    assert places == row['scored'][0].nonzero().flatten().tolist() == [4, 5, 6]  # s, o, EOS
     n = len(places)
     bound = 0.0
     for k in range(1, n + 1):
