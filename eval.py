@@ -55,7 +55,7 @@ results = 'results.jsonl'  # every result is appended to it, with the settings t
 dataset = None          # a folder in data/ or a name of data.py; None: what the net was trained on
 tokenizer = None        # None: the one the checkpoint names
 split = None            # None: 'test' for lm1b, ag_news and text8, else 'validation'
-packing = None          # [wrap | concat | pad | sentence] None: as trained, else 'wrap'
+packing = None          # a key of data.PACKINGS; None: as trained, else 'wrap'
 block_size = None       # [int >= 1] tokens a row; None: the net's
 T = None                # [int >= 0] steps of the bound; 0: continuous time; None: as trained
 estimator = None        # [time | count] see nelbo; None: 'count' where it is defined
@@ -764,9 +764,11 @@ def likelihood(run, name, folder):
     c, net, split = run.c, run.net, split_of(folder, run.c)
     packing = run.trained('packing', 'wrap')
     block_size = net.config.block_size if c.block_size is None else c.block_size
-    if net.config.causal and packing == 'concat':
+    if net.config.causal and packing in ('concat', 'crop'):
         block_size += 1                                   # the first token is not predicted
-    rows = TokenRows(folder, split, block_size, packing, run.trained('loss_on_padding', True))
+    padding = run.trained('loss_on_padding', True) and not (net.config.causal and packing == 'pair')
+    rows = TokenRows(
+        folder, split, block_size, packing, padding, run.trained('pad_to', 'block'))
     ours, theirs = run.tok.meta(), rows.meta['tokenizer']
     require(ours == theirs, f'the net has ids of the tokenizer {ours}, the data those of {theirs}')
     schedule, T = schedule_of(net.constants), run.trained('T', 0)

@@ -573,12 +573,14 @@ def corrupt_exactly(x0, t, mask_id, generator, maskable):
     return torch.where((rank < count[:, None]) & maskable, mask_id, x0)
 
 
-def corrupt_batch(batch, t, config, schedule, key, device, visible=False, exactly=False):
+def corrupt_batch(
+        batch, t, config, schedule, key, device, visible=False, exactly=False, drop_prompt=False):
     """A batch of data.TokenRows at the times t (B,), with xt drawn from the seed `key`.
 
     Returns tensors on device: x0, xt, t, scored, attention_mask (None: all True) and masked (N,),
     flat indices of the positions with a loss, found on the CPU to not wait for a GPU.
-    visible: all scored positions have a loss. exactly: see corrupt_exactly.
+    visible: all scored positions have a loss. exactly: see corrupt_exactly. drop_prompt: what may
+    not be corrupted is masked too, after the draws.
     For a causal net nothing is masked, and column 0 is not scored.
     """
     x0, scored, maskable = batch['x0'], batch['scored'], batch['maskable']
@@ -593,6 +595,8 @@ def corrupt_batch(batch, t, config, schedule, key, device, visible=False, exactl
             xt = corrupt_exactly(x0, t, config.mask_id, generator, maskable)
         else:
             xt = corrupt(x0, t, config.mask_id, schedule, generator, maskable)
+        if drop_prompt:
+            xt = xt.masked_fill(~maskable, config.mask_id)
         has_loss = scored if visible else (xt == config.mask_id) & scored
         masked = has_loss.flatten().nonzero().squeeze(1)
 

@@ -12,6 +12,7 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import functools
 import gc
 import glob
 import json
@@ -53,10 +54,12 @@ wandb_project = None        # log to this project of wandb; None: only to metric
 tensorboard = False         # log to TensorBoard too, in out_dir
 # data
 dataset = 'openwebtext'     # a folder in data/, or what data.py knows
-tokenizer = 'gpt2'          # the one the bins were made with
+tokenizer = None            # [str] of the data; None: the one that data/<dataset> was made with
 val_split = 'validation'    # what evaluations are made on
-packing = 'wrap'            # how rows are cut: 'wrap', 'concat', 'pad', 'sentence'
-loss_on_padding = True      # packing 'pad': padding is masked and predicted like any token
+packing = 'wrap'            # how rows are cut: a key of data.PACKINGS
+loss_on_padding = True      # 'pad', 'pair': padding is masked and predicted like any token
+pad_to = 'block'            # [block | batch] 'pair': rows of block_size, or of a step's longest
+prompt_drop = 0.0           # [0 <= x <= 1] 'pair': share of micro-batches with their prompts masked
 block_size = 1024           # tokens a row
 batch_size = 32             # [> 0] rows a micro-batch
 global_batch_size = 512     # [> 0] rows a step, of all processes and micro-batches together
@@ -97,12 +100,13 @@ loss_norm = 'step'          # [step | micro] mean over what a step, or each micr
 optimizer = 'adamw'         # [adamw | muon] muon: for the matrices of the blocks, adamw the rest
 learning_rate = 3e-4        # [> 0]
 max_iters = 1_000_000       # [> 0] steps
+epochs = None               # [number > 0] passes over the rows, sets max_iters
 flops = None                # [number > 0] 6 * non-embedding parameters * tokens, sets max_iters
 lr_schedule = 'constant'    # [constant | cosine] after the warm-up; cosine: to min_lr at the end
 warmup_iters = 2500         # [>= 0] steps
-lr_from_zero = False        # [bool] the first step of the warm-up has rate 0, as released
 warmup_share = 0.0          # [0 <= x < 1] of max_iters, if that is more than warmup_iters
 min_lr = 0.0                # [>= 0]
+lr_offset = None            # [0 <= x <= 1] where in a step its rate is read; None: 1, then 0
 weight_decay = 0.0          # [>= 0]
 decay_all = False           # decay every parameter; False: matrices only
 beta1 = 0.9                 # [0 <= x < 1]
@@ -139,6 +143,11 @@ require(objective == 'mlm' or not (use_num_masked_factor or loss_on_visible_toke
 require(not shard or world_size > 1 and optimizer != 'muon',
         'shard=True shares the net among several processes, with adamw: Muon needs whole matrices')
 require(init_from, "init_from='': give 'scratch', 'resume' or a source of weights")
+require(epochs is None or flops is None, 'epochs and flops both set max_iters: give one of them')
+is_pair = packing == 'pair'
+require(is_pair or pad_to == 'block' and not prompt_drop,
+        f"pad_to and prompt_drop go with packing 'pair', not '{packing}'")
+require(not (causal and prompt_drop), 'prompt_drop goes with nets that are not causal')
 check_overrides(overrides)
 check_objective(objective, T, subs_masking, importance, causal)
 schedule = schedule_of(constants)
@@ -148,9 +157,11 @@ micro_batches = global_batch_size // batch_size  # of a step, on all processes t
 my_micro_batches = range(rank, micro_batches, world_size)
 
 folder = find_or_prepare(dataset, tokenizer)  # before the process group, which would time out
-row_length = block_size + (causal and packing == 'concat')  # its last token is a target only
+# the last token of a causal net's row is a target only
+row_length = block_size + (causal and packing in ('concat', 'crop'))
+loss_on_padding = loss_on_padding and not (is_pair and causal)  # its one EOS is the answer's
 train_rows = TokenRows(folder, 'train', row_length, packing, loss_on_padding)
-val_rows = TokenRows(folder, val_split, row_length, packing, loss_on_padding)
+val_rows = TokenRows(folder, val_split, row_length, packing, loss_on_padding, pad_to)
 tokenizer_meta = train_rows.meta['tokenizer']
 mask_id = tokenizer_meta['mask_id']
 tokenizer_file = None  # of a tokenizer trained with the data: it goes where the weights go
@@ -195,8 +206,9 @@ def shape_of_run():
         shape['pad_id'] = tokenizer_meta['pad_id']
 
     overruled = {key: 'size' for key in SIZES.get(size, {}) if key != 'cond_dim'}
-    if flops is not None:
-        overruled['max_iters'] = 'flops'
+    for key in ('flops', 'epochs'):
+        if constants[key] is not None:
+            overruled['max_iters'] = key
     for key, by in overruled.items():
         default = constants_of(__file__)[key][0]
         if master and constants[key] not in (default, shape.get(key)):
@@ -361,6 +373,10 @@ if flops is not None:
     one_step = 6 * net.num_params(embedding=False) * global_batch_size * mean_length
     max_iters = round(flops / one_step)
     require(max_iters > 0, f'flops={flops:g} is less than one step: {one_step:.3g}')
+if epochs is not None:
+    max_iters = int(len(train_rows) * epochs / global_batch_size)
+    require(max_iters > 0, f'epochs={epochs} of {len(train_rows):,} rows are less than one step of '
+            f'global_batch_size={global_batch_size}')
 warmup_iters = max(warmup_iters, round(warmup_share * max_iters))
 if checkpoint and step >= max_iters:
     if master:
@@ -389,9 +405,8 @@ if world_size > 1:  # folders may not be shared, a disk may fail one of them
 of_noise = 'schedule', 'schedule_parameters', 'time_sampling', 'sampling_eps'
 needs = dict.fromkeys(of_noise, ('an objective with noise', not causal)) | {
     'min_lr': ("lr_schedule='cosine'", lr_schedule == 'cosine'),
-    'lr_from_zero': ('a warm-up', warmup_iters or warmup_share),
     'warmup_share': ('a larger max_iters', warmup_share * max_iters > constants['warmup_iters']),
-    'loss_on_padding': ("packing='pad'", packing == 'pad'),
+    'loss_on_padding': ("packing='pad' or 'pair'", packing in ('pad', 'pair')),
     'ssl_group': ('ssl_ratio', ssl_ratio),
     'overrides': ('weights in init_from', init_from not in ('scratch', 'resume')),
 }
@@ -434,12 +449,28 @@ if world_size > 1 and not shard:
 # batches, evaluation, logs
 
 
+def rows_of(step, first, n):
+    """n indices of a step's rows, from its `first` on. Each epoch permutes the rows."""
+    index = step * global_batch_size + first + np.arange(n)
+    epoch, place = index // len(train_rows), index % len(train_rows)
+    return np.concatenate([permute(place[epoch == e], len(train_rows), seed, e)
+                           for e in np.unique(epoch)])
+
+
+@functools.lru_cache(4)
+def longest_row_of(step):
+    """pad_to: the length of all rows of a step that are not cut."""
+    if pad_to == 'block':
+        return row_length
+    return train_rows.longest(rows_of(step, 0, global_batch_size))
+
+
 def row_length_of(step, micro):
     """SMDM's stochastic sequence length: some micro-batches draw one from 1 ... block_size."""
     generator = torch.Generator().manual_seed(key_of(seed, step, micro // ssl_group, 1))
     cut, length = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
     if cut >= ssl_ratio:
-        return row_length
+        return longest_row_of(step)
     return 1 + int(length * block_size) + (row_length - block_size)
 
 
@@ -460,11 +491,8 @@ def times_of(step, micro):
 
 
 def training_batch(step, micro):
-    """Micro-batch `micro` of a step. Each epoch permutes the rows."""
-    index = step * global_batch_size + micro * batch_size + np.arange(batch_size)
-    epoch, place = index // len(train_rows), index % len(train_rows)
-    rows = np.concatenate([permute(place[epoch == e], len(train_rows), seed, e)
-                           for e in np.unique(epoch)])
+    """Micro-batch `micro` of a step."""
+    rows = rows_of(step, micro * batch_size, batch_size)
     t = times_of(step, micro)
     if T:
         t = on_grid(t, T)
@@ -472,8 +500,10 @@ def training_batch(step, micro):
         t = schedule.importance_time(t)
     length = row_length_of(step, micro)
     batch = {name: x[:, :length] for name, x in train_rows[rows].items()}
+    generator = torch.Generator().manual_seed(key_of(seed, step, micro, 4))
+    drop = torch.rand((), generator=generator).item() < prompt_drop
     return corrupt_batch(batch, t, net.config, schedule, key_of(seed, step, micro), device,
-                         loss_on_visible_tokens)
+                         loss_on_visible_tokens, drop_prompt=drop)
 
 
 def mean_loss(loss, batch):
@@ -529,11 +559,11 @@ def evaluate():
 
 def get_lr(step):
     """Linear warm-up, then constant or cosine."""
-    if step < warmup_iters:
-        return learning_rate * (step + (not lr_from_zero)) / warmup_iters
+    if step + (lr_offset or 0) < warmup_iters:
+        return learning_rate * (step + (1 if lr_offset is None else lr_offset)) / warmup_iters
     if lr_schedule == 'constant':
         return learning_rate
-    done = (step - warmup_iters) / max(1, max_iters - warmup_iters)
+    done = (step + (lr_offset or 0) - warmup_iters) / max(1, max_iters - warmup_iters)
     return min_lr + (learning_rate - min_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
 
@@ -623,9 +653,10 @@ if master:
         board = SummaryWriter(out_dir)
     if changed:
         log(iter=step, changed=changed)
+    left_out = f' ({train_rows.left_out:,} longer ones left out)' if train_rows.left_out else ''
     say(f'{net.num_params() / 1e6:.2f}M parameters '
         f'({net.num_params(embedding=False) / 1e6:.2f}M without embedding and head), '
-        f'{len(train_rows):,} rows of {block_size} tokens, '
+        f'{len(train_rows):,} rows of {block_size} tokens{left_out}, '
         f'{len(train_rows) / global_batch_size:,.1f} steps an epoch; {world_size} x {device}, '
         f"{'bfloat16 autocast' if amp._enabled else 'float32'}; "
         f'training to step {max_iters:,} in {out_dir}')
@@ -755,7 +786,8 @@ while True:
         seconds = (time.monotonic() - timer) / (step - timed_from)
         timer, timed_from = time.monotonic(), step
         if master and not bad:
-            rate = global_batch_size * block_size / seconds
+            length = min(block_size, longest_row_of(step - 1))
+            rate = global_batch_size * length / seconds
             mfu = ''
             if peak:
                 projected = global_batch_size * block_size // (1 if causal else 2)  # the masked

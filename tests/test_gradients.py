@@ -181,9 +181,9 @@ class Asked(dict):
         return super().get(key, default)
 
 
-@pytest.mark.parametrize('from_zero, rates', [(False, [5e-3, 1e-2]), (True, [0.0, 5e-3, 1e-2])])
-def test_the_warm_up_may_begin_at_zero_as_released(mine, here, from_zero, rates):
-    options = ['--max_iters=3', f'--lr_from_zero={from_zero}', '--eval_interval=100']
+@pytest.mark.parametrize('offset, rates', [(None, [5e-3, 1e-2]), (0, [0.0, 5e-3, 1e-2])])
+def test_the_warm_up_may_begin_at_zero_as_released(mine, here, offset, rates):
+    options = ['--max_iters=3', f'--lr_offset={offset}', '--eval_interval=100']
     here('train.py', *SMALL, *options)
     logged = [line['lr'] for line in metrics()[0].values()]
     assert logged == pytest.approx(rates + [1e-2] * (3 - len(rates)), rel=1e-12)
