@@ -22,6 +22,10 @@ global_batch_size = 256
 epochs = 3
 dropout = 0.0
 objective = 'subs'
+schedule_parameters = dict(eps=0.0)  # masked with probability p = (1 - sampling_eps) u +
+sampling_eps = 1e-3  # sampling_eps, weight 1/p,
+time_sampling = 'iid'  # u uniform in [0, 1) of each row by itself
+loss_norm = 'micro'  # micro-batches count alike, whatever they score
 
 learning_rate = 2e-4
 lr_schedule = 'cosine'

@@ -22,6 +22,7 @@ epochs = 3
 dropout = 0.0
 causal = True
 objective = 'ar'
+loss_norm = 'micro'  # micro-batches count alike, however long their answers
 
 learning_rate = 2e-4
 lr_schedule = 'cosine'

@@ -282,7 +282,7 @@ def test_perplexities_overflow_to_inf_and_nan_weights_are_an_error(tiny_net, row
     [
         (['--min_lr=1e-3'], "min_lr=0.001 (it needs lr_schedule='cosine')"),
         (['--min_lr=1e-3', '--lr_schedule=cosine'], None),
-        (['--loss_on_padding=False'], "loss_on_padding=False (it needs packing='pad')"),
+        (['--loss_on_padding=False'], "loss_on_padding=False (it needs packing='pad' or 'pair')"),
         (['--loss_on_padding=False', '--packing=pad'], None),
         (['--warmup_share=0.5'], 'warmup_share=0.5 (it needs a larger max_iters)'),
         (['--warmup_share=0.5', '--warmup_iters=0'], None),

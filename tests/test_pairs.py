@@ -365,7 +365,8 @@ def test_prompts_are_dropped_in_the_given_share_of_micro_batches_and_nothing_els
     pairs, here
 ):
     kept = here('train.py', *TINY, '--max_iters=1')['training_batch']
-    sometimes = here('train.py', *TINY, '--max_iters=1', '--prompt_drop=0.3')['training_batch']
+    options = ['--max_iters=1', '--prompt_drop=0.3', '--overwrite=True']
+    sometimes = here('train.py', *TINY, *options)['training_batch']
     dropped = 0
     for step, micro in itertools.product(range(200), range(2)):
         a, b = kept(step, micro), sometimes(step, micro)
