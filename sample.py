@@ -191,7 +191,7 @@ def plan_steps(b, mask_prob):
 
 
 def most_confident(scores, count):
-    """The `count` (A,) highest of each row of scores (A, L), of equal ones the first -> (A, L) bool.
+    """The `count` (A,) highest of each row of scores (A, L) -> (A, L) bool; the first of equals.
     What a net gives goes through b.rounded(scores) before."""
     rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     return rank < count[:, None]
@@ -1025,9 +1025,8 @@ def free_memory():
 def check_memory(num_samples, length, steps):
     """Refuse what does not fit, before anything is drawn. length: a number, or of each row."""
     lengths = plain(length)
-    longest = max(lengths) if isinstance(lengths, (list, tuple)) and lengths else lengths
-    if not is_whole(longest):
-        return  # read_lengths will say so
+    lengths = lengths if isinstance(lengths, (list, tuple)) else [lengths]
+    longest = max(filter(is_whole, lengths), default=0)  # read_lengths refuses what is not whole
     need = num_samples * longest * 100 + steps * 64  # bytes, about
     free = free_memory()
     require(free is None or need < free,
@@ -1096,8 +1095,8 @@ def text_to_ids(net, name, text, longest):
         pieces = re.split(r'<\|mask(?::(\d{1,8}))?\|>', text)
         others = re.search(r'<\|?mask\b|\[mask\]', ' '.join(pieces[::2]), re.I)
         good = len(pieces) > 1 and not others
-        require(good, f'{name}={text!r}: open tokens are written <|mask|> or <|mask:20|>, and there '
-                'is at least one')
+        require(good, f'{name}={text!r}: open tokens are written <|mask|> or <|mask:20|>, and at '
+                'least one is needed')
     ids = []
     for i, piece in enumerate(pieces):
         if i % 2 == 0:
