@@ -775,7 +775,8 @@ class Batch:
         """Mask the chosen positions (A, L) bool again."""
         row, cols = chosen.nonzero(as_tuple=True)
         rows = self.rows[row]
-        self.put(rows, cols, self.place(rows, cols), self.net.config.mask_id, masked=True)
+        at = self.place(rows, cols)
+        self.put(rows, cols, at, torch.full_like(at, self.net.config.mask_id), masked=True)
         if self.on_change and len(rows):
             nothing = torch.full_like(rows, -1)
             self.on_change(rows, cols, nothing, torch.zeros(len(rows)), self.step[rows])
