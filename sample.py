@@ -130,7 +130,10 @@ def generate(
     b = Batch(
         net, x, is_open, lengths, keys, batch_size, schedule, cfg_scale, draw_options, on_change,
         on_finish, compile, progress)
-    SAMPLERS[sampler](b, steps, **options)
+    try:
+        SAMPLERS[sampler](b, steps, **options)
+    finally:
+        b.bar.close()
 
     assert not b.masked.any()
     b.require_finite()
@@ -505,7 +508,7 @@ def draw(logits, u, mask_id, temperature=1.0, top_k=0, top_p=1.0, dtype=torch.fl
         if top_p < 1:
             crossed = ordered.cumsum(dim=-1) > top_p * ordered.sum(dim=-1, keepdim=True)
             crossed[:, 0] = False
-            ordered[crossed] = 0
+            ordered.masked_fill_(crossed, 0)
         probs = torch.zeros_like(probs).scatter_(1, order, ordered)
     if dtype == torch.float32:
         noise = 1e-10 - (float32_uniforms(u, probs.size(1)) + 1e-10).log()
@@ -706,7 +709,6 @@ class Batch:
             self.bar.update(masked - int(self.num_masked.sum()))
             self.step[rows] += 1
             self.refill(self.step[rows] == last if to_the_end else self.num_masked[rows] == 0)
-        self.bar.close()
 
     def follow(self, plan, mask_prob, start=None):
         """Unmask every position at its step of the plan (n, L)."""
@@ -1374,7 +1376,7 @@ def write_page(path, samples, settings):
     except OSError as error:
         with contextlib.suppress(OSError):
             os.remove(path + '.unfinished')
-        raise OSError(f'trace={path} cannot be written ({error.strerror})') from None
+        raise OSError(f'{path} cannot be written ({error.strerror})') from None
 
 
 class Results:
@@ -1403,9 +1405,11 @@ class Results:
                 data = data[self.f.write(data):]
         except OSError as error:
             kept = ''
-            if self.f:
+            if self.written:
                 self.f.truncate(begin)
                 kept = f'; {self.written} finished samples are kept in {self.path}.unfinished'
+            elif self.f:
+                os.remove(self.path + '.unfinished')
             raise OSError(f'{self.path} cannot be written ({error.strerror}){kept}') from None
 
     def end(self):
@@ -1466,6 +1470,7 @@ if __name__ == '__main__':
     require(not trace or trace.endswith('.html'), f'trace={trace}: it is a page: NAME.html')
     texts = dict(prompt=read_texts('prompt', prompt), template=read_texts('template', template))
     repeats = num_samples
+    check_memory(repeats * max(map(len, texts.values())), 1, 0)
     for name, lines in texts.items():
         num_samples = max(num_samples, repeats * len(lines))
         texts[name] = [line for line in lines for _ in range(repeats)]
@@ -1491,7 +1496,7 @@ if __name__ == '__main__':
     spell = partial(spelling, tok)
     show = Terminal(spell) if watch else None
     events = Events(num_samples, show) if watch or trace else None
-    results = [None] * num_samples
+    results = {}
     file = Results(out) if out else None
 
     def on_finish(i, ids, nfe):
@@ -1515,11 +1520,11 @@ if __name__ == '__main__':
     if trace:
         settings = ', '.join(
             f'{name}={value!r}' for name, value in constants.items() if value is not None)
-        pages = [page_of(result['ids'], row, spell)
-                 for result, row in zip(results, events.of_row, strict=True)]
+        pages = [page_of(results[i]['ids'], row, spell)
+                 for i, row in enumerate(events.of_row)]
         write_page(trace, pages, settings)
         print(f'{num_samples} samples written to {trace}: open it in a browser')
     if not out:
-        for i, result in list(enumerate(results))[watch:]:  # the first has been watched
+        for i, result in sorted(results.items())[watch:]:  # the first has been watched
             print(f"--- sample {i} ({result['nfe']} network evaluations)")
             print(result['ids'] if result['text'] is None else result['text'])

@@ -1,5 +1,5 @@
-"""A pretended GPU: tensors that say they are on 'cuda' and compute on the CPU, and a count of what a
-real one would have to wait for."""
+"""A pretended GPU: tensors that say they are on 'cuda' and compute on the CPU, and a count of what
+has to wait for a real one."""
 
 import collections
 
