@@ -122,7 +122,7 @@ def generate(
         options.setdefault('eos_id', tok.eos_id)
     longest = 2 ** 24 if sampler == 'semi_ar' else config.block_size
 
-    check_memory(num_samples, length or config.block_size, steps)
+    check_memory(num_samples, config.block_size if length is None else length, steps)
     x, is_open, lengths = lay_out(net, num_samples, length, prompt, template, bos_id, longest)
     keys = np.array([key_of(seed, first_row + i) for i in range(num_samples)], dtype=np.uint64)
     draw_options = dict(
