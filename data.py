@@ -59,7 +59,8 @@ def splitmix64(x):
 
 
 def key_of(*numbers):
-    """One 63-bit seed from several integers, such as (seed, step, micro-batch)."""
+    """One seed from several integers, taken modulo 2^64, such as (seed, step, micro-batch): 63 bits
+    of a 64-bit hash, so that it is an int64 and every generator takes it."""
     key = 0
     for number in numbers:
         key = splitmix64(key ^ (int(number) & MASK64))

@@ -38,12 +38,12 @@ from data import (
 from model import (
     OBJECTIVES, DiT, autocast, check_overrides, corrupt_batch, float64, load_pretrained, loglinear,
     on_grid, per_token_loss, pick_device, reuse_memory, schedule_of, stratified_times)
-from sample import generate, tokenizer_of
+from sample import flags, generate, tokenizer_of
 
 metric = 'ppl'          # ppl, zero_shot, samples, table or report
 out_dir = 'out'         # where train.py left ckpt.pt
 init_from = None        # another source of weights for load_pretrained; None: out_dir
-overrides = None        # [dict] ModelConfig fields that the source lacks: "{'objective': 'sedd'}"
+overrides = None        # [dict] ModelConfig fields that the source lacks; --n_head=4 sets one
 ema = True              # the averaged weights; False: the last ones
 device = 'auto'         # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'float32'       # 'bfloat16' (autocast) is faster and reads a little differently
@@ -74,10 +74,11 @@ num_samples = 16        # [>= 1]
 length = None           # tokens a sample; None: the net's block_size
 steps = 1024
 sampler = None          # a sampler of sample.py; None: by the net's objective
-sampler_options = None  # [dict] its own options
+sampler_options = None  # [dict] its own options; --eta=0.1 sets one
 temperature = 1.0
 top_p = None
 top_k = 0
+draw_dtype = 'float64'  # [float64 | float32] see draw() of sample.py
 table_steps = (128, 256, 512, 1024)  # table: the steps of each column
 samples_dir = None      # samples are kept here, a folder for each steps; None: <out_dir>/samples
 published = None        # [dict] to compare: zero_shot {'ptb': 95.26}, table {'gen_ppl': {128: 78}}
@@ -862,6 +863,8 @@ def draw(run, steps):
     shared = dict(
         length=config.block_size if c.length is None else c.length, sampler=c.sampler,
         temperature=c.temperature, top_p=c.top_p, top_k=c.top_k, seed=c.seed)
+    if c.draw_dtype != 'float64':
+        shared |= dict(draw_dtype=c.draw_dtype)
     options = shared | dict(steps=steps, batch_size=c.batch_size) | (c.sampler_options or {})
     settings = shared | dict(sampler_options=c.sampler_options, dtype=c.dtype, weights=run.weights)
     settings |= dict(model=dataclasses.asdict(config), steps=steps)
@@ -939,7 +942,7 @@ METRICS = {
 # -----------------------------------------------------------------------------
 
 if __name__ == '__main__':
-    constants = configure(globals())
+    constants = configure(globals(), **flags())
     check_overrides(overrides)
     require_known('metric', metric, METRICS)
     folder = os.path.dirname(results) or '.'

@@ -257,8 +257,7 @@ class DiT(nn.Module):
         position = torch.arange(x.size(1), device=x.device)
         attn_mask = None
         if cache is not None and cache.position is not None:
-            position = cache.position[:, None].to(x.device)
-            attn_mask = cache.seen(x.device)
+            position, attn_mask = cache.begin(x.device)
         elif attention_mask is not None and not config.causal:  # padding is on the right
             attn_mask = attention_mask[:, None, None, :]
         rotary = rotary_table(position, config.n_embd // config.n_head, config.rotary_bf16)
@@ -319,6 +318,15 @@ class KVCache:
         self.kept = {}
         self.slots = slice(None)
         self.position = None
+        self.at = None  # (row, position) on the device
+
+    def begin(self, device):
+        """-> positions (rows, 1) on the device, and attn_mask (rows, 1, 1, reach) bool; None: all
+        True. Copied once for all blocks."""
+        self.at = torch.arange(self.rows, device=device), sent(self.position, device)
+        seen = torch.arange(int(self.position.max()) + 1) <= self.position[:, None]
+        attn_mask = None if seen.all() else sent(seen, device)[:, None, None]
+        return self.at[1][:, None], attn_mask
 
     def extend(self, block, k, v):
         """Store k and v (n, H, P or 1, C/H); return those to look at."""
@@ -328,19 +336,14 @@ class KVCache:
         if self.position is None:
             kv[:, self.slots, :, :k.size(2)] = torch.stack((k, v))
             return k, v
-        row, position = torch.arange(self.rows, device=k.device), self.position.to(k.device)
+        row, position = self.at
         kv[:, row, :, position] = torch.cat((k, v), dim=2).transpose(1, 2)
         return kv[:, :, :, :int(self.position.max()) + 1].unbind()
 
-    def seen(self, device):
-        """attn_mask (rows, 1, 1, reach) bool; None: all True."""
-        seen = torch.arange(int(self.position.max()) + 1) <= self.position[:, None]
-        return None if seen.all() else seen[:, None, None].to(device)
-
     def keep(self, slots):
-        """Drop all rows but these."""
+        """Drop all rows but these (n,), on the device."""
         self.rows = len(slots)
-        self.kept = {block: kv[:, slots.to(kv.device)] for block, kv in self.kept.items()}
+        self.kept = {block: kv[:, slots] for block, kv in self.kept.items()}
 
 
 # named sizes, in train.py's constants: n_layer, n_head, n_embd
@@ -602,12 +605,14 @@ def corrupt_batch(
 
     noised = dict(x0=x0, xt=xt, t=t, masked=masked, scored=scored)
     noised['attention_mask'] = None if attention_mask.all() else attention_mask
+    return {name: tensor if tensor is None else sent(tensor, device)
+            for name, tensor in noised.items()}
+
+
+def sent(tensor, device):
+    """A tensor of the CPU on the device, without waiting for a GPU."""
     on_gpu = device.type == 'cuda'
-    for name, tensor in noised.items():
-        if tensor is not None:
-            tensor = tensor.pin_memory() if on_gpu else tensor
-            noised[name] = tensor.to(device, non_blocking=on_gpu)
-    return noised
+    return (tensor.pin_memory() if on_gpu else tensor).to(device, non_blocking=on_gpu)
 
 
 def stratified_times(u, index, n, eps=1e-3):
@@ -716,7 +721,7 @@ class Objective:
 
 OBJECTIVES = {
     'subs': Objective(subs, 'x0', 'ancestral', 'subs', 'optional', ('importance',)),
-    'mlm': Objective(mlm, 'x0', 'ancestral', 'subs'),
+    'mlm': Objective(mlm, 'x0', 'fixed', 'subs'),
     'd3pm': Objective(
         d3pm, 'x0 or mask', 'ancestral', 'd3pm', 'required', ('subs_masking',),
         has_reconstruction=True),

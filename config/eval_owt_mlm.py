@@ -18,6 +18,7 @@ batch_size = 32
 length = 1024
 table_steps = (128, 256, 512, 1024)
 sampler = 'fixed'  # uniform positions
+sampler_options = dict(confidence_temperature=1.0)  # xlm's default, of use with a --confidence
 top_p = 0.95
 judge = 'gpt2-large'
 protocol = 'xlm'
