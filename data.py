@@ -36,8 +36,7 @@ from tqdm import tqdm
 
 from configurator import configure, require
 
-dataset = 'stdlib'  # a name in DATASETS; text:PATH (a text file, a .jsonl, or a folder of them); or
-#                     pairs:PATH (a .jsonl with fields "prompt" and "answer", a,b,c, or a folder)
+dataset = 'stdlib'  # a key of DATASETS, or text:PATH or pairs:PATH (a file, or a folder of them)
 tokenizer = 'gpt2'  # gpt2, gpt2-xlm, bytes, text8, bpe-N (trained here), a hub name, a run's folder
 name = None         # the bins go to data/<name>; None: <dataset>-<tokenizer>
 input = None        # a local file or folder of the same form, in place of the hub's
@@ -288,11 +287,12 @@ def tokenizer_of_run(folder):
     if not os.path.isfile(path):
         return get_tokenizer(read_meta(folder)['tokenizer']['name'], folder)
     try:
-        name = torch.load(path, mmap=True, weights_only=True)['tokenizer']['name']
+        meta = torch.load(path, mmap=True, weights_only=True)['tokenizer']
+        name = meta['name']
     except Exception as error:  # whatever a broken file leads to
         why = f'({type(error).__name__}): give --tokenizer by its name'
         raise ValueError(f'{path} does not tell its tokenizer {why}') from None
-    return get_tokenizer(name, folder)
+    return get_tokenizer(name, folder, meta)
 
 
 def get_tokenizer(name, folder=None, meta=None):
