@@ -946,7 +946,7 @@ def text_to_ids(net, name, text, longest):
         pieces = re.split(r'<\|mask(?::(\d{1,8}))?\|>', text)
         require(not any('<|mask' in piece for piece in pieces[::2]),
                 f'{name}={text!r}: open tokens are written <|mask|> or <|mask:20|>')
-    ids = []
+    ids = [tok.bos_id] if net.constants.get('prompt_bos') else []  # as SMDM's tokenizer does
     for i, piece in enumerate(pieces):
         if i % 2 == 0:
             ids += tok.encode(piece) if piece else []
@@ -1276,6 +1276,7 @@ if __name__ == '__main__':
 
     source = init_from or os.path.join(out_dir, 'ckpt.pt')
     net = load_pretrained(str(source), ema, device, **(overrides or {}))
+    constants['sampler'] = sampler or OBJECTIVES[net.config.objective].sampler
     if tokenizer:
         net.tokenizer = (net.tokenizer or {}) | dict(name=str(tokenizer))
     tok = None
