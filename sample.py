@@ -1100,7 +1100,7 @@ def text_to_ids(net, name, text, longest):
         good = len(pieces) > 1 and not others
         require(good, f'{name}={text!r}: open tokens are written <|mask|> or <|mask:20|>, and at '
                 'least one is needed')
-    ids = []
+    ids = [tok.bos_id] if net.constants.get('prompt_bos') else []  # as SMDM's tokenizer does
     for i, piece in enumerate(pieces):
         if i % 2 == 0:
             ids += tok.encode(piece) if piece else []
@@ -1483,6 +1483,7 @@ if __name__ == '__main__':
 
     source = init_from or os.path.join(out_dir, 'ckpt.pt')
     net = load_pretrained(str(source), ema, device, **(overrides or {}))
+    constants['sampler'] = sampler or OBJECTIVES[net.config.objective].sampler
     if tokenizer == 'none':
         net.tokenizer = None
     elif tokenizer:
