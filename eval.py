@@ -38,9 +38,9 @@ from data import (
     BENCHMARKS, DATASETS, GPT2_XLM, TokenRows, Tokenizer, find_or_prepare, get_tokenizer, key_of,
     permute, read_meta, splitmix64)
 from model import (
-    OBJECTIVES, DiT, autocast, check_overrides, corrupt_batch, float64, load_pretrained, loglinear,
-    on_grid, per_token_loss, pick_device, require_known, reuse_memory, schedule_of,
-    stratified_times)
+    OBJECTIVES, DiT, autocast, check_overrides, corrupt_batch, float64, likelihood_of,
+    load_pretrained, loglinear, on_grid, options_of, per_token_loss, pick_device, ratio_with_error,
+    require_known, reuse_memory, row_sums, schedule_of, stratified_times)
 from sample import flags, generate, tokenizer_of
 
 metric = 'ppl'          # ppl, zero_shot, samples, table or report
@@ -116,22 +116,12 @@ def exp(nats):
     return math.exp(nats) if nats <= 709 else math.inf
 
 
-def ratio_with_error(sums, counts):
-    """sum / count over independent rows (n,), and its standard error (the ratio estimator).
-    Raises ValueError where a sum is NaN."""
-    n = len(sums)
-    ratio = not_nan(sums.sum()) / counts.sum()
-    if n == 1:
-        return float(ratio), math.nan
-    residual = sums - ratio * counts
-    error = math.sqrt(n / (n - 1) * (residual ** 2).sum()) / counts.sum()
-    return float(ratio), float(error)
 
 
 def natural_estimator(net, T=0):
     """'count' has the smaller variance; it needs continuous time and a net that ignores time."""
     config = net.config
-    timeless = OBJECTIVES[config.objective].predicts == 'x0' and not config.time_conditioning
+    timeless = OBJECTIVES[config.objective].bound == 'subs' and not config.time_conditioning
     return 'count' if timeless and not T else 'time'
 
 
@@ -149,18 +139,17 @@ def draw_times(u, stratum, num_strata, estimator, T, maskable, sampling_eps=1e-3
 @torch.no_grad()
 def nelbo(
     net, rows, num_mc=1, batch_size=16, seed=0, max_rows=None, schedule=loglinear, T=0,
-    subs_masking=False, estimator=None, progress=False, sampling_eps=1e-3,
+    options=None, estimator=None, progress=False, sampling_eps=1e-3,
 ):
     """The negative evidence lower bound of rows (data.TokenRows) by the net's own objective ('mlm':
-    MDLM's equation 10; 'ar': the likelihood itself), in continuous time or in T steps, with num_mc
-    draws a row, stratified within and over the rows, which torch.distributed shares.
+    MDLM's equation 10; 'ar': the likelihood itself; one without a bound: its loss), in continuous
+    time or in T steps, with num_mc draws a row, stratified within and over the rows, which
+    torch.distributed shares. options: a dict with those of the loss, as d3pm's subs_masking.
 
     estimator 'time': each position is masked by chance at a drawn time. 'count': exactly k of n
     are, k uniform in 1 ... n, and losses weigh n/k; the same mean but for eps (Ou et al. 2024,
     arXiv 2406.03736, section 3.3).
-    -> dict of nats_per_token and ppl, over all scored tokens, the packing's too (as published), and
-    bits_per_byte, over those of documents, each with its standard error (.._se, as if rows were
-    independent: a little high); tokens, document_tokens, rows, num_mc, estimator.
+    -> what model.likelihood_of gives, ppl, num_mc, estimator.
     Raises ValueError for a bad number, or an estimator that is not defined for the net."""
     max_rows = len(rows) if max_rows is None else max_rows
     num_mc = 1 if net.config.causal else num_mc           # nothing is drawn
@@ -174,14 +163,15 @@ def nelbo(
 
     rank, world_size = ranks()
     device = next(net.parameters()).device
-    bound = OBJECTIVES[net.config.objective].bound
+    objective = net.config.objective
+    bound = OBJECTIVES[objective].bound
+    options = options_of(bound or objective, (options or {}) | dict(importance=False))
     by_count = estimator == 'count'
     schedule = loglinear if by_count else schedule        # weighs by 1/t = n/k
     n = min(len(rows), max_rows)
     chosen = np.arange(n) * len(rows) // n
     generator = torch.Generator().manual_seed(key_of(seed))
     u = torch.rand((), generator=generator, dtype=torch.float64)
-    # of each row: nats and number of all scored tokens, nats and number of those of documents
     sums = torch.zeros(4, n, dtype=torch.float64)
     starts = range(rank * batch_size, n, world_size * batch_size)
     quiet = not progress or rank > 0
@@ -195,28 +185,21 @@ def nelbo(
             keys = [key_of(seed, row, j) for row in chosen[index]]
             batch = corrupt_batch(clean, t, net.config, schedule, keys, device, exactly=by_count)
             loss = per_token_loss(
-                net, batch['x0'], batch['xt'], batch['t'], bound, schedule, T, subs_masking,
-                masked=batch['masked'], attention_mask=batch['attention_mask'],
-                reconstruction=True).cpu()
-            scored = batch['scored'].cpu()
-            document = scored & clean['document']
-            parts = (loss * scored, scored, loss * document, document)
-            sums[:, index] += torch.stack([part.double().sum(dim=1) for part in parts])
+                net, batch['x0'], batch['xt'], batch['t'], bound or objective, schedule, T,
+                batch['masked'], batch['attention_mask'], reconstruction=True, **options)
+            sums[:, index] += row_sums(loss, batch, clean)
     if dist.is_initialized():
         sums = sums.to(device)
         dist.all_reduce(sums)
         sums = sums.cpu()
     sums /= num_mc                                        # exact for counts
 
-    nats, nats_se = ratio_with_error(sums[0], sums[1])
-    document_nats, document_se = ratio_with_error(sums[2], sums[3])
-    to_bits = rows.counts['tokens'] / rows.counts['bytes'] / math.log(2)
-    return dict(
-        nats_per_token=nats, nats_per_token_se=nats_se,
-        ppl=exp(nats), ppl_se=exp(nats) * nats_se,
-        bits_per_byte=document_nats * to_bits, bits_per_byte_se=document_se * to_bits,
-        tokens=int(sums[1].sum()), document_tokens=int(sums[3].sum()), rows=n, num_mc=num_mc,
-        estimator=None if net.config.causal else estimator)
+    not_nan(float(sums.sum()))
+    found = likelihood_of(sums, rows.counts, objective)
+    if bound:
+        found['ppl'] = exp(found['nats_per_token'])
+        found['ppl_se'] = found['ppl'] * found['nats_per_token_se']
+    return found | dict(num_mc=num_mc, estimator=None if net.config.causal else estimator)
 
 
 # -----------------------------------------------------------------------------
@@ -463,6 +446,7 @@ def generative_perplexity(
         nats[chunk] = (torch.stack(nll).cpu().double() * loss_mask).sum(dim=1)
         counts[chunk] = loss_mask.double().sum(dim=1)
     nats, counts, n = nats[kept], counts[kept], len(kept)
+    not_nan(float(nats.sum()))
     mean, error = ratio_with_error(nats, counts)
     entropies = np.array(entropies)[kept]
     entropy_se = entropies.std(ddof=1) / math.sqrt(n) if n > 1 else math.nan
@@ -871,7 +855,7 @@ def likelihood(run, name, folder):
     with autocast(run.device, c.dtype):
         result = nelbo(
             net, rows, c.num_mc, c.batch_size, c.seed, c.max_rows, schedule, T,
-            run.trained('subs_masking', False), c.estimator, progress=True,
+            net.constants, c.estimator, progress=True,
             sampling_eps=run.trained('sampling_eps', 1e-3))
     return dict(dataset=name, split=split) | result
 
@@ -883,21 +867,26 @@ def measure_ppl(c):
     require(name is not None, 'the weights do not say which data to measure: give --dataset=NAME')
     r = likelihood(run, name, find_or_prepare(name, run.tok.name))
     run.record(r)
-    return r, (
-        f"{'NLL' if run.net.config.causal else 'NELBO'} of {run.source} on {name}/{r['split']}, "
+    objective, what = run.net.config.objective, 'NLL' if run.net.config.causal else 'NELBO'
+    lines = [
+        f"{objective if objective in r else what} of {run.source} on {name}/{r['split']}, "
         f"{r['rows']:,} rows x {r['num_mc']} {r['estimator'] or 'pass'}s, "
-        f"{r['tokens']:,} tokens ({r['document_tokens']:,} of documents)\n"
-        f"  {r['nats_per_token']:.4f} ± {r['nats_per_token_se']:.4f} nats/token\n"
-        f"  {r['ppl']:.2f} ± {r['ppl_se']:.2f} perplexity (exp of nats/token)\n"
-        f"  {r['bits_per_byte']:.4f} ± {r['bits_per_byte_se']:.4f} bits/byte")
+        f"{r['tokens']:,} tokens ({r['document_tokens']:,} of documents)"]
+    for key, digits, unit in (
+            ('nats_per_token', 4, 'nats/token'), ('ppl', 2, 'perplexity (exp of nats/token)'),
+            ('bits_per_byte', 4, 'bits/byte'), (objective, 4, 'a token, no bound of likelihood')):
+        if key in r:
+            lines.append(f"  {r[key]:.{digits}f} ± {r[key + '_se']:.{digits}f} {unit}")
+    return r, '\n'.join(lines)
 
 
 def measure_zero_shot(c):
     """The NELBO of many datasets. A ValueError names those that fail, after the others."""
     run, rows, failed = load(c), [], []
+    objective = run.net.config.objective
     shown = (
         'dataset', 'split', 'ppl', 'ppl_se', 'nats_per_token', 'nats_per_token_se',
-        'bits_per_byte', 'bits_per_byte_se', 'tokens')
+        'bits_per_byte', 'bits_per_byte_se', objective, f'{objective}_se', 'tokens')
     for name in c.datasets:
         try:
             folder = find_or_prepare(name, run.tok.name)
@@ -909,7 +898,7 @@ def measure_zero_shot(c):
             failed.append(f'{name}: {error}')
             continue
         run.record(result)
-        row = {key: result[key] for key in shown}
+        row = {key: result[key] for key in shown if key in result}
         rows.append(row | dict(published=(c.published or {}).get(name)))
     text = table(rows)
     if failed and rows and ranks()[0] == 0:

@@ -27,6 +27,7 @@ import threading
 import time
 import types
 import typing
+import weakref
 import zipfile
 from dataclasses import dataclass
 
@@ -34,6 +35,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from configurator import require
 
@@ -648,7 +652,7 @@ class MaskedPositions:
     T: int  # number of steps; 0: continuous time
 
 
-def subs(pos, importance=False):
+def subs(pos, *, importance=False):
     """MDLM's NELBO: -log p(x0 | xt), the mask excluded, weighted by time.
 
     Equation 10: by -alpha'_t / (1 - alpha_t), 1/t for loglinear.
@@ -669,11 +673,12 @@ def mlm(pos):
     return pos.net.nll(pos.h, pos.x0)
 
 
-def d3pm(pos, subs_masking=False):
-    """Absorbing D3PM's diffusion term, T KL(q(xs | xt, x0) || p(xs | xt)), alpha_t = 1 - t.
+def d3pm(pos, *, subs_masking=False):
+    """Absorbing D3PM's diffusion term, T KL(q(xs | xt, x0) || p(xs | xt)).
 
     p_m: the probability the net gives the mask, 0 with subs_masking, which is subs
-    (Austin et al. 2021; MDLM, appendix A.2.4).
+    (Austin et al. 2021; MDLM, appendix A.2.4). It is written in t = 1 - alpha_t, which for
+    loglinear leaves out eps, as released; for another schedule s and t are its 1 - alpha.
     """
     if subs_masking:
         return subs(pos)
@@ -685,9 +690,13 @@ def d3pm(pos, subs_masking=False):
     p_m = float64(logit_m - (nll + logit)).exp()
     t, dt = float64(pos.t), 1 / pos.T
     s = (t - dt).clamp(min=0)
+    at_zero = s <= dt / 2
+    if not isinstance(pos.schedule, LogLinear):
+        t, s = (1 - pos.schedule.alpha(time) for time in (t, s.masked_fill(at_zero, 0)))
+        dt, at_zero = t - s, s <= 0
     log_t = torch.log1p((1 - t) * p_m / t)
-    log_s = torch.log1p((1 - s) * p_m / s.clamp(min=dt / 2))
-    log_s = torch.where(s > dt / 2, log_s, 0)  # its factor s/t is 0 at s = 0
+    log_s = torch.log1p((1 - s) * p_m / s.masked_fill(at_zero, 1))
+    log_s = log_s.masked_fill(at_zero, 0)  # its factor s/t is 0 at s = 0
     return (pos.T * (dt / t * (log_t + nll) + s / t * (log_t - log_s))).float()
 
 
@@ -715,61 +724,73 @@ def ar(net, x0, attention_mask=None):
 
 @dataclass
 class Objective:
-    """A new objective is a loss and a row of OBJECTIVES."""
-    loss: typing.Callable  # (MaskedPositions, **options) -> (N,); that of 'ar' takes rows
+    """A new objective is a loss and a row of OBJECTIVES. The keyword-only arguments of the loss are
+    its options: a constant of train.py with the name of one sets it."""
+    loss: typing.Callable  # (MaskedPositions, *, options) -> (N,); that of 'ar' takes rows
     predicts: str  # what the net puts out; a sampler says what it takes
-    sampler: str  # the default one
-    bound: str  # the objective to evaluate by
+    sampler: str | None = None  # the default one
+    bound: str | None = None  # the objective to evaluate by; None: its own loss, which is no bound
     steps: str = 'none'  # T is 'none', 'optional' or 'required'
-    options: tuple = ()  # keyword arguments of the loss
     has_reconstruction: bool = False  # reconstruction_loss is a term of the bound
+
+    @property
+    def options(self):
+        """name -> default"""
+        parameters = inspect.signature(self.loss).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind == p.KEYWORD_ONLY}
 
 
 OBJECTIVES = {
-    'subs': Objective(subs, 'x0', 'ancestral', 'subs', 'optional', ('importance',)),
+    'subs': Objective(subs, 'x0', 'ancestral', 'subs', 'optional'),
     'mlm': Objective(mlm, 'x0', 'fixed', 'subs'),
     'd3pm': Objective(
-        d3pm, 'x0 or mask', 'ancestral', 'd3pm', 'required', ('subs_masking',),
-        has_reconstruction=True),
+        d3pm, 'x0 or mask', 'ancestral', 'd3pm', 'required', has_reconstruction=True),
     'sedd': Objective(sedd, 'score', 'analytic', 'sedd'),
     'ar': Objective(ar, 'next token', 'ar', 'ar'),
 }
 
 
-def check_objective(objective, T=0, subs_masking=False, importance=False, causal=None):
-    """Raise ValueError where these options do not go together."""
+def options_of(objective, options):
+    """Those of options (a dict) that its loss takes."""
+    return {name: options[name] for name in options if name in OBJECTIVES[objective].options}
+
+
+def check_objective(objective, T=0, options=None, causal=None):
+    """Raise ValueError where these do not go together. options: name -> value; those of other
+    objectives must have their defaults."""
     require_known('objective ', objective, OBJECTIVES)
-    record = OBJECTIVES[objective]
+    record, options = OBJECTIVES[objective], options or {}
     said = f"objective '{objective}'"
     require(T >= 0, f'T={T}: the number of steps, or 0 for continuous time')
     require(T or record.steps != 'required', f'{said} is defined in steps: give T, such as T=1000')
     require(not T or record.steps != 'none', f'{said} is not defined in steps: T={T}')
-    require(
-        not subs_masking or 'subs_masking' in record.options,
-        'subs_masking=True goes with objective d3pm')
-    require(
-        not importance or 'importance' in record.options,
-        'importance-sampled time goes with objective subs')
-    require(not (importance and T), f'importance-sampled time cannot go with T={T}')
+    known = {name: key for key, other in OBJECTIVES.items() for name in other.options}
+    for name in options.keys() - record.options.keys():
+        require_known('option ', name, known)
+        require(options[name] == OBJECTIVES[known[name]].options[name],
+                f'{name}={options[name]!r} goes with objective {known[name]}')
+    require(not (options.get('importance') and T),
+            f'importance-sampled time cannot go with T={T}')
     require(
         causal in (None, record.predicts == 'next token'),
         f'{said} does not go with a net with causal={causal}')
 
 
 def per_token_loss(
-        net, x0, xt, t, objective=None, schedule=loglinear, T=0, subs_masking=False,
-        importance=False, masked=None, attention_mask=None, reconstruction=False):
+        net, x0, xt, t, objective=None, schedule=loglinear, T=0, masked=None,
+        attention_mask=None, reconstruction=False, **options):
     """The loss of each position in nats, (B, L) float32, zero where there is none.
 
     x0, xt (B, L): ids; t (B,): times of xt, with T > 0 steps on_grid ('ar' uses x0 alone).
-    objective: default: the net's own. importance: t is from schedule.importance_time.
+    objective: default: the net's own. options: its own (d3pm's subs_masking; subs' importance: t is
+    from schedule.importance_time).
     masked (N,): flat indices of the positions with a loss; default: where xt is the mask.
     reconstruction: add reconstruction_loss where it is a term of the bound.
     Raises ValueError where options do not go together.
     """
     objective = objective or net.config.objective
-    check_objective(objective, T, subs_masking, importance, net.config.causal)
-    record = OBJECTIVES[objective]
+    check_objective(objective, T, options, net.config.causal)
+    record, options = OBJECTIVES[objective], options_of(objective, options)
     if objective == 'ar':
         return record.loss(net, x0, attention_mask)
     if masked is None:
@@ -778,12 +799,12 @@ def per_token_loss(
     h = net.trunk(xt, schedule.conditioning(t), attention_mask).flatten(0, 1)  # (B*L, n_embd)
     positions = MaskedPositions(
         net, h.index_select(0, masked), x0.flatten()[masked], t[masked // x0.size(1)], schedule, T)
-    options = dict(subs_masking=subs_masking, importance=importance)
-    loss = record.loss(positions, **{name: options[name] for name in record.options})
+    loss = record.loss(positions, **options)
     dense = torch.zeros(x0.numel(), device=x0.device, dtype=loss.dtype)
     loss = dense.index_copy(0, masked, loss).view(x0.shape)
     if reconstruction and record.has_reconstruction:
-        loss = loss + reconstruction_loss(net, x0, schedule, subs_masking, attention_mask)
+        loss = loss + reconstruction_loss(
+            net, x0, schedule, options.get('subs_masking', False), attention_mask)
     return loss
 
 
@@ -793,6 +814,49 @@ def reconstruction_loss(net, x0, schedule=loglinear, subs_masking=False, attenti
     h = net.trunk(x0, schedule.conditioning(t), attention_mask).flatten(0, 1)
     exclude = net.config.mask_id if subs_masking else None
     return net.nll(h, x0.flatten(), exclude).view(x0.shape)
+
+
+# -----------------------------------------------------------------------------
+# from the losses of rows to a likelihood
+
+
+def row_sums(loss, batch, rows):
+    """loss (B, L) of a batch of corrupt_batch, made of rows of data.TokenRows -> (4, B) float64:
+    nats and number of all scored tokens, nats and number of those of documents."""
+    loss, scored = loss.cpu(), batch['scored'].cpu()
+    document = scored & rows['document']
+    parts = (loss * scored, scored, loss * document, document)
+    return torch.stack([part.double().sum(dim=1) for part in parts])
+
+
+def ratio_with_error(sums, counts):
+    """sum / count over independent rows (n,), and its standard error (the ratio estimator).
+    NaN where a sum is."""
+    n = len(sums)
+    ratio = sums.sum() / counts.sum()
+    if n == 1:
+        return float(ratio), math.nan
+    residual = sums - ratio * counts
+    error = math.sqrt(n / (n - 1) * (residual ** 2).sum()) / counts.sum()
+    return float(ratio), float(error)
+
+
+def likelihood_of(sums, counts, objective):
+    """row_sums (4, n) and the tokens and bytes of the split -> dict of nats_per_token, over all
+    scored tokens, the packing's too (as published), and bits_per_byte, over those of documents,
+    with standard errors (.._se, as if rows were independent: a little high), tokens,
+    document_tokens, rows. An objective without a bound has its own name in place of both."""
+    nats, nats_se = ratio_with_error(sums[0], sums[1])
+    document_nats, document_se = ratio_with_error(sums[2], sums[3])
+    to_bits = counts['tokens'] / counts['bytes'] / math.log(2)
+    if OBJECTIVES[objective].bound:
+        found = dict(
+            nats_per_token=nats, nats_per_token_se=nats_se, bits_per_byte=document_nats * to_bits,
+            bits_per_byte_se=document_se * to_bits)
+    else:
+        found = {objective: nats, f'{objective}_se': nats_se}
+    return found | dict(
+        tokens=int(sums[1].sum()), document_tokens=int(sums[3].sum()), rows=sums.size(1))
 
 
 # -----------------------------------------------------------------------------
@@ -834,6 +898,118 @@ def autocast(device, dtype):
             native = torch.cpu._is_avx512_bf16_supported()
         dtype = 'bfloat16' if native else 'float32'
     return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != 'float32')
+
+
+# -----------------------------------------------------------------------------
+# memory
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors made under it: now, those alive; peak, the most there were.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.sizes = {}  # of storages, by address
+
+    def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in self.sizes:
+                storage = x.untyped_storage()
+                self.sizes[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.forget, storage._cdata)
+        return out
+
+    def forget(self, address):
+        self.now -= self.sizes.pop(address)
+
+
+def memory_needed(
+        config, batch_size, length, device='cpu', dtype='float32', schedule=loglinear, T=0,
+        make_optimizers=None, accumulate=False, visible=False, shards=1, **options):
+    """Bytes that training takes on the device at its peak, for each part and in all -> dict.
+
+    A step is made with tensors that have no memory: with micro-batches of batch_size rows that mask
+    what a schedule does at most, several a step (accumulate) or one. make_optimizers(net) -> list;
+    None: AdamW. visible: as in corrupt_batch. shards: processes that share all but the activations
+    (FSDP). On a CPU a copy of the state, which checkpoints are written from, is among them, and
+    'heap': what lies unused between tensors (see reuse_memory), as measured in BENCHMARKS.md.
+    """
+    device = torch.device(device)
+    on_gpu = device.type == 'cuda'
+    share = 1.0  # of the positions that have a loss; rows have strata of times
+    if not (config.causal or visible):
+        share = 1 - schedule.alpha(torch.linspace(0, 1, 101)).mean().item() + 0.5 / batch_size
+    scored = round(min(share, 1) * batch_size * length)
+    parts = {}
+    with FakeTensorMode(), LiveBytes() as live, torch.device(device if on_gpu else 'cpu'):
+
+        def account(name):
+            parts[name] = live.now - sum(parts.values())
+
+        net = DiT(config).train()
+        account('weights')
+        for p in net.parameters():
+            p.grad = torch.empty_like(p)
+        account('gradients')
+        optimizers = make_optimizers(net) if make_optimizers else [
+            torch.optim.AdamW(net.parameters(), fused=True)]
+        for opt in optimizers:
+            opt.step()
+        account('optimizer')
+        average = [torch.empty_like(p) for p in net.parameters()]
+        account('average')
+        if not accumulate:
+            net.zero_grad()
+        x = torch.zeros(batch_size, length, dtype=torch.int64)
+        masked = torch.zeros(scored, dtype=torch.int64)
+        with autocast(device, dtype):
+            loss = per_token_loss(
+                net, x, x, torch.ones(batch_size), None, schedule, T, masked,
+                reconstruction=True, **options).mean()
+        loss.backward()
+    parts['activations'] = live.peak - sum(parts.values())
+    del average
+    if not on_gpu:
+        parts['checkpoint'] = parts['weights'] + parts['optimizer'] + parts['average']
+    parts = {name: size if name == 'activations' else size // shards
+             for name, size in parts.items()}
+    if not on_gpu:
+        parts['heap'] = int(0.2 * sum(parts.values()) + 0.45 * parts['activations'])
+    return parts | dict(total=sum(parts.values()))
+
+
+def free_memory(device, root=''):
+    """Bytes that a GPU, or the machine and the control groups of this process, can still give."""
+    if device.type == 'cuda':
+        return torch.cuda.mem_get_info(device)[0]
+
+    def read(path):
+        with contextlib.suppress(OSError), open(f'{root}{path}') as f:
+            return f.read()
+        return ''
+
+    def number(text, name=''):  # 'name: 5 kB', 'name 5' or '5'; inf where there is none
+        match = re.search(rf'^{name}:? *(\d+)', text, re.MULTILINE)
+        return int(match[1]) if match else math.inf
+
+    free = [os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'),  # all there is: for macOS
+            1024 * number(read('/proc/meminfo'), 'MemAvailable')]
+    for path in re.findall(r'^\d+:(?:memory)?:/(.*)', read('/proc/self/cgroup'), re.MULTILINE):
+        for kind, limit, used in (('/memory', 'limit_in_bytes', 'usage_in_bytes'),
+                                  ('', 'max', 'current')):  # version 1 and 2
+            above = f'/sys/fs/cgroup{kind}/{path}'
+            while above.startswith('/sys/fs/cgroup'):
+                cached = number(read(f'{above}/memory.stat'), 'inactive_file')
+                if cached < math.inf:
+                    free.append(number(read(f'{above}/memory.{limit}')) + cached
+                                - number(read(f'{above}/memory.{used}')))
+                above = os.path.dirname(above)
+    return min(free)
 
 
 # -----------------------------------------------------------------------------

@@ -34,9 +34,10 @@ from configurator import configure, constants_of, require
 from data import TokenRows, find_or_prepare, get_tokenizer, key_of, permute
 from model import (
     OBJECTIVES, SIZES, CheckpointWriter, DiT, ModelConfig, autocast, build, check_objective,
-    check_overrides, corrupt_batch, load_pretrained, load_state, on_grid, per_token_loss,
-    pick_device, put, read_newest, reuse_memory, say, schedule_of, stratified_times)
-from sample import generate
+    check_overrides, corrupt_batch, free_memory, likelihood_of, load_pretrained, load_state,
+    memory_needed, on_grid, options_of, per_token_loss, pick_device, put, read_newest,
+    reuse_memory, row_sums, say, schedule_of, stratified_times)
+from sample import SAMPLERS, TAKES, generate
 
 # input and output
 out_dir = 'out'             # checkpoints and metrics.jsonl
@@ -48,7 +49,7 @@ eval_iters = 20             # [>= 0] global batches of an evaluation, at most; 0
 log_interval = 10           # [> 0] steps
 ckpt_interval = 2000        # [> 0] steps; ckpt.pt is the latest
 keep_interval = 0           # [>= 0] steps; ckpt_<step>.pt is kept for ever; 0: none
-sample_interval = 0         # [>= 0] steps; evaluations on these print a sample; 0: never
+sample_interval = 0         # [>= 0] steps; a sample before training, and on these; 0: never
 sample_at_end = True        # print samples when training is done
 wandb_project = None        # log to this project of wandb; None: only to metrics.jsonl
 tensorboard = False         # log to TensorBoard too, in out_dir
@@ -149,7 +150,21 @@ require(is_pair or pad_to == 'block' and not prompt_drop,
         f"pad_to and prompt_drop go with packing 'pair', not '{packing}'")
 require(not (causal and prompt_drop), 'prompt_drop goes with nets that are not causal')
 check_overrides(overrides)
-check_objective(objective, T, subs_masking, importance, causal)
+options = {name: constants[name] for record in OBJECTIVES.values() for name in record.options
+           if name in constants}
+check_objective(objective, T, options, causal)
+record = OBJECTIVES[objective]
+measured_by = record.bound or objective
+require(measured_by in OBJECTIVES, f"objective '{objective}': its bound '{measured_by}' is not in "
+        f"OBJECTIVES, which has {', '.join(OBJECTIVES)}")
+require(not (sample_at_end or sample_interval) or record.sampler in SAMPLERS
+        and record.predicts in TAKES[record.sampler],
+        f"objective '{objective}' has no sampler: give it one in OBJECTIVES that is registered "
+        f"with @sampler_for('{record.predicts}') in sample.py, or train with "
+        '--sample_at_end=False --sample_interval=0')
+if not record.bound and master:
+    say(f"objective '{objective}' has no bound in OBJECTIVES: validation and eval.py measure its "
+        'own loss, which is no likelihood')
 schedule = schedule_of(constants)
 if importance:
     schedule.sigma_range()  # refuses schedules without it
@@ -229,7 +244,7 @@ def pretrained_net():
     fields = {key: shape[key] for key in ('dropout', 'attn_dropout', 'block_size', 'objective')}
     net = load_pretrained(init_from, trainable=True, **fields | (overrides or {}))
     warn_of_unused(dataclasses.asdict(net.config), init_from)
-    check_objective(objective, T, subs_masking, importance, net.config.causal)
+    check_objective(objective, T, options, net.config.causal)
     theirs = dict(vocab_size=net.config.vocab_size, mask_id=net.config.mask_id)
     if net.tokenizer:
         theirs = get_tokenizer(**net.tokenizer).meta()
@@ -311,19 +326,21 @@ def claim_out_dir():
 class Loss(nn.Module):
     """per_token_loss as a module: DDP and FSDP synchronise only the forward of what they wrap."""
 
-    def __init__(self, net, objective, importance=False):
+    def __init__(self, net, objective, **options):
         super().__init__()
-        self.net, self.objective, self.importance = net, objective, importance
+        self.net, self.objective = net, objective
+        self.options = options
 
     def forward(self, batch, objective=None):
         """A batch of corrupt_batch -> (B, L) nats."""
+        objective = objective or self.objective
         return per_token_loss(
-            self.net, batch['x0'], batch['xt'], batch['t'], objective or self.objective, schedule,
-            T, subs_masking, self.importance, masked=batch['masked'],
-            attention_mask=batch['attention_mask'], reconstruction=True)
+            self.net, batch['x0'], batch['xt'], batch['t'], objective, schedule, T,
+            batch['masked'], batch['attention_mask'], reconstruction=True,
+            **options_of(objective, self.options))
 
 
-def make_optimizers():
+def make_optimizers(net):
     by_muon, decayed, not_decayed = [], [], []
     for name, p in net.named_parameters():
         if p.dim() < 2:
@@ -342,6 +359,35 @@ def make_optimizers():
     return optimizers
 
 
+def check_memory(config):
+    """Say what training takes. Raises ValueError where there is less, before it is allocated."""
+    free = free_memory(device)
+    if device.type != 'cuda':
+        free /= int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+
+    def needed(rows):
+        return memory_needed(
+            config, rows, row_length, device, dtype, schedule, T, make_optimizers,
+            len(my_micro_batches) > 1, loss_on_visible_tokens, world_size if shard else 1,
+            **options_of(objective, options))
+
+    parts = needed(batch_size)
+    total = parts.pop('total')
+    said = (f"{parts['weights'] * world_size ** shard / 4e6:.2f}M parameters and {batch_size} rows "
+            f'of {row_length} need {total / 1e9:.2f} GB ('
+            + ', '.join(f'{name} {size / 1e9:.2f}' for name, size in parts.items())
+            + f'), {free / 1e9:.2f} GB are free on {device}')
+    compiled = compile or compile is None and device.type == 'cuda'  # saves activations
+    if total - compiled * parts['activations'] > free:
+        fewer = [rows for rows in range(batch_size - 1, 0, -1) if batch_size % rows == 0]
+        fits = next((rows for rows in fewer if needed(rows)['total'] <= free), None)
+        remedy = f'lower batch_size, {fits} fits' if fits else (
+            'lower n_layer, n_embd or block_size, batch_size is not enough')
+        raise ValueError(f'{said}: {remedy}')
+    if master:
+        say(said)
+
+
 # -----------------------------------------------------------------------------
 # the net, its average, the optimizer
 
@@ -355,13 +401,15 @@ if auto:
     found = any(os.path.exists(f'{out_dir}/{name}') for name in names)
     init_from = 'resume' if found else 'scratch'
 shape = shape_of_run()
-if init_from == 'scratch':
-    net = DiT(ModelConfig(**shape))
-elif init_from == 'resume':
+net = None
+if init_from == 'resume':
     checkpoint = checkpoint_to_resume()
     net = resumed_net()
-else:
+elif init_from != 'scratch':
     net = pretrained_net()
+model_config = net.config if net else ModelConfig(**shape)
+check_memory(model_config)
+net = net or DiT(model_config)
 ema_net = copy.deepcopy(net)
 if checkpoint:
     load_state(ema_net, checkpoint['ema'], out_dir)
@@ -415,8 +463,8 @@ idle = [f'{key}={constants[key]!r} (it needs {what})' for key, (what, used) in n
 if idle and master:
     say('warning: these do nothing: ' + ', '.join(idle))
 
-loss_module = Loss(net, objective, importance)
-eval_loss = Loss(ema_net, OBJECTIVES[objective].bound)
+loss_module = Loss(net, objective, **options)
+eval_loss = Loss(ema_net, measured_by, **options | dict(importance=False))
 if shard:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -427,7 +475,7 @@ if shard:
 else:
     net.to(device)
     ema_net.to(device)
-optimizers = make_optimizers()
+optimizers = make_optimizers(net)
 if checkpoint:
     for opt, saved in zip(optimizers, checkpoint['optimizer'], strict=True):
         state = saved['state']
@@ -523,12 +571,12 @@ def mean_loss(loss, batch):
 
 @torch.no_grad()
 def evaluate():
-    """What is logged of the averaged weights on the first rows of val_split: the NELBO ('ar': the
-    likelihood) in nats per scored token and bits per byte; of mlm nets also the mean cross entropy
-    at masked positions (xlm). Rows, times and masks are always the same."""
+    """What the averaged weights reach on the first rows of val_split (model.likelihood_of), and
+    what is logged of it; of mlm nets also the mean cross entropy at masked positions (xlm). Rows,
+    times and masks are always the same."""
     n = min(len(val_rows), eval_iters * global_batch_size or len(val_rows))
     first = rank * batch_size
-    sums = torch.zeros(6, dtype=torch.float64)
+    sums = torch.zeros(6, n, dtype=torch.float64)
     # past the end, FSDP takes part with a row that does not count
     for start in range(first, n + first if shard else n, world_size * batch_size):
         indices = np.arange(min(start, n - 1), min(start + batch_size, n))
@@ -540,21 +588,20 @@ def evaluate():
         with amp:
             loss = eval_loss(batch)
             cross_entropy = eval_loss(batch, 'mlm') if objective == 'mlm' else None
-        loss, scored = loss.cpu().double(), batch['scored'].cpu() & (start < n)
-        in_document = scored & rows['document']
-        parts = [loss * scored, scored, loss * in_document, in_document]
-        if objective == 'mlm':
-            parts += [cross_entropy.cpu().double() * scored,
-                      scored & (batch['xt'] == mask_id).cpu()]
-        sums[:len(parts)] += torch.stack([x.sum() for x in parts])
+        if start < n:
+            sums[:4, indices] = row_sums(loss, batch, rows)
+        if start < n and objective == 'mlm':
+            masked = dict(scored=batch['scored'] & (batch['xt'] == mask_id))
+            sums[4:, indices] = row_sums(cross_entropy, masked, rows)[:2]
     if world_size > 1:
         sums = sums.to(device)
         dist.all_reduce(sums)
-    loss, tokens, document_loss, document_tokens, cross_entropy, masked = sums.tolist()
-    counts = val_rows.counts
-    nats_per_byte = document_loss / document_tokens * counts['tokens'] / counts['bytes']
-    found = dict(val_loss=loss / tokens, val_bpb=nats_per_byte / math.log(2))
-    return found | dict(val_mlm_loss=cross_entropy / masked) if masked else found
+        sums = sums.cpu()
+    found = likelihood_of(sums[:4], val_rows.counts, objective)
+    logged = dict(val_loss=found['nats_per_token' if record.bound else objective],
+                  val_bpb=found.get('bits_per_byte'))
+    cross_entropy, masked = sums[4:].sum(dim=1).tolist()
+    return found, logged | (dict(val_mlm_loss=cross_entropy / masked) if masked else {})
 
 
 def get_lr(step):
@@ -595,26 +642,28 @@ def log(**line):
             board.add_scalar(key, line[key], line['iter'])
 
 
-def print_samples(n):
+def print_samples(n, when):
+    """-> their texts"""
     if shard:
         say(f'no samples of a net that is shared out: python sample.py --out_dir={out_dir}')
-        return
+        return []
     ema_net.tokenizer = dict(name=tokenizer_meta['name'], folder=folder)
     ema_net.constants = constants
     try:
         with amp:
-            out = generate(ema_net, n, block_size, steps=block_size, sampler=None, top_p=0.9,
+            out = generate(ema_net, n, block_size, steps=block_size, sampler=None, temperature=0.7,
                            seed=seed)
         tok = get_tokenizer(**ema_net.tokenizer)
     except Exception as error:  # a tokenizer that is gone, a full device
         say(f'warning: no samples ({type(error).__name__}: {error})')
-        return
+        return []
     texts = [tok.decode(ids[:n]) for ids, n in zip(out.tokens.tolist(), out.length, strict=True)]
     for i, text in enumerate(texts):
-        say(f'--- sample {i} (top_p 0.9, {out.nfe[i]} network evaluations)\n{text}')
+        say(f'--- sample {i} {when} (temperature 0.7, {out.nfe[i]} network evaluations)\n{text}')
     if wandb_project:
         table = wandb.Table(columns=['step', 'text'], data=[[step, text] for text in texts])
         wandb.log(dict(samples=table), step=step)
+    return texts
 
 
 def training_state():
@@ -679,22 +728,27 @@ stopping = 0         # whether some process is asked to stop
 typical_norm = None  # a running mean of the gradient norm
 maker = ThreadPoolExecutor(1)  # makes the next batch while this one is trained on
 upcoming = maker.submit(training_batch, step, rank)
+untrained = print_samples(1, 'before training') if master and sample_interval and not step else []
 began, waited = time.monotonic(), 0.0
 while True:
 
     better = False
     if step > start and (step % eval_interval == 0 or step == max_iters):
         found = evaluate()
-        val_loss = found['val_loss']
+        found, logged = evaluate()
+        val_loss = logged['val_loss']
         better = val_loss < best_val_loss  # NaN is never better
         if better:
             best_val_loss = val_loss
         if master:
-            say(f"step {step}: validation {val_loss:.4f} nats/token, {found['val_bpb']:.4f} "
-                'bits/byte')
-            log(iter=step, **found)
-            if sample_interval and step % sample_interval == 0:
-                print_samples(1)
+            say(f'step {step}: validation ' + ', '.join(
+                f"{found[name]:.4f} ± {found[name + '_se']:.4f} {name.replace('_per_', '/')}"
+                for name in ('nats_per_token', 'bits_per_byte', objective) if name in found)
+                + f" (first {found['rows']:,} of {len(val_rows):,} rows, one time each)")
+            log(iter=step, **logged)
+            at_end = sample_at_end and step == max_iters
+            if sample_interval and step % sample_interval == 0 and not at_end:
+                print_samples(1, f'at step {step}')
         timer, timed_from = time.monotonic(), step  # evaluations do not count in tokens/s
     hopeless = bad_steps >= max_bad_steps
     ending = step >= max_iters or stopping or hopeless
@@ -806,7 +860,11 @@ if master and stopping and saved and step < max_iters:
     say(f'stopped by a signal after step {step}: '
         'go on with the same command and --init_from=resume')
 if master and sample_at_end and step >= max_iters:
-    print_samples(4)
+    if untrained:
+        say(f'--- sample 0 before training, again\n{untrained[0]}')
+    print_samples(4, f'after {step} steps')
+    say(f'next: python sample.py --out_dir={out_dir} --watch=True (or --trace=trace.html), and '
+        f'python eval.py --out_dir={out_dir}')
 if master:
     with contextlib.suppress(OSError):
         os.remove(lock.name)

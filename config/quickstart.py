@@ -33,5 +33,6 @@ ema = 0.99
 
 eval_interval = 150
 eval_iters = 10
+sample_interval = 150  # and one before training
 ckpt_interval = 150
 log_interval = 10

@@ -6,6 +6,7 @@ How fast, measured against the dense textbook of tests/reference.py and a large 
     python tests/bench.py --compare=FILE        and what changed since FILE, an earlier bench.jsonl
     python tests/bench.py --part=train --n_layer=12 --n_head=12 --n_embd=768 --batch_size=2
     python tests/bench.py --part=optimizers     AdamW and Muon on the quickstart, 5 minutes
+    python tests/bench.py --part=memory         what train.py says it needs, and its peak, 5 minutes
     python tests/bench.py --part=nelbo --out_dir=out-quickstart   estimators over seeds
 
 Prints one table a part and appends each row to `out`. In a row, whole numbers and words say what
@@ -46,7 +47,7 @@ from model import (
 )
 from sample import generate
 
-part = None  # which table: see PARTS below; None: all but nelbo and optimizers
+part = None  # which table: see PARTS below; None: all but nelbo, optimizers and memory
 device = 'cpu'  # 'cpu', 'cuda'
 dtype = None  # [float32 | bfloat16] None: both (cost: bfloat16)
 n_layer = 4  # [>= 1] the shape of the net
@@ -786,6 +787,56 @@ def nelbo():
             )
 
 
+def memory():
+    """The memory that train.py says it needs, and the peak of its third step above that of a net of
+    nothing, each in a process of its own."""
+    quickstart = os.path.join(root, 'config', 'quickstart.py')
+    script = 'import runpy, sys; sys.path.insert(0, sys.argv[1]); sys.argv[:2] = ["train.py"]\n'
+    script += f"runpy.run_path({os.path.join(root, 'train.py')!r}, run_name='__main__')\n"
+    script += "print(*(line for line in open('/proc/self/status') if 'VmHWM' in line))"
+    if device.type == 'cuda':
+        script += "\nprint('VmHWM:', torch.cuda.max_memory_allocated() // 1024)"
+        script = f'import torch; {script}'
+
+    def peak(*options):
+        with tempfile.TemporaryDirectory() as folder:
+            done = subprocess.run(
+                [sys.executable, '-c', script, root, quickstart, f'--out_dir={folder}',
+                 '--max_iters=3', '--warmup_iters=1', '--optimizer=adamw', '--dropout=0.1',
+                 '--sample_at_end=False', '--sample_interval=0', '--eval_iters=1',
+                 f'--device={device}', *options],
+                capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(done.stderr)
+        found = re.search(r'([\d.]+)M parameters and .* need ([\d.]+) GB', done.stdout)
+        measured = int(re.findall(r'VmHWM:\s+(\d+)', done.stdout)[-1]) * 1024 / 1e9
+        return float(found[1]), float(found[2]), measured
+
+    mdlm = '--mlp=gelu --cond_dim=128'
+    llama = '--norm=rmsnorm --mlp=swiglu --objective=subs'
+    *_, nothing = peak(
+        '--n_layer=1', '--n_head=1', '--n_embd=8', '--block_size=8', '--batch_size=1',
+        '--global_batch_size=1', '--dtype=float32')
+    for L, micro_batches, shape in (
+        (256, 2, f'--n_layer=4 --n_head=4 --n_embd=256 --batch_size=8 {mdlm}'),
+        (256, 1, f'--n_layer=4 --n_head=4 --n_embd=256 --batch_size=8 {mdlm} --tokenizer=gpt2'),
+        (512, 1, f'--n_layer=6 --n_head=6 --n_embd=384 --batch_size=8 {llama}'),
+        (512, 2, f'--n_layer=12 --n_head=12 --n_embd=768 --batch_size=2 {mdlm}'),
+        (1024, 2, f'--n_layer=4 --n_head=12 --n_embd=768 --batch_size=4 {mdlm}'),
+    ):
+        words = dict(re.findall(r'--(\w+)=(\S+)', shape))
+        rows = int(words['batch_size'])
+        for precision in formats:
+            millions, predicted, measured = peak(
+                *shape.split(), f'--block_size={L}', f'--dtype={precision}',
+                f'--global_batch_size={rows * micro_batches}')
+            yield dict(
+                dtype=precision, rows=rows, tokens=L, layers=int(words['n_layer']),
+                width=int(words['n_embd']), mlp=words['mlp'], a_step=micro_batches,
+                millions=millions, predicted_gb=predicted, measured_gb=measured - nothing,
+                ratio=predicted / (measured - nothing))
+
+
 # -----------------------------------------------------------------------------
 # data
 
@@ -841,7 +892,8 @@ def prepare():
 PARTS = dict(
     train=train, projection=projection, attention=attentions, cost=cost, loop=loop,
     processes=processes, estimate=estimate, checkpoint=checkpoint, sample=sample, batch=batch,
-    samplers=samplers, ar=ar, nelbo=nelbo, optimizers=optimizers, data=prepare
+    samplers=samplers, ar=ar, nelbo=nelbo, optimizers=optimizers, memory=memory,
+    data=prepare
 )
 LARGE = '--n_layer=12 --n_head=12 --n_embd=768 --block_size=1024'  # MDLM's 170M
 SUITE = {
@@ -915,7 +967,7 @@ def run_part():
     """Print the table of one part, and append its rows to `out`."""
     title = f'{part} on {machine_name()}, {torch.get_num_threads()} threads'
     title += f', torch {torch.__version__}'
-    if part not in ('data', 'nelbo', 'optimizers', 'estimate', 'cost', 'attention'):
+    if part not in ('data', 'nelbo', 'optimizers', 'memory', 'estimate', 'cost', 'attention'):
         title += f', {new_net().num_params() / 1e6:.0f}M parameters ({n_layer} x {n_embd})'
         title += f', vocabulary {vocab_size:,}, rows of {block_size}'
     print(f'\n{title}')

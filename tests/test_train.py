@@ -291,7 +291,7 @@ def test_a_registry_name_that_is_local_is_prepared_when_missing(mine, run):
         (['--objective=d3pm'], "error: objective 'd3pm' is defined in steps"),
         (
             ['--objective=sedd', '--importance=True'],
-            'error: importance-sampled time goes with objective subs',
+            'error: importance=True goes with objective subs',
         ),
         (['--schedule=cubic'], "error: schedule 'cubic' is not known"),
         (
