@@ -408,17 +408,15 @@ if init_from == 'resume':
 elif init_from != 'scratch':
     net = pretrained_net()
 model_config = net.config if net else ModelConfig(**shape)
-check_memory(model_config)
-net = net or DiT(model_config)
-ema_net = copy.deepcopy(net)
 if checkpoint:
-    load_state(ema_net, checkpoint['ema'], out_dir)
     step, tokens_seen = checkpoint['iter'], checkpoint['tokens_seen']
     best_val_loss = checkpoint['best_val_loss']
     wandb_id = checkpoint.get('wandb_id')
 if flops is not None:
     mean_length = block_size * (1 - ssl_ratio) + ssl_ratio * (1 + block_size) / 2
-    one_step = 6 * net.num_params(embedding=False) * global_batch_size * mean_length
+    with torch.device('meta'):
+        num_params = DiT(model_config).num_params(embedding=False)
+    one_step = 6 * num_params * global_batch_size * mean_length
     max_iters = round(flops / one_step)
     require(max_iters > 0, f'flops={flops:g} is less than one step: {one_step:.3g}')
 if epochs is not None:
@@ -434,7 +432,11 @@ if checkpoint and step >= max_iters:
         dist.destroy_process_group()
     sys.exit()
 lock = claim_out_dir() if master else None
+check_memory(model_config)
+net = net or DiT(model_config)
+ema_net = copy.deepcopy(net)
 if checkpoint:
+    load_state(ema_net, checkpoint['ema'], out_dir)
     before = checkpoint['constants']
     for key in shape.keys() & before.keys() - {'dropout', 'attn_dropout'}:
         constants[key] = before[key]
