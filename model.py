@@ -387,13 +387,11 @@ class DiT(nn.Module):
         config, C = self.config, self.config.n_embd
         if config.mixer == 'mamba':
             E, R = config.expand * C, math.ceil(C / 16)
-            weights = 3 * C * E + 4 * E * (R + config.d_state)
-            length = 0
+            per_token = 3 * C * E + 4 * E * (R + config.d_state)
         else:
             matrices = 3 if config.mlp == 'swiglu' else 2
-            weights = 4 * C ** 2 + matrices * C * config.n_mlp
-        per_token = config.n_layer * (weights + 2 * length * C)
-        return 6 * (rows * length * per_token + scored * C * config.vocab_size)
+            per_token = 4 * C ** 2 + matrices * C * config.n_mlp + 2 * length * C
+        return 6 * (rows * length * config.n_layer * per_token + scored * C * config.vocab_size)
 
 
 class KVCache:
