@@ -1638,12 +1638,11 @@ def selective_scan(x, delta, A, B, C, D, bias):
     D, bias (G, E). The states are float32 at least, whatever the autocast.
     """
     if selective_scan_fn and x.device.type == 'cuda':
-        ys = []
-        for x, delta, A, B, C, D, bias in zip(x, delta, A, B, C, D, bias, strict=True):
-            x, delta, B, C = (tensor.transpose(1, 2) for tensor in (x, delta, B, C))
-            y = selective_scan_fn(x, delta, A, B, C, D, delta_bias=bias, delta_softplus=True)
-            ys.append(y.transpose(1, 2))
-        return torch.stack(ys)
+        x, delta, B, C = (tensor.transpose(2, 3) for tensor in (x, delta, B, C))
+        groups = zip(x, delta, A, B, C, D, strict=True)
+        ys = [selective_scan_fn(*group, delta_bias=bias_g, delta_softplus=True)
+              for group, bias_g in zip(groups, bias, strict=True)]
+        return torch.stack(ys).transpose(2, 3)
     wide = torch.promote_types(x.dtype, torch.float32)
     dt = F.softplus(delta.to(wide) + bias[:, None, None])
     A = A.transpose(1, 2).repeat_interleave(x.size(1), dim=0)
@@ -1653,9 +1652,11 @@ def selective_scan(x, delta, A, B, C, D, bias):
 
 
 class _Scan(torch.autograd.Function):
-    """y_l = S_l C_l with S_l = exp(dt_l A) S_{l-1} + u_l B_l, in chunks of positions that fit a CPU's
-    cache: only the states between chunks are kept for the backward pass, which makes the others
-    again. A (B, N, E); dt, u, y (B, L, E); B, C (B, L, N).
+    """y_l = S_l C_l with S_l = exp(dt_l A) S_{l-1} + u_l B_l, A (B, N, E), dt, u, y (B, L, E),
+    B, C (B, L, N).
+
+    In chunks of positions that fit a CPU's cache. Only the states between chunks are kept for the
+    backward pass, which makes the others again.
     """
 
     @staticmethod
@@ -1686,8 +1687,7 @@ class _Scan(torch.autograd.Function):
             for i, chunk in enumerate(chunks):
                 first[i] = S
                 n = chunk.stop - chunk.start
-                S = _Scan.states(
-                    A, dt[chunk], u[chunk], B[chunk], S, decay[:n], states[:n])
+                S = _Scan.states(A, dt[chunk], u[chunk], B[chunk], S, decay[:n], states[:n])
                 y[chunk] = (C[chunk][:, :, None] @ states[:n]).squeeze(2)
         ctx.save_for_backward(A, dt, u, B, C, first)
         return y.transpose(0, 1)
@@ -1708,8 +1708,8 @@ class _Scan(torch.autograd.Function):
                 _Scan.states(A, dt[chunk], u[chunk], B[chunk], first[i], decay, S)
                 torch.mul(C[chunk][:, :, :, None], dy[chunk][:, :, None], out=dS)
                 dS[-1] += later
-                for l in range(n - 2, -1, -1):
-                    dS[l].addcmul_(decay[l + 1], dS[l + 1])
+                for j in range(n - 2, -1, -1):
+                    dS[j].addcmul_(decay[j + 1], dS[j + 1])
                 dC[chunk] = (S @ dy[chunk][:, :, :, None]).squeeze(3)
                 dB[chunk] = (dS @ u[chunk][:, :, :, None]).squeeze(3)
                 du[chunk] = (B[chunk][:, :, None] @ dS).squeeze(2)

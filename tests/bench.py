@@ -964,6 +964,8 @@ def run_part():
     if part not in ('data', 'nelbo', 'optimizers', 'estimate', 'cost', 'attention', 'mamba'):
         title += f', {new_net().num_params() / 1e6:.0f}M parameters ({n_layer} x {n_embd})'
         title += f', vocabulary {vocab_size:,}, rows of {block_size}'
+    if part == 'mamba':
+        title += f', {n_layer} x {n_embd}, vocabulary {vocab_size:,}'
     print(f'\n{title}')
     print(' '.join((PARTS[part].__doc__ or '').split()))
     git = ['git', 'rev-parse', '--short', 'HEAD']
