@@ -6,7 +6,8 @@ What is unusual here, for a reader who knows nanoGPT:
 - adaLN-zero conditioning (DiT), mostly of sigma = 0: then one vector for the whole batch is
   folded into the weight and bias of the norms
 - the head projects only the positions that a loss or a sampler needs
-- one class for all families: an architecture is a ModelConfig
+- one class for all families: an architecture is a ModelConfig; in place of attention and mlp a
+  block may hold a state-space model in both directions (mixer='mamba')
 
 References: MDLM (Sahoo et al. 2024, arXiv 2406.07524), DiT (Peebles & Xie 2022, arXiv 2212.09748),
 SMDM (Nie et al. 2024, arXiv 2410.18514).
