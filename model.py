@@ -6,7 +6,8 @@ What is unusual here, for a reader who knows nanoGPT:
 - adaLN-zero conditioning (DiT), mostly of sigma = 0: then one vector for the whole batch is
   folded into the weight and bias of the norms
 - the head projects only the positions that a loss or a sampler needs
-- one class for all families: an architecture is a ModelConfig
+- one class for all families: an architecture is a ModelConfig; in place of attention and mlp a
+  block may hold a state-space model in both directions (mixer='mamba')
 
 References: MDLM (Sahoo et al. 2024, arXiv 2406.07524), DiT (Peebles & Xie 2022, arXiv 2212.09748),
 SMDM (Nie et al. 2024, arXiv 2410.18514).
@@ -45,6 +46,10 @@ try:
     from flash_attn import flash_attn_func  # optional, for GPUs
 except ImportError:
     flash_attn_func = None
+try:
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # optional, for GPUs
+except ImportError:
+    selective_scan_fn = None
 
 
 def require_known(what, value, known):
@@ -83,6 +88,10 @@ class ModelConfig:
     attn_dropout: float | int = 0.0  # on the attention weights
     init: str = 'mdlm'  # adaLN-zero; or 'xlm' (PyTorch's), 'smdm' (normal)
     objective: str = 'subs'  # what the outputs mean: a key of OBJECTIVES
+    mixer: str = 'attention'  # with an mlp; or 'mamba', alone in its block (DiMamba)
+    d_state: int = 16  # mamba: numbers a channel remembers
+    d_conv: int = 4  # mamba: taps of the convolution
+    expand: int = 2  # mamba: channels over n_embd
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -96,16 +105,22 @@ class ModelConfig:
         require_known('norm=', self.norm, ('layernorm', 'rmsnorm'))
         require_known('mlp=', self.mlp, ACTIVATIONS)
         require_known('init=', self.init, ('mdlm', 'xlm', 'smdm'))
+        require_known('mixer=', self.mixer, ('attention', 'mamba'))
         require_known('objective=', self.objective, OBJECTIVES)
         V, is_ar = self.vocab_size, self.objective == 'ar'
+        mamba = self.mixer == 'mamba'
         rules = [
-            ('block_size vocab_size n_layer n_head n_embd n_mlp', lambda x: x >= 1, 'at least 1'),
+            ('block_size vocab_size n_layer n_head n_embd n_mlp d_state d_conv expand',
+             lambda x: x >= 1, 'at least 1'),
             ('cond_dim', lambda x: x >= 0, '0 or more'),
             ('cond_dim', lambda x: x or not self.time_conditioning, 'above 0 to condition on time'),
             ('dropout attn_dropout', lambda x: 0 <= x < 1, 'a probability below 1'),
             ('mask_id pad_id', lambda x: x is None or 0 <= x < V, f'one of the {V} ids'),
             ('mask_id', lambda x: self.causal or x is not None, 'an id unless causal'),
             ('mask_id', lambda x: self.head_mask or x == V - 1, 'the last id without head_mask'),
+            ('causal', lambda x: not (x and mamba), "False: mixer 'mamba' looks both ways"),
+            ('init', lambda x: x == 'mdlm' or not mamba, "'mdlm' with mixer 'mamba'"),
+            ('attn_dropout', lambda x: x == 0 or not mamba, "0 with mixer 'mamba'"),
             ('causal', lambda x: x == is_ar, f"{is_ar} with objective '{self.objective}'"),
         ]
         for keys, holds, rule in rules:
@@ -113,7 +128,7 @@ class ModelConfig:
                 value = getattr(self, key)
                 require(holds(value), f'{key}={value!r}: it must be {rule}')
         require(
-            self.n_embd % (2 * self.n_head) == 0,
+            mamba or self.n_embd % (2 * self.n_head) == 0,
             f'n_embd={self.n_embd} over n_head={self.n_head}: heads need a whole and even width')
 
 
@@ -152,6 +167,59 @@ def apply_rotary(x, cos, sin):
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
 
+class SSM(nn.Module):
+    """One direction of a Mamba block (Gu & Dao 2023, arXiv 2312.00752, algorithm 2)."""
+
+    def __init__(self, config):
+        super().__init__()
+        E, N, K = config.expand * config.n_embd, config.d_state, config.d_conv
+        R = math.ceil(config.n_embd / 16)
+        self.N = N
+        self.A_log = nn.Parameter(torch.arange(1.0, N + 1).log().repeat(E, 1))
+        self.D = nn.Parameter(torch.ones(E))
+        self.conv1d = nn.Conv1d(E, E, K, groups=E, padding=K - 1)
+        self.x_proj = nn.Linear(E, R + 2 * N, bias=False)
+        self.dt_proj = nn.Linear(R, E)
+        with torch.no_grad():  # softplus(bias) is log-uniform in [0.001, 0.1]
+            dt = torch.exp(torch.empty(E).uniform_(math.log(0.001), math.log(0.1)))
+            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+
+    def forward(self, x, keep=None):
+        """x (B, L, E) -> the arguments of selective_scan; keep: see Mamba."""
+        x = F.silu(self.conv1d(x.transpose(1, 2))[:, :, :x.size(1)]).transpose(1, 2)
+        if keep is not None:
+            x = x * keep
+        rank = self.dt_proj.in_features
+        delta, B, C = self.x_proj(x).split((rank, self.N, self.N), dim=2)
+        delta = F.linear(delta, self.dt_proj.weight)  # the bias is added in float32
+        return x, delta, -torch.exp(self.A_log), B, C, self.D, self.dt_proj.bias
+
+
+class Mamba(nn.Module):
+    """The sum of two state-space models, one from left to right, one from right to left, which
+    share their projections (MDLM's DiMamba)."""
+
+    def __init__(self, config):
+        super().__init__()
+        C, E = config.n_embd, config.expand * config.n_embd
+        self.fwd = SSM(config)
+        self.rev = SSM(config)
+        self.in_proj = nn.Linear(C, 2 * E, bias=False)
+        self.out_proj = nn.Linear(E, C, bias=False)
+        with torch.no_grad():
+            self.out_proj.weight /= math.sqrt(config.n_layer)
+
+    def forward(self, x, keep=None):
+        """(B, L, C) -> (B, L, C). keep (B, L, 1) bool: what is False adds nothing to any state."""
+        x, z = self.in_proj(x).chunk(2, dim=2)
+        reverse = None
+        if keep is not None:
+            x, reverse = x * keep, keep.flip(1)
+        inputs = zip(self.fwd(x, keep), self.rev(x.flip(1), reverse), strict=True)
+        y, y_rev = selective_scan(*map(torch.stack, inputs))
+        return self.out_proj((y + y_rev.flip(1)) * F.silu(z))
+
+
 class Block(nn.Module):
 
     def __init__(self, config):
@@ -159,6 +227,10 @@ class Block(nn.Module):
         C, M = config.n_embd, config.n_mlp
         self.config = config
         self.norm1 = Norm(config)
+        self.mamba = Mamba(config) if config.mixer == 'mamba' else None
+        if self.mamba:
+            self.adaLN = nn.Linear(config.cond_dim, 3 * C) if config.cond_dim else None
+            return
         self.attn_qkv = nn.Linear(C, 3 * C, bias=False)
         self.attn_out = nn.Linear(C, C, bias=False)
         self.norm2 = Norm(config)
@@ -190,14 +262,20 @@ class Block(nn.Module):
 
     def forward(self, x, c, rotary, attn_mask=None, cache=None):
         p = self.config.dropout if self.training else 0.0
+        if self.mamba:
+            branches = [(self.norm1, lambda x: self.mamba(x, attn_mask))]
+        else:
+            branches = [(self.norm1, lambda x: self.attention(x, rotary, attn_mask, cache)),
+                        (self.norm2, self.mlp)]
         if c is None:
-            x = x + dropout(self.attention(self.norm1(x), rotary, attn_mask, cache), p)
-            return x + dropout(self.mlp(self.norm2(x)), p)
-        # (1 or B, 1, C) each
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN(c)[:, None].chunk(6, dim=2)
-        y = self.attention(self.norm1(x, shift1, scale1), rotary, attn_mask, cache)
-        x = x + gate1 * dropout(y, p)
-        return x + gate2 * dropout(self.mlp(self.norm2(x, shift2, scale2)), p)
+            for norm, branch in branches:
+                x = x + dropout(branch(norm(x)), p)
+            return x
+        modulation = self.adaLN(c)[:, None].chunk(3 * len(branches), dim=2)  # (1 or B, 1, C) each
+        for i, (norm, branch) in enumerate(branches):
+            shift, scale, gate = modulation[3 * i:3 * i + 3]
+            x = x + gate * dropout(branch(norm(x, shift, scale)), p)
+        return x
 
 
 class SigmaMap(nn.Module):
@@ -232,9 +310,13 @@ class DiT(nn.Module):
         self.lm_head = nn.Linear(C, V if config.head_mask else V - 1, bias=config.head_bias)
         self.adaLN_f = nn.Linear(cond_dim, 2 * C) if cond_dim else None
         if config.init == 'mdlm':
-            nn.init.kaiming_uniform_(self.wte.weight, a=math.sqrt(5))
+            mamba = config.mixer == 'mamba'
+            if mamba:
+                nn.init.normal_(self.wte.weight, std=0.02)
+            else:
+                nn.init.kaiming_uniform_(self.wte.weight, a=math.sqrt(5))
             for name, p in self.named_parameters():
-                if name.startswith('lm_head') or 'adaLN' in name:
+                if 'adaLN' in name or name.startswith('lm_head') and not mamba:
                     nn.init.zeros_(p)  # every block starts as the identity
         elif config.init == 'smdm':
             for name, p in self.named_parameters():
@@ -247,7 +329,8 @@ class DiT(nn.Module):
         """ids x (B, L) -> (B, L, n_embd).
 
         sigma (B,): total noise; ValueError if a time-conditioned net gets none.
-        attention_mask (B, L) bool: False where nothing looks. cache: a KVCache.
+        attention_mask (B, L) bool: False where nothing looks; with the mixer 'mamba' a row that is
+        padded with such positions is as it would be alone. cache: a KVCache.
         """
         config = self.config
         require(
@@ -259,12 +342,15 @@ class DiT(nn.Module):
                 sigma = torch.zeros(1, device=x.device)
             c = self.sigma_map(sigma)  # (1 or B, cond_dim)
         position = torch.arange(x.size(1), device=x.device)
-        attn_mask = None
-        if cache is not None and cache.position is not None:
+        attn_mask = rotary = None
+        if config.mixer == 'mamba':
+            attn_mask = None if attention_mask is None else attention_mask[:, :, None]
+        elif cache is not None and cache.position is not None:
             position, attn_mask = cache.begin(x.device)
         elif attention_mask is not None and not config.causal:  # padding is on the right
             attn_mask = attention_mask[:, None, None, :]
-        rotary = rotary_table(position, config.n_embd // config.n_head, config.rotary_bf16)
+        if config.mixer == 'attention':
+            rotary = rotary_table(position, config.n_embd // config.n_head, config.rotary_bf16)
         h = self.wte(x)
         for block in self.blocks:
             h = block(h, c, rotary, attn_mask, cache)
@@ -303,10 +389,13 @@ class DiT(nn.Module):
     def train_flops(self, rows, length, scored):
         """FLOPs of a step for MFU, matrix products only; `scored` positions are projected."""
         config, C = self.config, self.config.n_embd
-        matrices = 3 if config.mlp == 'swiglu' else 2
-        weights = 4 * C ** 2 + matrices * C * config.n_mlp
-        per_token = config.n_layer * (weights + 2 * length * C)
-        return 6 * (rows * length * per_token + scored * C * config.vocab_size)
+        if config.mixer == 'mamba':
+            E, R = config.expand * C, math.ceil(C / 16)
+            per_token = 3 * C * E + 4 * E * (R + config.d_state)
+        else:
+            matrices = 3 if config.mlp == 'swiglu' else 2
+            per_token = 4 * C ** 2 + matrices * C * config.n_mlp + 2 * length * C
+        return 6 * (rows * length * config.n_layer * per_token + scored * C * config.vocab_size)
 
 
 class KVCache:
@@ -1028,6 +1117,7 @@ class Family:
     constants: dict   # how its data, prompts and measures are made, where a user does not say
     inv_freq: str | None = None  # name of the rotary frequencies, where the files hold them
     heads_interleaved: bool = False
+    needed: tuple = ('blocks.0.mlp_in.weight',)  # which tell the shape
 
 
 def n_head_by_size(fields):
@@ -1119,6 +1209,32 @@ FAMILIES['smdm'] = Family(  # the head has no row for the mask; AR nets have no 
     constants=dict(packing='concat', prompt_bos=True, mc_eps=0.0, mc_draws=1024),
     heads_interleaved=True)
 
+BIMAMBA = 'model.bimamba.backbone.'
+
+FAMILIES['dimamba'] = Family(
+    names={
+        'wte': BIMAMBA + 'embeddings.word_embeddings',
+        'sigma_map.fc1': 'sigma_map.mlp.0',
+        'sigma_map.fc2': 'sigma_map.mlp.2',
+        'blocks.{i}.norm1': BIMAMBA + 'layers.{i}.norm',
+        'blocks.{i}.mamba.in_proj': BIMAMBA + 'layers.{i}.mixer.mamba_fwd.in_proj',
+        'blocks.{i}.mamba.out_proj': BIMAMBA + 'layers.{i}.mixer.mamba_fwd.out_proj',
+        'blocks.{i}.mamba.fwd': BIMAMBA + 'layers.{i}.mixer.mamba_fwd',
+        'blocks.{i}.mamba.rev': BIMAMBA + 'layers.{i}.mixer.mamba_rev',
+        'blocks.{i}.adaLN': BIMAMBA + 'layers.{i}.adaLN_modulation',
+        'norm_f': BIMAMBA + 'norm_f',
+        'lm_head': 'model.lm_head',
+        'adaLN_f': BIMAMBA + 'adaLN_modulation_final',
+    },
+    settings=dict(
+        mixer='mamba', norm='rmsnorm', norm_bias=False, head_bias=False, head_mask=True,
+        cond_dim=lambda fields: max(1, fields['cond_dim']), causal=False),
+    assumed=dict(block_size=1024, mask_id=lambda fields: fields['vocab_size'] - 1),
+    described=dict(zip(FIELDS, FIELDS, strict=True)),
+    tokenizers={50258: 'gpt2'},
+    constants=FAMILIES['mdlm'].constants,
+    needed=('blocks.0.mamba.fwd.A_log', 'blocks.0.mamba.fwd.conv1d.weight'))
+
 FAMILIES['native'] = Family(  # ours, for nets that no other layout fits
     names={name: name for name in ('wte', 'sigma_map', 'blocks', 'norm_f', 'lm_head', 'adaLN_f')},
     settings={},
@@ -1126,6 +1242,9 @@ FAMILIES['native'] = Family(  # ours, for nets that no other layout fits
     described=dict(zip(FIELDS, FIELDS, strict=True)),
     tokenizers={},
     constants={})
+
+# what its directions share stands under the names of both
+SHARED = re.compile(r'(mixer\.mamba_)(fwd|rev)(\.(?:in|out)_proj\.)')
 
 
 def renamed(name, pairs):
@@ -1143,11 +1262,23 @@ def interleave_heads(weight, n_head, inverse=False):
     return weight.view(first, second, -1, weight.size(1)).transpose(0, 1).reshape(weight.shape)
 
 
+def without_copies(tensors, source):
+    """Drop the second name of what is SHARED. Raises ValueError where the values differ."""
+    for name in list(tensors):
+        first = SHARED.sub(r'\1fwd\3', name)
+        if first != name and first in tensors:
+            require(torch.equal(tensors.pop(name), tensors[first]),
+                    f'{source}: {name} is not equal to {first}: only nets whose directions share '
+                    'their projections can be read')
+    return tensors
+
+
 def family_of(names, source):
-    """The key of FAMILIES whose embedding is among the names."""
+    """(key of FAMILIES whose embedding is among the names, what is in front of all names)."""
     for key, family in FAMILIES.items():
-        if renamed('wte.weight', family.names.items()) in names:
-            return key
+        for prefix in ('', 'backbone.'):  # of Lightning
+            if prefix + renamed('wte.weight', family.names.items()) in names:
+                return key, prefix
     first = ', '.join(sorted(names)[:5])
     raise ValueError(f"{source} has none of the layouts {', '.join(FAMILIES)}: "
                      f'its first names are {first}')
@@ -1155,7 +1286,7 @@ def family_of(names, source):
 
 def settings_of(family, fields):
     return {key: value(fields) if callable(value) else value
-            for key, value in family.settings.items()}
+            for key, value in (dict(mixer='attention') | family.settings).items()}
 
 
 def fields_of(family, tensors, inv_freq, described):
@@ -1164,9 +1295,13 @@ def fields_of(family, tensors, inv_freq, described):
     vocab_size, n_embd = tensors['wte.weight'].shape
     layers = {name.split('.')[1] for name in tensors if name.startswith('blocks.')}
     fields = dict(vocab_size=vocab_size, n_embd=n_embd, n_layer=len(layers),
-                  n_mlp=len(tensors['blocks.0.mlp_in.weight']),
                   cond_dim=len(tensors.get('sigma_map.fc2.weight', ())),
                   head_rows=len(tensors.get('lm_head.weight', tensors['wte.weight'])))
+    shape, *others = (tensors[name].shape for name in family.needed)
+    if others:  # A_log (E, N), conv1d (E, 1, K)
+        fields |= dict(expand=shape[0] // n_embd, d_state=shape[-1], d_conv=others[0][-1])
+    else:
+        fields['n_mlp'] = shape[0]
     if inv_freq is not None:
         fields['n_head'] = n_embd // (2 * len(inv_freq))
     fields |= settings_of(family, fields)
@@ -1423,6 +1558,7 @@ def read_lightning(path, ema):
     except Exception as error:  # whatever a broken or hostile file leads to
         raise ValueError(f'{path} is not a Lightning checkpoint that can be read '
                          f'({type(error).__name__}: {error})') from None
+    tensors = without_copies(tensors, path)
     if shadow is not None:
         names = [name for name in tensors if 'rotary_emb' not in name]
         require([tensors[name].shape for name in names] == [average.shape for average in shadow],
@@ -1558,19 +1694,21 @@ def load_pretrained(source, ema=True, device='cpu', trainable=False, **overrides
     if not os.path.exists(path):
         raise FileNotFoundError(f'{source} is not there')
     tensors, described = read_published(path, ema)
-    key = family_of(tensors, source)
+    key, prefix = family_of(tensors, source)
     family, source = FAMILIES[key], f"{source}, read in the layout '{key}',"
     extra = {name: tensors.pop(name) for name in list(tensors) if name.endswith('inv_freq')}
-    pairs = [(theirs, ours) for ours, theirs in family.names.items()]
+    tensors = without_copies(tensors, source)
+    pairs = [(prefix + theirs, ours) for ours, theirs in family.names.items()]
     tensors = {renamed(name, pairs) or name: tensor for name, tensor in tensors.items()}
-    require('blocks.0.mlp_in.weight' in tensors, f'{source} lacks blocks.0.mlp_in.weight')
+    for name in family.needed:
+        require(name in tensors, f'{source} lacks {name}')
     fields = fields_of(family, tensors, next(iter(extra.values()), None), described)
     untold = described.get('nanomdm', {})  # by save_pretrained
     good = isinstance(untold, dict) and isinstance(untold.get('constants', {}), dict)
     require(good, f"{source} has no dict 'nanomdm' in its config.json")
     constants, tokenizer = untold.pop('constants', family.constants), untold.pop('tokenizer', None)
     fields |= untold
-    n_head = overrides.get('n_head', fields['n_head'])
+    n_head = overrides.get('n_head', fields.get('n_head'))
     for name in tensors:  # one by one: no second copy of the file in memory
         tensor = tensors[name].float()
         packed = family.heads_interleaved and name.endswith('attn_qkv.weight')
@@ -1597,6 +1735,9 @@ def save_pretrained(net, folder):
         if family.heads_interleaved and name.endswith('attn_qkv.weight'):
             tensor = interleave_heads(tensor, net.config.n_head)
         tensors[renamed(name, family.names.items())] = tensor.contiguous().cpu()
+    for name in list(tensors):
+        if SHARED.search(name):
+            tensors[SHARED.sub(r'\1rev\3', name)] = tensors[name].clone()
     extra = net.extra
     if not extra and family.inv_freq:
         head_dim = net.config.n_embd // net.config.n_head
@@ -1699,6 +1840,101 @@ class _NLL(torch.autograd.Function):
         if dbias is not None:
             dbias.index_add_(0, target, grad_target.to(bias_dtype))
         return dh.to(h_dtype), dweight, dbias, None, None, None
+
+
+@torch.compiler.disable  # which would unroll its loop over the positions
+def selective_scan(x, delta, A, B, C, D, bias):
+    """y_l = S_l C_l + D x_l, S_l = exp(dt_l A) S_{l-1} + dt_l x_l B_l, dt = softplus(delta + bias).
+
+    In G groups with weights of their own: x, delta, y (G, B, L, E), A (G, E, N), B, C (G, B, L, N),
+    D, bias (G, E). The states are float32 at least, whatever the autocast.
+    """
+    if selective_scan_fn and x.device.type == 'cuda':
+        x, delta, B, C = (tensor.transpose(2, 3) for tensor in (x, delta, B, C))
+        groups = zip(x, delta, A, B, C, D, strict=True)
+        ys = [selective_scan_fn(*group, delta_bias=bias_g, delta_softplus=True)
+              for group, bias_g in zip(groups, bias, strict=True)]
+        return torch.stack(ys).transpose(2, 3)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    dt = F.softplus(delta.to(wide) + bias[:, None, None])
+    A = A.transpose(1, 2).repeat_interleave(x.size(1), dim=0)
+    rows = (tensor.to(wide).flatten(0, 1) for tensor in (dt, dt * x, B, C))
+    y = _Scan.apply(A, *rows).view(x.shape)
+    return (y + D[:, None, None] * x).to(x.dtype)
+
+
+class _Scan(torch.autograd.Function):
+    """y_l = S_l C_l with S_l = exp(dt_l A) S_{l-1} + u_l B_l, A (B, N, E), dt, u, y (B, L, E),
+    B, C (B, L, N).
+
+    In chunks of positions that fit a CPU's cache. Only the states between chunks are kept for the
+    backward pass, which makes the others again.
+    """
+
+    @staticmethod
+    def chunks(A, L):
+        """Slices of L positions, and room for a chunk's states, (positions, B, N, E)."""
+        length = min(max(2 ** 20 // A.numel(), 8), 32, L)
+        chunks = [slice(i, min(i + length, L)) for i in range(0, L, length)]
+        return chunks, lambda: A.new_empty(length, *A.shape)
+
+    @staticmethod
+    def states(A, dt, u, B, S, decay, states):
+        """Fill in exp(dt A) and the states of a chunk that begins with the state S."""
+        torch.mul(dt[:, :, None], A, out=decay).exp_()
+        torch.mul(B[:, :, :, None], u[:, :, None], out=states)
+        for decay_l, S_l in zip(decay.unbind(), states.unbind(), strict=True):
+            S = S_l.addcmul_(decay_l, S)
+        return S.clone()
+
+    @staticmethod
+    def forward(ctx, A, *rows):
+        dt, u, B, C = (tensor.transpose(0, 1) for tensor in rows)  # (L, B, .)
+        chunks, room = _Scan.chunks(A, len(u))
+        decay, states = room(), room()
+        y = torch.empty_like(u)
+        S = torch.zeros_like(A)
+        first = A.new_empty(len(chunks), *A.shape)  # the state before each chunk
+        with torch.autocast(A.device.type, enabled=False):
+            for i, chunk in enumerate(chunks):
+                first[i] = S
+                n = chunk.stop - chunk.start
+                S = _Scan.states(A, dt[chunk], u[chunk], B[chunk], S, decay[:n], states[:n])
+                y[chunk] = (C[chunk][:, :, None] @ states[:n]).squeeze(2)
+        ctx.save_for_backward(A, dt, u, B, C, first)
+        return y.transpose(0, 1)
+
+    @staticmethod
+    def backward(ctx, dy):
+        A, dt, u, B, C, first = ctx.saved_tensors
+        dy = dy.transpose(0, 1)
+        chunks, room = _Scan.chunks(A, len(u))
+        decays, states, grads = room(), room(), room()
+        dA = torch.zeros_like(A)
+        ddt, du, dB, dC = (torch.empty_like(tensor) for tensor in (dt, u, B, C))
+        later = torch.zeros_like(A)  # what the next chunk says of the state before it
+        with torch.autocast(A.device.type, enabled=False):
+            for i, chunk in reversed(list(enumerate(chunks))):
+                n = chunk.stop - chunk.start
+                decay, S, dS = decays[:n], states[:n], grads[:n]
+                _Scan.states(A, dt[chunk], u[chunk], B[chunk], first[i], decay, S)
+                torch.mul(C[chunk][:, :, :, None], dy[chunk][:, :, None], out=dS)
+                dS[-1] += later
+                for j in range(n - 2, -1, -1):
+                    dS[j].addcmul_(decay[j + 1], dS[j + 1])
+                dC[chunk] = (S @ dy[chunk][:, :, :, None]).squeeze(3)
+                dB[chunk] = (dS @ u[chunk][:, :, :, None]).squeeze(3)
+                du[chunk] = (B[chunk][:, :, None] @ dS).squeeze(2)
+                decay *= dS
+                later = decay[0].clone()
+                decay[1:] *= S[:-1]
+                decay[0] *= first[i]  # now the gradient of dt A
+                torch.mul(decay[:, :, 0], A[:, 0], out=ddt[chunk])
+                for k in range(1, A.size(1)):
+                    ddt[chunk].addcmul_(decay[:, :, k], A[:, k])
+                for dt_l, grad in zip(dt[chunk], decay, strict=True):
+                    dA.addcmul_(grad, dt_l[:, None])
+        return dA, *(tensor.transpose(0, 1) for tensor in (ddt, du, dB, dC))
 
 
 def dropout(x, p):

@@ -75,6 +75,10 @@ n_mlp = None                # [int] hidden width of the mlp; None: 4 * n_embd
 cond_dim = 128              # width of the adaLN conditioning; 0: none
 time_conditioning = False   # feed the noise level to the conditioning; False: always 0
 causal = False              # attention looks back only: goes with objective 'ar'
+mixer = 'attention'         # [attention | mamba] mamba: DiMamba, bidirectional, without an mlp
+d_state = 16                # [int >= 1] mamba: numbers that a channel remembers
+d_conv = 4                  # [int >= 1] mamba: taps of the convolution
+expand = 2                  # [int >= 1] mamba: channels over n_embd
 norm = 'layernorm'          # [layernorm | rmsnorm]
 mlp = 'gelu'                # [gelu | relu | swiglu]
 norm_bias = False           # norms with a bias
@@ -343,9 +347,10 @@ class Loss(nn.Module):
 def make_optimizers(net):
     by_muon, decayed, not_decayed = [], [], []
     for name, p in net.named_parameters():
-        if p.dim() < 2:
+        if p.dim() < 2 or name.endswith('A_log'):
             not_decayed.append(p)
-        elif optimizer == 'muon' and name.startswith('blocks.') and 'adaLN' not in name:
+        elif (optimizer == 'muon' and name.startswith('blocks.') and 'adaLN' not in name
+              and p.dim() == 2):
             by_muon.append(p)
         else:
             decayed.append(p)

@@ -7,6 +7,7 @@ How fast, measured against the dense textbook of tests/reference.py and a large 
     python tests/bench.py --part=train --n_layer=12 --n_head=12 --n_embd=768 --batch_size=2
     python tests/bench.py --part=optimizers     AdamW and Muon on the quickstart, 5 minutes
     python tests/bench.py --part=memory         what train.py says it needs, and its peak, 5 minutes
+    python tests/bench.py --part=mamba --dtype=float32 --repeats=1    DiMamba beside attention
     python tests/bench.py --part=nelbo --out_dir=out-quickstart   estimators over seeds
 
 Prints one table a part and appends each row to `out`. In a row, whole numbers and words say what
@@ -47,16 +48,16 @@ from model import (
 )
 from sample import generate
 
-part = None  # which table: see PARTS below; None: all but nelbo, optimizers and memory
+part = None  # which table: see PARTS below; None: all but nelbo, optimizers, memory and mamba
 device = 'cpu'  # 'cpu', 'cuda'
 dtype = None  # [float32 | bfloat16] None: both (cost: bfloat16)
-n_layer = 4  # [>= 1] the shape of the net
-n_head = 4  # [>= 1]
-n_embd = 256  # [>= 1]
+n_layer = None  # [int >= 1] the shape of the net; None: 4 (mamba: 14)
+n_head = None  # [int >= 1] None: 4 (mamba: 8)
+n_embd = None  # [int >= 1] None: 256 (mamba: 512)
 cond_dim = 128  # width of the adaLN conditioning
 dropout = 0.1  # on the residual branches
 vocab_size = 50258  # ids, the mask included
-block_size = 256  # [>= 1] tokens a row
+block_size = 256  # [>= 1] tokens a row; mamba: of the shortest, the longest has 32 times as many
 batch_size = None  # [int >= 1] rows; None: 8, of part sample 4
 repeats = 5  # [>= 1] training steps that are timed, after two that are not; the median counts
 steps = 512  # [>= 1] of the sampler
@@ -72,6 +73,11 @@ compare = None  # an earlier one: print what changed since
 constants = configure(globals())
 if batch_size is None:
     batch_size = 4 if part == 'sample' else 8
+usual = (14, 8, 512) if part == 'mamba' else (4, 4, 256)  # the published DiMamba
+n_layer, n_head, n_embd = (
+    value or default for value, default in zip((n_layer, n_head, n_embd), usual, strict=True)
+)
+constants |= dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
 device = pick_device(device)
 root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if device.type == 'cpu' and part != 'train':
@@ -333,6 +339,46 @@ def attentions():
                     forward_backward_ms=total * 1e3,
                     of_matmul=12 * B * H * L * L * D / total / rate,
                 )
+
+
+def mamba():
+    """Steps of DiMamba's net and of the attention net of the same size, in turns, over longer and
+    longer rows. times_first: time per token, of that in the shortest rows. step_gb: what a step
+    needs beyond the weights, their average and AdamW's state."""
+    for precision in formats:
+        first = {}
+        for length in (block_size * 2**k for k in range(6)):
+            shape = dict(rows=max(1, batch_size * block_size // length), block_size=length)
+            published = dict(mixer='mamba', norm='rmsnorm', head_bias=False)
+            nets = dict(attention=Training(**shape), mamba=Training(**shape, **published))
+            times = {name: [] for name in nets}
+            peaks = {}
+            for name, training in nets.items():
+                training.step(precision)
+                reset_peak()
+                before = peak_gigabytes()
+                training.step(precision)
+                peaks[name] = peak_gigabytes() - before
+            for _ in range(repeats):
+                for name, training in nets.items():
+                    times[name].append(seconds(partial(training.step, precision)))
+            rates = {
+                name: training.x0.numel() / sorted(times[name])[repeats // 2]
+                for name, training in nets.items()
+            }
+            first = first or rates
+            for name, training in nets.items():
+                yield dict(
+                    name=name,
+                    dtype=precision,
+                    rows=training.rows,
+                    tokens=length,
+                    tokens_per_s=rates[name],
+                    times_attention=rates[name] / rates['attention'],
+                    times_first=first[name] / rates[name],
+                    step_gb=peaks[name],
+                )
+            del nets, training
 
 
 def cost():
@@ -892,8 +938,8 @@ def prepare():
 PARTS = dict(
     train=train, projection=projection, attention=attentions, cost=cost, loop=loop,
     processes=processes, estimate=estimate, checkpoint=checkpoint, sample=sample, batch=batch,
-    samplers=samplers, ar=ar, nelbo=nelbo, optimizers=optimizers, memory=memory,
-    data=prepare
+    samplers=samplers, ar=ar, nelbo=nelbo, optimizers=optimizers, memory=memory, data=prepare,
+    mamba=mamba
 )
 LARGE = '--n_layer=12 --n_head=12 --n_embd=768 --block_size=1024'  # MDLM's 170M
 SUITE = {
@@ -967,9 +1013,12 @@ def run_part():
     """Print the table of one part, and append its rows to `out`."""
     title = f'{part} on {machine_name()}, {torch.get_num_threads()} threads'
     title += f', torch {torch.__version__}'
-    if part not in ('data', 'nelbo', 'optimizers', 'memory', 'estimate', 'cost', 'attention'):
+    of_no_net = 'data', 'nelbo', 'optimizers', 'memory', 'estimate', 'cost', 'attention', 'mamba'
+    if part not in of_no_net:
         title += f', {new_net().num_params() / 1e6:.0f}M parameters ({n_layer} x {n_embd})'
         title += f', vocabulary {vocab_size:,}, rows of {block_size}'
+    if part == 'mamba':
+        title += f', {n_layer} x {n_embd}, vocabulary {vocab_size:,}'
     print(f'\n{title}')
     print(' '.join((PARTS[part].__doc__ or '').split()))
     git = ['git', 'rev-parse', '--short', 'HEAD']

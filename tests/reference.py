@@ -52,6 +52,60 @@ def reverse_probs(net, xt, t, s, schedule):
     return q
 
 
+def selective_scan(x, delta, A, B, C, D, bias):
+    """The recurrence of model.selective_scan, position after position."""
+    dt = F.softplus(delta + bias[:, None, None])
+    S = torch.zeros(*x.shape[:2], *A.shape[1:], dtype=x.dtype)  # (G, B, E, N)
+    ys = []
+    for i in range(x.size(2)):
+        decay = torch.exp(dt[:, :, i, :, None] * A[:, None])
+        S = decay * S + (dt * x)[:, :, i, :, None] * B[:, :, i, None]
+        ys.append((S * C[:, :, i, None]).sum(dim=-1) + D[:, None] * x[:, :, i])
+    return torch.stack(ys, dim=2)
+
+
+def dimamba(weights, x, sigma):
+    """The logits of DiMamba by its published names and equations; x (B, L), sigma (B,)."""
+    trunk = 'model.bimamba.backbone.'
+
+    def linear(name, x):
+        return F.linear(x, weights[f'{name}.weight'], weights.get(f'{name}.bias'))
+
+    def mamba(name, u):
+        x, z = linear(f'{name}.in_proj', u).chunk(2, dim=-1)
+        taps = weights[f'{name}.conv1d.weight'][:, 0]  # (E, K)
+        K, N = taps.size(1), weights[f'{name}.A_log'].size(1)
+        padded = F.pad(x, (0, 0, K - 1, 0))
+        conv = sum(taps[:, k] * padded[:, k:k + x.size(1)] for k in range(K))
+        v = F.silu(conv + weights[f'{name}.conv1d.bias'])
+        rank, B, C = linear(f'{name}.x_proj', v).tensor_split((-2 * N, -N), dim=-1)
+        args = (
+            v, rank @ weights[f'{name}.dt_proj.weight'].T, -weights[f'{name}.A_log'].exp(), B, C,
+            weights[f'{name}.D'], weights[f'{name}.dt_proj.bias']
+        )
+        y = selective_scan(*(tensor[None] for tensor in args))[0]
+        return linear(f'{name}.out_proj', y * F.silu(z))
+
+    def modulated(name, h, shift, scale):
+        return F.rms_norm(h, h.shape[-1:], weights[f'{name}.weight'], 1e-5) * (1 + scale) + shift
+
+    angle = sigma[:, None] * 10_000.0 ** (-torch.arange(128, dtype=sigma.dtype) / 128)
+    c = torch.cat((angle.cos(), angle.sin()), dim=1)
+    for i in (0, 2):
+        c = F.silu(linear(f'sigma_map.mlp.{i}', c))
+    h = weights[f'{trunk}embeddings.word_embeddings.weight'][x]
+    layers = [name for name in weights if name.endswith('.norm.weight')]
+    for i in range(len(layers)):
+        layer = f'{trunk}layers.{i}'
+        shift, scale, gate = linear(f'{layer}.adaLN_modulation', c)[:, None].chunk(3, dim=-1)
+        v = modulated(f'{layer}.norm', h, shift, scale)
+        mixed = mamba(f'{layer}.mixer.mamba_fwd', v)
+        mixed = mixed + mamba(f'{layer}.mixer.mamba_rev', v.flip(1)).flip(1)
+        h = h + gate * mixed
+    shift, scale = linear(f'{trunk}adaLN_modulation_final', c)[:, None].chunk(2, dim=-1)
+    return linear('model.lm_head', modulated(f'{trunk}norm_f', h, shift, scale))
+
+
 def time_grid(steps):
     return torch.arange(steps, -1, -1, dtype=torch.float64) / steps  # 1 -> 0
 
