@@ -847,7 +847,7 @@ class Family:
     names: dict       # ours -> theirs of parameters, {i}: the block; the first that fits counts
     settings: dict    # fields that all its nets share: save_pretrained tells the family by them
     assumed: dict     # fields where neither tensors nor config.json say
-    described: dict   # config.json: theirs -> a field of ours, or a constant
+    described: dict   # config.json: theirs -> a field of ours, a function of them, or a constant
     tokenizers: dict  # vocab_size -> name
     constants: dict   # how its data, prompts and measures are made, where a user does not say
     inv_freq: str | None = None  # name of the rotary frequencies, where the files hold them
@@ -908,10 +908,16 @@ FAMILIES['xlm'] = Family(  # the last ids are <|pad|> <|unk|> <|mask|> <|sep|>
         cond_dim=0, causal=False),
     assumed=dict(
         block_size=1024, objective='mlm', init='xlm',
+        attn_dropout=lambda fields: fields.get('dropout', 0.0),
         mask_id=lambda fields: fields['vocab_size'] - 2,
         pad_id=lambda fields: fields['vocab_size'] - 4,
         n_head=lambda fields: 12 if fields['n_embd'] == 768 else None),
-    described=dict(zip(FIELDS, FIELDS, strict=True)),
+    described=dict(
+        num_embeddings='vocab_size', d_model='n_embd', num_layers='n_layer', nhead='n_head',
+        padding_idx='pad_id', mask_idx='mask_id', dim_feedforward='n_mlp', dropout='dropout',
+        activation='relu', layer_norm_eps=1e-5, max_length='block_size',
+        rotary_emb_dim=lambda fields: fields['n_embd'] // fields['n_head'],
+        force_flash_attn=False, final_layer_without_normalization=False),
     tokenizers={50263: 'gpt2-xlm'},
     constants=dict(packing='pad', protocol='xlm', judge_dtype='bfloat16'),
     inv_freq='encoder.{i}.rotary_emb.inv_freq')
@@ -952,6 +958,10 @@ FAMILIES['native'] = Family(  # ours, for nets that no other layout fits
     constants={})
 
 
+# what torch.compile, DDP, FSDP and Fabric put before the names of the modules that they wrap
+WRAPPERS = re.compile(r'(?<![^.])(?:_orig_mod|module|_forward_module|_fsdp_wrapped_module)\.')
+
+
 def renamed(name, pairs):
     """name in the other column of a table of (from, to) pairs, or None where no pair fits."""
     for source, target in pairs:
@@ -968,10 +978,11 @@ def interleave_heads(weight, n_head, inverse=False):
 
 
 def family_of(names, source):
-    """The key of FAMILIES whose embedding is among the names."""
+    """(the key of FAMILIES whose embedding is among the names, what is in front of all names)."""
     for key, family in FAMILIES.items():
-        if renamed('wte.weight', family.names.items()) in names:
-            return key
+        for prefix in ('', 'model.'):  # a LightningModule's
+            if prefix + renamed('wte.weight', family.names.items()) in names:
+                return key, prefix
     first = ', '.join(sorted(names)[:5])
     raise ValueError(f"{source} has none of the layouts {', '.join(FAMILIES)}: "
                      f'its first names are {first}')
@@ -982,26 +993,28 @@ def settings_of(family, fields):
             for key, value in family.settings.items()}
 
 
-def fields_of(family, tensors, inv_freq, described):
-    """ModelConfig fields by a net's tensors (under our names), its rotary frequencies (or None) and
-    its config.json."""
-    vocab_size, n_embd = tensors['wte.weight'].shape
-    layers = {name.split('.')[1] for name in tensors if name.startswith('blocks.')}
-    fields = dict(vocab_size=vocab_size, n_embd=n_embd, n_layer=len(layers),
-                  n_mlp=len(tensors['blocks.0.mlp_in.weight']),
-                  cond_dim=len(tensors.get('sigma_map.fc2.weight', ())),
-                  head_rows=len(tensors.get('lm_head.weight', tensors['wte.weight'])))
-    if inv_freq is not None:
-        fields['n_head'] = n_embd // (2 * len(inv_freq))
+def fields_of(family, described, tensors=None, inv_freq=None):
+    """ModelConfig fields by a config.json (of the family, or with our names), and by a net's
+    tensors (under our names) and rotary frequencies where they are given."""
+    theirs = dict(zip(FIELDS, FIELDS, strict=True)) | family.described
+    fields = {ours: described[name] for name, ours in theirs.items()
+              if name in described and ours in FIELDS}
+    if tensors:
+        vocab_size, n_embd = tensors['wte.weight'].shape
+        layers = {name.split('.')[1] for name in tensors if name.startswith('blocks.')}
+        fields |= dict(vocab_size=vocab_size, n_embd=n_embd, n_layer=len(layers),
+                       n_mlp=len(tensors['blocks.0.mlp_in.weight']),
+                       cond_dim=len(tensors.get('sigma_map.fc2.weight', ())),
+                       head_rows=len(tensors.get('lm_head.weight', tensors['wte.weight'])))
+        if inv_freq is not None:
+            fields['n_head'] = n_embd // (2 * len(inv_freq))
     fields |= settings_of(family, fields)
-    for theirs, ours in family.described.items():
-        if theirs in described and ours in FIELDS:
-            fields.setdefault(ours, described[theirs])
     for key, value in family.assumed.items():
         if key not in fields:
             fields[key] = value(fields) if callable(value) else value
-    del fields['head_rows']
-    return fields
+    fields.pop('head_rows', None)
+    untold = described.get('nanomdm', {})  # what save_pretrained found the layout not to tell
+    return fields | {key: untold[key] for key in untold.keys() - {'constants', 'tokenizer'}}
 
 
 PLAIN_RECORD = re.compile(
@@ -1013,6 +1026,7 @@ def check_archive(path):
     """Raise ValueError unless the file is a whole zip of one pickle and its tensors as torch.save
     writes it. Torch itself would run the code of a TorchScript archive, unpack a few compressed
     bytes into gigabytes, and take a flipped bit."""
+    require(zipfile.is_zipfile(path), 'it is no whole zip archive, as torch.save writes since 1.6')
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
         names = [record.filename.partition('/') for record in records]
@@ -1216,6 +1230,9 @@ class CheckpointWriter:
         return self.wait()
 
 
+TRAINING = ('.ckpt', '.pth')  # what Lightning and Fabric save
+
+
 class _Ignored:
     """Stands for what a foreign pickle builds besides tensors and plain containers."""
 
@@ -1234,18 +1251,22 @@ class _TensorUnpickler(pickle.Unpickler):
         return super().find_class(module, name) if (module, name) in self.allowed else _Ignored
 
 
-def read_lightning(path, ema):
-    """The state_dict of a Lightning .ckpt; `ema`: with the averaged weights of ema.shadow_params,
-    which are in the order of the parameters, if it has them."""
+def read_training(path, ema):
+    """The named tensors of a Lightning .ckpt, a Fabric .pth or a saved state_dict; `ema`: with the
+    averaged weights of ema.shadow_params, which are in the order of the parameters, if it has them.
+    """
     reader = types.SimpleNamespace(Unpickler=_TensorUnpickler, __name__='nanomdm')
     try:
         check_archive(path)
         checkpoint = torch.load(path, map_location='cpu', weights_only=False, pickle_module=reader)
-        tensors = {name: tensor for name, tensor in checkpoint['state_dict'].items()
+        keys = [key for key in ('state_dict', 'model') if key in checkpoint]
+        tensors = checkpoint[keys[0]] if keys else checkpoint
+        tensors = {WRAPPERS.sub('', name): tensor for name, tensor in tensors.items()
                    if isinstance(tensor, torch.Tensor)}
         shadow = checkpoint['ema']['shadow_params'] if ema and checkpoint.get('ema') else None
     except Exception as error:  # whatever a broken or hostile file leads to
-        raise ValueError(f'{path} is not a Lightning checkpoint that can be read '
+        kind = 'Lightning' if path.endswith('.ckpt') else 'Fabric'
+        raise ValueError(f'{path} is not a {kind} checkpoint that can be read '
                          f'({type(error).__name__}: {error})') from None
     if shadow is not None:
         names = [name for name in tensors if 'rotary_emb' not in name]
@@ -1290,10 +1311,10 @@ def read_json(path):
 
 
 def read_published(path, ema):
-    """(named tensors, config.json) of a folder, a .safetensors or a Lightning .ckpt."""
+    """(named tensors, config.json) of a folder, a .safetensors, a Lightning .ckpt or a .pth."""
     described = {}
-    if path.endswith('.ckpt') and not os.path.isdir(path):
-        return read_lightning(path, ema), described
+    if path.endswith(TRAINING) and not os.path.isdir(path):
+        return read_training(path, ema), described
     paths = [path]
     if os.path.isdir(path):
         if os.path.isfile(os.path.join(path, 'config.json')):
@@ -1315,9 +1336,10 @@ def read_published(path, ema):
     tensors = {}
     for file in paths:
         try:
-            tensors |= load_file(file)
+            read = load_file(file)
         except Exception as error:  # safetensors' own
             raise ValueError(f'{file} is not a whole .safetensors file ({error})') from None
+        tensors |= {WRAPPERS.sub('', name): tensor for name, tensor in read.items()}
     return tensors, described
 
 
@@ -1357,8 +1379,8 @@ def check_overrides(overrides):
 
 def load_pretrained(source, ema=True, device='cpu', trainable=False, **overrides):
     """A net in eval mode from source: a ckpt.pt of train.py (or the out_dir that holds one), a
-    folder with model.safetensors (and config.json), a lone .safetensors, a Lightning .ckpt, or a
-    Hugging Face id[@revision][:file]. The family is told by the names of the tensors.
+    folder with model.safetensors (and config.json), a lone .safetensors, a Lightning .ckpt, SMDM's
+    .pth, or a Hugging Face id[@revision][:file]. The family is told by the names of the tensors.
 
     ema: the averaged weights where a file has both. trainable: its parameters take gradients.
     overrides: fields of ModelConfig that the file cannot tell. Sets net.tokenizer (arguments of
@@ -1366,7 +1388,7 @@ def load_pretrained(source, ema=True, device='cpu', trainable=False, **overrides
     published family) and net.extra (tensors that are no parameters).
     Raises FileNotFoundError or ValueError."""
     path = find_source(source)
-    published = path.endswith(('.safetensors', '.ckpt'))
+    published = path.endswith(('.safetensors', *TRAINING))
     if os.path.isdir(path):
         published |= any(file.endswith('.safetensors') for file in os.listdir(path))
     if not published:
@@ -1382,18 +1404,19 @@ def load_pretrained(source, ema=True, device='cpu', trainable=False, **overrides
     if not os.path.exists(path):
         raise FileNotFoundError(f'{source} is not there')
     tensors, described = read_published(path, ema)
-    key = family_of(tensors, source)
+    key, prefix = family_of(tensors, source)
     family, source = FAMILIES[key], f"{source}, read in the layout '{key}',"
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()
+               if name.startswith(prefix)}
     extra = {name: tensors.pop(name) for name in list(tensors) if name.endswith('inv_freq')}
     pairs = [(theirs, ours) for ours, theirs in family.names.items()]
     tensors = {renamed(name, pairs) or name: tensor for name, tensor in tensors.items()}
     require('blocks.0.mlp_in.weight' in tensors, f'{source} lacks blocks.0.mlp_in.weight')
-    fields = fields_of(family, tensors, next(iter(extra.values()), None), described)
-    untold = described.get('nanomdm', {})  # by save_pretrained
+    untold = described.get('nanomdm', {})
     good = isinstance(untold, dict) and isinstance(untold.get('constants', {}), dict)
     require(good, f"{source} has no dict 'nanomdm' in its config.json")
-    constants, tokenizer = untold.pop('constants', family.constants), untold.pop('tokenizer', None)
-    fields |= untold
+    tokenizer = untold.get('tokenizer')
+    fields = fields_of(family, described, tensors, next(iter(extra.values()), None))
     n_head = overrides.get('n_head', fields['n_head'])
     for name in tensors:  # one by one: no second copy of the file in memory
         tensor = tensors[name].float()
@@ -1402,7 +1425,7 @@ def load_pretrained(source, ema=True, device='cpu', trainable=False, **overrides
             tensor = interleave_heads(tensor, n_head, inverse=True)
         tensors[name] = tensor
     net = build(fields, overrides, tensors, source)
-    net.extra, net.constants = extra, dict(constants)
+    net.extra, net.constants = extra, dict(untold.get('constants', family.constants))
     if tokenizer:
         net.tokenizer = dict(name=str(tokenizer), folder=path)
     elif net.config.vocab_size in family.tokenizers:
@@ -1410,12 +1433,74 @@ def load_pretrained(source, ema=True, device='cpu', trainable=False, **overrides
     return net.to(device).eval().requires_grad_(trainable)
 
 
+# modeling_nanomdm.py of a folder, beside nanomdm.py, which is this file
+AUTO_CLASSES = '''"""The net of this folder for the auto classes of transformers, by nanoMDM."""
+import transformers
+from torch.func import functional_call
+from torch.nn import Module
+from transformers.modeling_outputs import MaskedLMOutput
+
+from .nanomdm import FAMILIES, DiT, ModelConfig, fields_of, interleave_heads, renamed
+
+FAMILY = FAMILIES['{family}']
+
+
+class MDLMConfig(transformers.PretrainedConfig):
+    model_type = 'mdlm'
+
+
+class MDLM(transformers.PreTrainedModel):
+    """The network, its parameters under the names of the published layout."""
+    config_class = MDLMConfig
+    base_model_prefix = 'mdlm'
+    _keys_to_ignore_on_load_unexpected = [r'inv_freq$']
+
+    def __init__(self, config):
+        super().__init__(config)
+        net = DiT(ModelConfig(**fields_of(FAMILY, config.to_dict())))
+        self.names = {{}}
+        for ours, parameter in net.named_parameters():
+            self.names[ours] = renamed(ours, FAMILY.names.items())
+            module = self
+            *path, last = self.names[ours].split('.')
+            for name in path:
+                if not hasattr(module, name):
+                    module.add_module(name, Module())
+                module = getattr(module, name)
+            module.register_parameter(last, parameter)
+        self.skeleton = [net.to('meta')]  # in a list: no submodule
+        self.post_init()
+
+    def forward(self, input_ids, timesteps=None, return_dict=None, attention_mask=None):
+        """ids (B, L), sigma (B,) where the net is time-conditioned -> logits (B, L, V)."""
+        net, weights = self.skeleton[0].train(self.training), {{}}
+        for ours, theirs in self.names.items():
+            weights[ours] = self.get_parameter(theirs)
+            if FAMILY.heads_interleaved and ours.endswith('attn_qkv.weight'):
+                weights[ours] = interleave_heads(weights[ours], net.config.n_head, inverse=True)
+        if attention_mask is not None:
+            attention_mask = attention_mask.bool()
+        logits = functional_call(net, weights, (input_ids, timesteps, attention_mask))
+        if return_dict is None:
+            return_dict = self.config.return_dict
+        return MaskedLMOutput(logits=logits) if return_dict else logits
+'''
+
+
+def write_text(folder, name, text):
+    path = os.path.join(folder, name)
+    with open(path + '.unfinished', 'w', encoding='utf-8') as f:
+        f.write(text)
+    os.replace(path + '.unfinished', path)
+
+
 def save_pretrained(net, folder):
     """Write config.json and model.safetensors as the released code of the net's family loads them,
-    or with our own names where the net is of no published family."""
+    or with our own names where the net is of no published family; and two Python files, with which
+    transformers.AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True) loads them."""
     config = dataclasses.asdict(net.config)
-    family = next(family for family in FAMILIES.values()
-                  if settings_of(family, config).items() <= config.items())
+    key, family = next((key, family) for key, family in FAMILIES.items()
+                       if settings_of(family, config).items() <= config.items())
     tensors = {}
     for name, tensor in net.state_dict().items():
         if family.heads_interleaved and name.endswith('attn_qkv.weight'):
@@ -1426,12 +1511,15 @@ def save_pretrained(net, folder):
         head_dim = net.config.n_embd // net.config.n_head
         inv_freq = 1.0 / 10_000 ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
         extra = {family.inv_freq.format(i=i): inv_freq.clone() for i in range(net.config.n_layer)}
-    described = {theirs: config[ours] if ours in FIELDS else ours
-                 for theirs, ours in family.described.items()}
-    # what the family's own files cannot tell
-    told = dataclasses.asdict(ModelConfig()) | fields_of(
-        family, net.state_dict(), next(iter(extra.values()), None), described)
-    untold = {key: value for key, value in config.items() if told[key] != value}
+    described = {}
+    for theirs, ours in family.described.items():
+        if callable(ours):
+            described[theirs] = ours(config)
+        else:
+            described[theirs] = config[ours] if ours in FIELDS else ours
+    # what the family's own config.json cannot tell
+    told = dataclasses.asdict(ModelConfig(**fields_of(family, described)))
+    untold = {field: value for field, value in config.items() if told[field] != value}
     if net.constants not in ({}, family.constants):
         untold['constants'] = net.constants
     os.makedirs(folder, exist_ok=True)
@@ -1443,12 +1531,18 @@ def save_pretrained(net, folder):
             shutil.copyfile(trained, copy)
     if untold:
         described['nanomdm'] = untold
+    described['auto_map'] = dict(AutoConfig='modeling_nanomdm.MDLMConfig',
+                                 AutoModelForMaskedLM='modeling_nanomdm.MDLM')
     path = os.path.join(folder, 'model.safetensors')
     save_file(tensors | extra, path + '.unfinished', metadata=dict(format='pt'))
     os.chmod(path + '.unfinished', 0o644)  # safetensors writes for its owner alone
     os.replace(path + '.unfinished', path)
-    with open(os.path.join(folder, 'config.json'), 'w') as f:
-        json.dump(described, f, indent=1)
+    source = inspect.getsource(sys.modules[__name__]).partition("\nif __name__ == '__main__'")[0]
+    source = source.replace(
+        '\nfrom configurator import require\n', '\n\n' + inspect.getsource(require))
+    write_text(folder, 'nanomdm.py', source)
+    write_text(folder, 'modeling_nanomdm.py', AUTO_CLASSES.format(family=key))
+    write_text(folder, 'config.json', json.dumps(described, indent=1))
 
 
 # -----------------------------------------------------------------------------
