@@ -8,6 +8,10 @@ What is unusual here, for a reader who knows nanoGPT:
 - the head projects only the positions that a loss or a sampler needs
 - one class for all families: an architecture is a ModelConfig
 
+As a script it uploads a trained net to the Hugging Face hub:
+
+    python model.py --push=you/name --source=out-quickstart
+
 References: MDLM (Sahoo et al. 2024, arXiv 2406.07524), DiT (Peebles & Xie 2022, arXiv 2212.09748),
 SMDM (Nie et al. 2024, arXiv 2410.18514).
 """
@@ -23,6 +27,7 @@ import pickle
 import re
 import shutil
 import sys
+import tempfile
 import threading
 import time
 import types
@@ -41,6 +46,10 @@ try:
     from flash_attn import flash_attn_func  # optional, for GPUs
 except ImportError:
     flash_attn_func = None
+
+push = None      # [str] the hub's you/name that a net is uploaded to
+source = 'out'   # the net: an out_dir, a ckpt.pt, or whatever load_pretrained reads
+private = False  # a repository that only you can see, where it is a new one
 
 
 def require_known(what, value, known):
@@ -218,8 +227,9 @@ class DiT(nn.Module):
         super().__init__()
         C, V, cond_dim = config.n_embd, config.vocab_size, config.cond_dim
         self.config = config
-        self.tokenizer = None  # load_pretrained fills in these three
+        self.tokenizer = None  # load_pretrained fills in these four
         self.constants = {}
+        self.progress = {}
         self.extra = {}
         self.wte = nn.Embedding(V, C, padding_idx=config.pad_id)
         self.sigma_map = SigmaMap(cond_dim) if cond_dim else None
@@ -1385,7 +1395,8 @@ def load_pretrained(source, ema=True, device='cpu', trainable=False, **overrides
     ema: the averaged weights where a file has both. trainable: its parameters take gradients.
     overrides: fields of ModelConfig that the file cannot tell. Sets net.tokenizer (arguments of
     data.get_tokenizer, None: unknown), net.constants (of the run that made the weights, or of the
-    published family) and net.extra (tensors that are no parameters).
+    published family), net.progress (of a run of ours: its iter and tokens_seen) and net.extra
+    (tensors that are no parameters).
     Raises FileNotFoundError or ValueError."""
     path = find_source(source)
     published = path.endswith(('.safetensors', *TRAINING))
@@ -1400,6 +1411,7 @@ def load_pretrained(source, ema=True, device='cpu', trainable=False, **overrides
         net.tokenizer = dict(
             name=name, folder=os.path.dirname(path), meta=checkpoint['tokenizer'])
         net.constants = checkpoint['constants']
+        net.progress = {key: checkpoint[key] for key in ('iter', 'tokens_seen')}
         return net.to(device).eval().requires_grad_(trainable)
     if not os.path.exists(path):
         raise FileNotFoundError(f'{source} is not there')
@@ -1545,6 +1557,76 @@ def save_pretrained(net, folder):
     write_text(folder, 'config.json', json.dumps(described, indent=1))
 
 
+def model_card(net, repository, folder):
+    """README.md of a repository: how the net was trained, and its last evaluation by metrics.jsonl
+    in its out_dir. Raises ValueError where that is damaged."""
+    config, step = net.config, net.progress.get('iter')
+    facts = dict(
+        objective=config.objective, parameters=f'{net.num_params():,}',
+        shape=f'{config.n_layer} blocks of width {config.n_embd}, {config.n_head} heads',
+        block_size=config.block_size, vocab_size=config.vocab_size,
+        tokenizer=net.tokenizer and net.tokenizer['name'])
+    for key in ('dataset', 'packing', 'learning_rate', 'global_batch_size', 'seed'):
+        facts[key] = net.constants.get(key)
+    if step is not None:
+        facts |= {'steps': f'{step:,}', 'tokens': f"{net.progress['tokens_seen']:,}",
+                  'weights': f"the average of decay {net.constants.get('ema')}"}
+    path = os.path.join(folder, 'metrics.jsonl')
+    if step is not None and os.path.isfile(path):
+        with open(path, encoding='utf-8') as f:
+            try:  # a kill may cut a line
+                lines = [json.loads(line) for line in f if line.endswith('}\n')]
+            except ValueError as error:
+                raise ValueError(f'{path} is not whole ({error})') from None
+        measured = [line for line in lines if 'val_loss' in line and line['iter'] <= step]
+        for line in measured[-1:]:
+            facts[f"validation at step {line['iter']:,}"] = (
+                f"{line['val_loss']:.4f} nats/token, {line['val_bpb']:.4f} bits/byte "
+                f"(at most {net.constants.get('eval_iters') or 'all'} global batches of rows)")
+    facts = ''.join(f'| {key} | {value} |\n' for key, value in facts.items() if value is not None)
+    return f"""---
+library_name: transformers
+tags: [masked-diffusion, nanomdm]
+---
+# {repository.partition('/')[2]}
+
+A language model by nanoMDM. All that its source says of its data, training and measures:
+
+| | |
+|---|---|
+{facts}
+```python
+from transformers import AutoModelForMaskedLM
+model = AutoModelForMaskedLM.from_pretrained('{repository}', trust_remote_code=True)
+```
+
+Samples, with nanoMDM: `python sample.py --init_from={repository}`
+"""
+
+
+def push_to_hub(source, repository, private=False):
+    """Upload what save_pretrained writes and a model card. Raises ValueError where the hub refuses.
+    """
+    require(repository and re.fullmatch(r'[\w.-]+/[\w.-]+', repository),
+            f'push={repository!r}: give the name of a repository of yours, --push=you/name')
+    net = load_pretrained(source)
+    out_dir = source if os.path.isdir(source) else os.path.dirname(source)
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(net, folder)
+        write_text(folder, 'README.md', model_card(net, repository, out_dir))
+        try:
+            from huggingface_hub import HfApi
+            api = HfApi()
+            api.create_repo(repository, private=private, exist_ok=True)
+            api.upload_folder(repo_id=repository, folder_path=folder)
+        except Exception as error:  # the hub's client has many
+            why = str(error).strip().partition('\n')[0]
+            raise ValueError(
+                f'{source} was not uploaded to {repository} ({type(error).__name__}: {why}): it '
+                "needs a network, and a token that may write, by 'hf auth login'") from None
+    say(f'uploaded to https://huggingface.co/{repository}')
+
+
 # -----------------------------------------------------------------------------
 # what makes it fast: skip at first reading
 
@@ -1659,3 +1741,9 @@ def reuse_memory():
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)   # M_MMAP_MAX: no mapping of its own for a large tensor
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: no trimming
+
+
+if __name__ == '__main__':
+    from configurator import configure
+    configure(globals())
+    push_to_hub(source, push, private)
