@@ -9,6 +9,10 @@ What is unusual here, for a reader who knows nanoGPT:
 - one class for all families: an architecture is a ModelConfig; in place of attention and mlp a
   block may hold a state-space model in both directions (mixer='mamba')
 
+As a script it uploads a trained net to the Hugging Face hub:
+
+    python model.py --push=you/name --source=out-quickstart
+
 References: MDLM (Sahoo et al. 2024, arXiv 2406.07524), DiT (Peebles & Xie 2022, arXiv 2212.09748),
 SMDM (Nie et al. 2024, arXiv 2410.18514).
 """
@@ -24,6 +28,7 @@ import pickle
 import re
 import shutil
 import sys
+import tempfile
 import threading
 import time
 import types
@@ -50,6 +55,10 @@ try:
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # optional, for GPUs
 except ImportError:
     selective_scan_fn = None
+
+push = None      # [str] the hub's you/name that a net is uploaded to
+source = 'out'   # the net: an out_dir, a ckpt.pt, or whatever load_pretrained reads
+private = False  # a repository that only you can see, where it is a new one
 
 
 def require_known(what, value, known):
@@ -300,8 +309,9 @@ class DiT(nn.Module):
         super().__init__()
         C, V, cond_dim = config.n_embd, config.vocab_size, config.cond_dim
         self.config = config
-        self.tokenizer = None  # load_pretrained fills in these three
+        self.tokenizer = None  # load_pretrained fills in these four
         self.constants = {}
+        self.progress = {}
         self.extra = {}
         self.wte = nn.Embedding(V, C, padding_idx=config.pad_id)
         self.sigma_map = SigmaMap(cond_dim) if cond_dim else None
@@ -1112,12 +1122,11 @@ class Family:
     names: dict       # ours -> theirs of parameters, {i}: the block; the first that fits counts
     settings: dict    # fields that all its nets share: save_pretrained tells the family by them
     assumed: dict     # fields where neither tensors nor config.json say
-    described: dict   # config.json: theirs -> a field of ours, or a constant
+    described: dict   # config.json: theirs -> a field of ours, a function of them, or a constant
     tokenizers: dict  # vocab_size -> name
     constants: dict   # how its data, prompts and measures are made, where a user does not say
     inv_freq: str | None = None  # name of the rotary frequencies, where the files hold them
     heads_interleaved: bool = False
-    needed: tuple = ('blocks.0.mlp_in.weight',)  # which tell the shape
 
 
 def n_head_by_size(fields):
@@ -1145,8 +1154,8 @@ FAMILIES['mdlm'] = Family(  # and its AR baseline, which is the same without con
         'adaLN_f': 'backbone.output_layer.adaLN_modulation',
     },
     settings=dict(
-        norm='layernorm', mlp='gelu', norm_bias=False, mlp_bias=True, head_bias=True,
-        causal=lambda fields: not fields['cond_dim']),
+        mixer='attention', norm='layernorm', mlp='gelu', norm_bias=False, mlp_bias=True,
+        head_bias=True, causal=lambda fields: not fields['cond_dim']),
     assumed=dict(
         block_size=1024, n_head=None, mask_id=lambda fields: fields['vocab_size'] - 1,
         objective=lambda fields: 'ar' if fields['causal'] else 'subs'),
@@ -1170,14 +1179,20 @@ FAMILIES['xlm'] = Family(  # the last ids are <|pad|> <|unk|> <|mask|> <|sep|>
         'lm_head': 'output_layer.linear',
     },
     settings=dict(
-        norm='layernorm', mlp='relu', norm_bias=True, mlp_bias=True, head_bias=False,
-        cond_dim=0, causal=False),
+        mixer='attention', norm='layernorm', mlp='relu', norm_bias=True, mlp_bias=True,
+        head_bias=False, cond_dim=0, causal=False),
     assumed=dict(
         block_size=1024, objective='mlm', init='xlm',
+        attn_dropout=lambda fields: fields.get('dropout', 0.0),
         mask_id=lambda fields: fields['vocab_size'] - 2,
         pad_id=lambda fields: fields['vocab_size'] - 4,
         n_head=lambda fields: 12 if fields['n_embd'] == 768 else None),
-    described=dict(zip(FIELDS, FIELDS, strict=True)),
+    described=dict(
+        num_embeddings='vocab_size', d_model='n_embd', num_layers='n_layer', nhead='n_head',
+        padding_idx='pad_id', mask_idx='mask_id', dim_feedforward='n_mlp', dropout='dropout',
+        activation='relu', layer_norm_eps=1e-5, max_length='block_size',
+        rotary_emb_dim=lambda fields: fields['n_embd'] // fields['n_head'],
+        force_flash_attn=False, final_layer_without_normalization=False),
     tokenizers={50263: 'gpt2-xlm'},
     constants=dict(packing='pad', protocol='xlm', judge_dtype='bfloat16'),
     inv_freq='encoder.{i}.rotary_emb.inv_freq')
@@ -1196,8 +1211,8 @@ FAMILIES['smdm'] = Family(  # the head has no row for the mask; AR nets have no 
         'lm_head': 'lm_head',
     },
     settings=dict(
-        norm='rmsnorm', mlp='swiglu', norm_bias=False, mlp_bias=False, head_bias=False,
-        cond_dim=0),
+        mixer='attention', norm='rmsnorm', mlp='swiglu', norm_bias=False, mlp_bias=False,
+        head_bias=False, cond_dim=0),
     assumed=dict(
         block_size=2048, n_head=n_head_by_size, rotary_bf16=True, init='smdm',
         causal=lambda fields: fields['head_rows'] == fields['vocab_size'],
@@ -1232,8 +1247,7 @@ FAMILIES['dimamba'] = Family(
     assumed=dict(block_size=1024, mask_id=lambda fields: fields['vocab_size'] - 1),
     described=dict(zip(FIELDS, FIELDS, strict=True)),
     tokenizers={50258: 'gpt2'},
-    constants=FAMILIES['mdlm'].constants,
-    needed=('blocks.0.mamba.fwd.A_log', 'blocks.0.mamba.fwd.conv1d.weight'))
+    constants=FAMILIES['mdlm'].constants)
 
 FAMILIES['native'] = Family(  # ours, for nets that no other layout fits
     names={name: name for name in ('wte', 'sigma_map', 'blocks', 'norm_f', 'lm_head', 'adaLN_f')},
@@ -1245,6 +1259,10 @@ FAMILIES['native'] = Family(  # ours, for nets that no other layout fits
 
 # what its directions share stands under the names of both
 SHARED = re.compile(r'(mixer\.mamba_)(fwd|rev)(\.(?:in|out)_proj\.)')
+
+
+# what torch.compile, DDP, FSDP and Fabric put before the names of the modules that they wrap
+WRAPPERS = re.compile(r'(?<![^.])(?:_orig_mod|module|_forward_module|_fsdp_wrapped_module)\.')
 
 
 def renamed(name, pairs):
@@ -1274,9 +1292,9 @@ def without_copies(tensors, source):
 
 
 def family_of(names, source):
-    """(key of FAMILIES whose embedding is among the names, what is in front of all names)."""
+    """(the key of FAMILIES whose embedding is among the names, what is in front of all names)."""
     for key, family in FAMILIES.items():
-        for prefix in ('', 'backbone.'):  # of Lightning
+        for prefix in ('', 'model.', 'backbone.'):  # a LightningModule's
             if prefix + renamed('wte.weight', family.names.items()) in names:
                 return key, prefix
     first = ', '.join(sorted(names)[:5])
@@ -1286,33 +1304,37 @@ def family_of(names, source):
 
 def settings_of(family, fields):
     return {key: value(fields) if callable(value) else value
-            for key, value in (dict(mixer='attention') | family.settings).items()}
+            for key, value in family.settings.items()}
 
 
-def fields_of(family, tensors, inv_freq, described):
-    """ModelConfig fields by a net's tensors (under our names), its rotary frequencies (or None) and
-    its config.json."""
-    vocab_size, n_embd = tensors['wte.weight'].shape
-    layers = {name.split('.')[1] for name in tensors if name.startswith('blocks.')}
-    fields = dict(vocab_size=vocab_size, n_embd=n_embd, n_layer=len(layers),
-                  cond_dim=len(tensors.get('sigma_map.fc2.weight', ())),
-                  head_rows=len(tensors.get('lm_head.weight', tensors['wte.weight'])))
-    shape, *others = (tensors[name].shape for name in family.needed)
-    if others:  # A_log (E, N), conv1d (E, 1, K)
-        fields |= dict(expand=shape[0] // n_embd, d_state=shape[-1], d_conv=others[0][-1])
-    else:
-        fields['n_mlp'] = shape[0]
-    if inv_freq is not None:
-        fields['n_head'] = n_embd // (2 * len(inv_freq))
+def fields_of(family, described, tensors=None, inv_freq=None):
+    """ModelConfig fields by a config.json (of the family, or with our names), and by a net's
+    tensors (under our names) and rotary frequencies where they are given."""
+    theirs = dict(zip(FIELDS, FIELDS, strict=True)) | family.described
+    fields = {ours: described[name] for name, ours in theirs.items()
+              if name in described and ours in FIELDS}
+    if tensors:
+        vocab_size, n_embd = tensors['wte.weight'].shape
+        layers = {name.split('.')[1] for name in tensors if name.startswith('blocks.')}
+        fields |= dict(vocab_size=vocab_size, n_embd=n_embd, n_layer=len(layers),
+                       cond_dim=len(tensors.get('sigma_map.fc2.weight', ())),
+                       head_rows=len(tensors.get('lm_head.weight', tensors['wte.weight'])))
+        if 'blocks.0.mlp_in.weight' in tensors:
+            fields['n_mlp'] = len(tensors['blocks.0.mlp_in.weight'])
+        if 'blocks.0.mamba.fwd.A_log' in tensors:  # (E, N)
+            E, fields['d_state'] = tensors['blocks.0.mamba.fwd.A_log'].shape
+            fields['expand'] = E // n_embd
+        if 'blocks.0.mamba.fwd.conv1d.weight' in tensors:  # (E, 1, K)
+            fields['d_conv'] = tensors['blocks.0.mamba.fwd.conv1d.weight'].size(2)
+        if inv_freq is not None:
+            fields['n_head'] = n_embd // (2 * len(inv_freq))
     fields |= settings_of(family, fields)
-    for theirs, ours in family.described.items():
-        if theirs in described and ours in FIELDS:
-            fields.setdefault(ours, described[theirs])
     for key, value in family.assumed.items():
         if key not in fields:
             fields[key] = value(fields) if callable(value) else value
-    del fields['head_rows']
-    return fields
+    fields.pop('head_rows', None)
+    untold = described.get('nanomdm', {})  # what save_pretrained found the layout not to tell
+    return fields | {key: untold[key] for key in untold.keys() - {'constants', 'tokenizer'}}
 
 
 PLAIN_RECORD = re.compile(
@@ -1324,6 +1346,7 @@ def check_archive(path):
     """Raise ValueError unless the file is a whole zip of one pickle and its tensors as torch.save
     writes it. Torch itself would run the code of a TorchScript archive, unpack a few compressed
     bytes into gigabytes, and take a flipped bit."""
+    require(zipfile.is_zipfile(path), 'it is no whole zip archive, as torch.save writes since 1.6')
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
         names = [record.filename.partition('/') for record in records]
@@ -1527,6 +1550,9 @@ class CheckpointWriter:
         return self.wait()
 
 
+TRAINING = ('.ckpt', '.pth')  # what Lightning and Fabric save
+
+
 class _Ignored:
     """Stands for what a foreign pickle builds besides tensors and plain containers."""
 
@@ -1545,18 +1571,22 @@ class _TensorUnpickler(pickle.Unpickler):
         return super().find_class(module, name) if (module, name) in self.allowed else _Ignored
 
 
-def read_lightning(path, ema):
-    """The state_dict of a Lightning .ckpt; `ema`: with the averaged weights of ema.shadow_params,
-    which are in the order of the parameters, if it has them."""
+def read_training(path, ema):
+    """The named tensors of a Lightning .ckpt, a Fabric .pth or a saved state_dict; `ema`: with the
+    averaged weights of ema.shadow_params, which are in the order of the parameters, if it has them.
+    """
     reader = types.SimpleNamespace(Unpickler=_TensorUnpickler, __name__='nanomdm')
     try:
         check_archive(path)
         checkpoint = torch.load(path, map_location='cpu', weights_only=False, pickle_module=reader)
-        tensors = {name: tensor for name, tensor in checkpoint['state_dict'].items()
+        keys = [key for key in ('state_dict', 'model') if key in checkpoint]
+        tensors = checkpoint[keys[0]] if keys else checkpoint
+        tensors = {WRAPPERS.sub('', name): tensor for name, tensor in tensors.items()
                    if isinstance(tensor, torch.Tensor)}
         shadow = checkpoint['ema']['shadow_params'] if ema and checkpoint.get('ema') else None
     except Exception as error:  # whatever a broken or hostile file leads to
-        raise ValueError(f'{path} is not a Lightning checkpoint that can be read '
+        kind = 'Lightning' if path.endswith('.ckpt') else 'Fabric'
+        raise ValueError(f'{path} is not a {kind} checkpoint that can be read '
                          f'({type(error).__name__}: {error})') from None
     tensors = without_copies(tensors, path)
     if shadow is not None:
@@ -1602,10 +1632,10 @@ def read_json(path):
 
 
 def read_published(path, ema):
-    """(named tensors, config.json) of a folder, a .safetensors or a Lightning .ckpt."""
+    """(named tensors, config.json) of a folder, a .safetensors, a Lightning .ckpt or a .pth."""
     described = {}
-    if path.endswith('.ckpt') and not os.path.isdir(path):
-        return read_lightning(path, ema), described
+    if path.endswith(TRAINING) and not os.path.isdir(path):
+        return read_training(path, ema), described
     paths = [path]
     if os.path.isdir(path):
         if os.path.isfile(os.path.join(path, 'config.json')):
@@ -1627,9 +1657,10 @@ def read_published(path, ema):
     tensors = {}
     for file in paths:
         try:
-            tensors |= load_file(file)
+            read = load_file(file)
         except Exception as error:  # safetensors' own
             raise ValueError(f'{file} is not a whole .safetensors file ({error})') from None
+        tensors |= {WRAPPERS.sub('', name): tensor for name, tensor in read.items()}
     return tensors, described
 
 
@@ -1669,16 +1700,17 @@ def check_overrides(overrides):
 
 def load_pretrained(source, ema=True, device='cpu', trainable=False, **overrides):
     """A net in eval mode from source: a ckpt.pt of train.py (or the out_dir that holds one), a
-    folder with model.safetensors (and config.json), a lone .safetensors, a Lightning .ckpt, or a
-    Hugging Face id[@revision][:file]. The family is told by the names of the tensors.
+    folder with model.safetensors (and config.json), a lone .safetensors, a Lightning .ckpt, SMDM's
+    .pth, or a Hugging Face id[@revision][:file]. The family is told by the names of the tensors.
 
     ema: the averaged weights where a file has both. trainable: its parameters take gradients.
     overrides: fields of ModelConfig that the file cannot tell. Sets net.tokenizer (arguments of
     data.get_tokenizer, None: unknown), net.constants (of the run that made the weights, or of the
-    published family) and net.extra (tensors that are no parameters).
+    published family), net.progress (of a run of ours: its iter and tokens_seen) and net.extra
+    (tensors that are no parameters).
     Raises FileNotFoundError or ValueError."""
     path = find_source(source)
-    published = path.endswith(('.safetensors', '.ckpt'))
+    published = path.endswith(('.safetensors', *TRAINING))
     if os.path.isdir(path):
         published |= any(file.endswith('.safetensors') for file in os.listdir(path))
     if not published:
@@ -1690,24 +1722,24 @@ def load_pretrained(source, ema=True, device='cpu', trainable=False, **overrides
         net.tokenizer = dict(
             name=name, folder=os.path.dirname(path), meta=checkpoint['tokenizer'])
         net.constants = checkpoint['constants']
+        net.progress = {key: checkpoint[key] for key in ('iter', 'tokens_seen')}
         return net.to(device).eval().requires_grad_(trainable)
     if not os.path.exists(path):
         raise FileNotFoundError(f'{source} is not there')
     tensors, described = read_published(path, ema)
     key, prefix = family_of(tensors, source)
     family, source = FAMILIES[key], f"{source}, read in the layout '{key}',"
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()
+               if name.startswith(prefix)}
     extra = {name: tensors.pop(name) for name in list(tensors) if name.endswith('inv_freq')}
     tensors = without_copies(tensors, source)
-    pairs = [(prefix + theirs, ours) for ours, theirs in family.names.items()]
+    pairs = [(theirs, ours) for ours, theirs in family.names.items()]
     tensors = {renamed(name, pairs) or name: tensor for name, tensor in tensors.items()}
-    for name in family.needed:
-        require(name in tensors, f'{source} lacks {name}')
-    fields = fields_of(family, tensors, next(iter(extra.values()), None), described)
-    untold = described.get('nanomdm', {})  # by save_pretrained
+    untold = described.get('nanomdm', {})
     good = isinstance(untold, dict) and isinstance(untold.get('constants', {}), dict)
     require(good, f"{source} has no dict 'nanomdm' in its config.json")
-    constants, tokenizer = untold.pop('constants', family.constants), untold.pop('tokenizer', None)
-    fields |= untold
+    tokenizer = untold.get('tokenizer')
+    fields = fields_of(family, described, tensors, next(iter(extra.values()), None))
     n_head = overrides.get('n_head', fields.get('n_head'))
     for name in tensors:  # one by one: no second copy of the file in memory
         tensor = tensors[name].float()
@@ -1716,7 +1748,7 @@ def load_pretrained(source, ema=True, device='cpu', trainable=False, **overrides
             tensor = interleave_heads(tensor, n_head, inverse=True)
         tensors[name] = tensor
     net = build(fields, overrides, tensors, source)
-    net.extra, net.constants = extra, dict(constants)
+    net.extra, net.constants = extra, dict(untold.get('constants', family.constants))
     if tokenizer:
         net.tokenizer = dict(name=str(tokenizer), folder=path)
     elif net.config.vocab_size in family.tokenizers:
@@ -1724,12 +1756,74 @@ def load_pretrained(source, ema=True, device='cpu', trainable=False, **overrides
     return net.to(device).eval().requires_grad_(trainable)
 
 
+# modeling_nanomdm.py of a folder, beside nanomdm.py, which is this file
+AUTO_CLASSES = '''"""The net of this folder for the auto classes of transformers, by nanoMDM."""
+import transformers
+from torch.func import functional_call
+from torch.nn import Module
+from transformers.modeling_outputs import MaskedLMOutput
+
+from .nanomdm import FAMILIES, DiT, ModelConfig, fields_of, interleave_heads, renamed
+
+FAMILY = FAMILIES['{family}']
+
+
+class MDLMConfig(transformers.PretrainedConfig):
+    model_type = 'mdlm'
+
+
+class MDLM(transformers.PreTrainedModel):
+    """The network, its parameters under the names of the published layout."""
+    config_class = MDLMConfig
+    base_model_prefix = 'mdlm'
+    _keys_to_ignore_on_load_unexpected = [r'inv_freq$', r'mamba_rev[.](in|out)_proj']
+
+    def __init__(self, config):
+        super().__init__(config)
+        net = DiT(ModelConfig(**fields_of(FAMILY, config.to_dict())))
+        self.names = {{}}
+        for ours, parameter in net.named_parameters():
+            self.names[ours] = renamed(ours, FAMILY.names.items())
+            module = self
+            *path, last = self.names[ours].split('.')
+            for name in path:
+                if not hasattr(module, name):
+                    module.add_module(name, Module())
+                module = getattr(module, name)
+            module.register_parameter(last, parameter)
+        self.skeleton = [net.to('meta')]  # in a list: no submodule
+        self.post_init()
+
+    def forward(self, input_ids, timesteps=None, return_dict=None, attention_mask=None):
+        """ids (B, L), sigma (B,) where the net is time-conditioned -> logits (B, L, V)."""
+        net, weights = self.skeleton[0].train(self.training), {{}}
+        for ours, theirs in self.names.items():
+            weights[ours] = self.get_parameter(theirs)
+            if FAMILY.heads_interleaved and ours.endswith('attn_qkv.weight'):
+                weights[ours] = interleave_heads(weights[ours], net.config.n_head, inverse=True)
+        if attention_mask is not None:
+            attention_mask = attention_mask.bool()
+        logits = functional_call(net, weights, (input_ids, timesteps, attention_mask))
+        if return_dict is None:
+            return_dict = self.config.return_dict
+        return MaskedLMOutput(logits=logits) if return_dict else logits
+'''
+
+
+def write_text(folder, name, text):
+    path = os.path.join(folder, name)
+    with open(path + '.unfinished', 'w', encoding='utf-8') as f:
+        f.write(text)
+    os.replace(path + '.unfinished', path)
+
+
 def save_pretrained(net, folder):
     """Write config.json and model.safetensors as the released code of the net's family loads them,
-    or with our own names where the net is of no published family."""
+    or with our own names where the net is of no published family; and two Python files, with which
+    transformers.AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True) loads them."""
     config = dataclasses.asdict(net.config)
-    family = next(family for family in FAMILIES.values()
-                  if settings_of(family, config).items() <= config.items())
+    key, family = next((key, family) for key, family in FAMILIES.items()
+                       if settings_of(family, config).items() <= config.items())
     tensors = {}
     for name, tensor in net.state_dict().items():
         if family.heads_interleaved and name.endswith('attn_qkv.weight'):
@@ -1743,12 +1837,15 @@ def save_pretrained(net, folder):
         head_dim = net.config.n_embd // net.config.n_head
         inv_freq = 1.0 / 10_000 ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
         extra = {family.inv_freq.format(i=i): inv_freq.clone() for i in range(net.config.n_layer)}
-    described = {theirs: config[ours] if ours in FIELDS else ours
-                 for theirs, ours in family.described.items()}
-    # what the family's own files cannot tell
-    told = dataclasses.asdict(ModelConfig()) | fields_of(
-        family, net.state_dict(), next(iter(extra.values()), None), described)
-    untold = {key: value for key, value in config.items() if told[key] != value}
+    described = {}
+    for theirs, ours in family.described.items():
+        if callable(ours):
+            described[theirs] = ours(config)
+        else:
+            described[theirs] = config[ours] if ours in FIELDS else ours
+    # what the family's own config.json cannot tell
+    told = dataclasses.asdict(ModelConfig(**fields_of(family, described)))
+    untold = {field: value for field, value in config.items() if told[field] != value}
     if net.constants not in ({}, family.constants):
         untold['constants'] = net.constants
     os.makedirs(folder, exist_ok=True)
@@ -1760,12 +1857,88 @@ def save_pretrained(net, folder):
             shutil.copyfile(trained, copy)
     if untold:
         described['nanomdm'] = untold
+    described['auto_map'] = dict(AutoConfig='modeling_nanomdm.MDLMConfig',
+                                 AutoModelForMaskedLM='modeling_nanomdm.MDLM')
     path = os.path.join(folder, 'model.safetensors')
     save_file(tensors | extra, path + '.unfinished', metadata=dict(format='pt'))
     os.chmod(path + '.unfinished', 0o644)  # safetensors writes for its owner alone
     os.replace(path + '.unfinished', path)
-    with open(os.path.join(folder, 'config.json'), 'w') as f:
-        json.dump(described, f, indent=1)
+    source = inspect.getsource(sys.modules[__name__]).partition("\nif __name__ == '__main__'")[0]
+    source = source.replace(
+        '\nfrom configurator import require\n', '\n\n' + inspect.getsource(require))
+    write_text(folder, 'nanomdm.py', source)
+    write_text(folder, 'modeling_nanomdm.py', AUTO_CLASSES.format(family=key))
+    write_text(folder, 'config.json', json.dumps(described, indent=1))
+
+
+def model_card(net, repository, folder):
+    """README.md of a repository: how the net was trained, and its last evaluation by metrics.jsonl
+    in its out_dir. Raises ValueError where that is damaged."""
+    config, step = net.config, net.progress.get('iter')
+    facts = dict(
+        objective=config.objective, parameters=f'{net.num_params():,}',
+        shape=f'{config.n_layer} blocks of width {config.n_embd}, {config.n_head} heads',
+        block_size=config.block_size, vocab_size=config.vocab_size,
+        tokenizer=net.tokenizer and net.tokenizer['name'])
+    for key in ('dataset', 'packing', 'learning_rate', 'global_batch_size', 'seed'):
+        facts[key] = net.constants.get(key)
+    if step is not None:
+        facts |= {'steps': f'{step:,}', 'tokens': f"{net.progress['tokens_seen']:,}",
+                  'weights': f"the average of decay {net.constants.get('ema')}"}
+    path = os.path.join(folder, 'metrics.jsonl')
+    if step is not None and os.path.isfile(path):
+        with open(path, encoding='utf-8') as f:
+            try:  # a kill may cut a line
+                lines = [json.loads(line) for line in f if line.endswith('}\n')]
+            except ValueError as error:
+                raise ValueError(f'{path} is not whole ({error})') from None
+        measured = [line for line in lines if 'val_loss' in line and line['iter'] <= step]
+        for line in measured[-1:]:
+            facts[f"validation at step {line['iter']:,}"] = (
+                f"{line['val_loss']:.4f} nats/token, {line['val_bpb']:.4f} bits/byte "
+                f"(at most {net.constants.get('eval_iters') or 'all'} global batches of rows)")
+    facts = ''.join(f'| {key} | {value} |\n' for key, value in facts.items() if value is not None)
+    return f"""---
+library_name: transformers
+tags: [masked-diffusion, nanomdm]
+---
+# {repository.partition('/')[2]}
+
+A language model by nanoMDM. All that its source says of its data, training and measures:
+
+| | |
+|---|---|
+{facts}
+```python
+from transformers import AutoModelForMaskedLM
+model = AutoModelForMaskedLM.from_pretrained('{repository}', trust_remote_code=True)
+```
+
+Samples, with nanoMDM: `python sample.py --init_from={repository}`
+"""
+
+
+def push_to_hub(source, repository, private=False):
+    """Upload what save_pretrained writes and a model card. Raises ValueError where the hub refuses.
+    """
+    require(repository and re.fullmatch(r'[\w.-]+/[\w.-]+', repository),
+            f'push={repository!r}: give the name of a repository of yours, --push=you/name')
+    net = load_pretrained(source)
+    out_dir = source if os.path.isdir(source) else os.path.dirname(source)
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(net, folder)
+        write_text(folder, 'README.md', model_card(net, repository, out_dir))
+        try:
+            from huggingface_hub import HfApi
+            api = HfApi()
+            api.create_repo(repository, private=private, exist_ok=True)
+            api.upload_folder(repo_id=repository, folder_path=folder)
+        except Exception as error:  # the hub's client has many
+            why = str(error).strip().partition('\n')[0]
+            raise ValueError(
+                f'{source} was not uploaded to {repository} ({type(error).__name__}: {why}): it '
+                "needs a network, and a token that may write, by 'hf auth login'") from None
+    say(f'uploaded to https://huggingface.co/{repository}')
 
 
 # -----------------------------------------------------------------------------
@@ -1977,3 +2150,9 @@ def reuse_memory():
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)   # M_MMAP_MAX: no mapping of its own for a large tensor
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: no trimming
+
+
+if __name__ == '__main__':
+    from configurator import configure
+    configure(globals())
+    push_to_hub(source, push, private)
