@@ -16,8 +16,11 @@ import collections
 import contextlib
 import dataclasses
 import datetime
+import difflib
+import functools
 import glob
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -207,24 +210,30 @@ def nelbo(
 # likelihood of a continuation
 
 
-def guided_log_probs(net, x, position, prompt_length, cfg_scale, schedule):
+def guided_log_probs(
+    net, x, position, prompt_length, cfg_scale, schedule=loglinear, attention_mask=None,
+):
     """log p at the N positions (row, col) of x (B, L) -> (N, V) float32, the mask excluded; guided
-    away from the net with the prompt masked (SMDM: Nie et al. 2024, arXiv 2410.18514)."""
-    mask_id = net.config.mask_id
-    mask_prob = (x == mask_id).double().mean(dim=1)
-    sigma = schedule.conditioning_at(mask_prob).float()
-    logits = net.head(net.trunk(x, sigma)[position])
+    away from the net with the prompts, prompt_length (B,), masked (SMDM: Nie et al. 2024, arXiv
+    2410.18514)."""
+    mask_id, column = net.config.mask_id, torch.arange(x.size(1), device=x.device)
+    masked = x == (-1 if mask_id is None else mask_id)
+    if attention_mask is not None:
+        masked &= attention_mask
+    length = x.size(1) if attention_mask is None else attention_mask.sum(dim=1)
+    sigma = schedule.conditioning_at(masked.sum(dim=1).double() / length).float()
+    logits = net.head(net.trunk(x, sigma, attention_mask)[position])
     if cfg_scale:
-        x = x.clone()
-        x[:, :prompt_length] = mask_id
-        unconditional = net.head(net.trunk(x, sigma)[position])
+        x = torch.where(column < prompt_length[:, None], mask_id, x)
+        unconditional = net.head(net.trunk(x, sigma, attention_mask)[position])
         logits = unconditional + (1 + cfg_scale) * (logits - unconditional)
-    logits[:, mask_id] = -torch.inf
+    if mask_id is not None:
+        logits[:, mask_id] = -torch.inf
     return logits.log_softmax(dim=-1)
 
 
 def prefix_and_target(net, prefix, target, cfg_scale):
-    """Both as tensors (P,), (n,) on the net's device. Raises ValueError for what does not fit."""
+    """Both as tensors (P,), (n,). Raises ValueError for what does not fit the net."""
     config = net.config
     good = OBJECTIVES[config.objective].predicts in ('x0', 'next token')
     require(good, f'conditional likelihoods: for subs, mlm and ar nets, not {config.objective}')
@@ -234,7 +243,7 @@ def prefix_and_target(net, prefix, target, cfg_scale):
     require(not guided, f'cfg_scale={cfg_scale}: a causal net does not know a masked prompt')
     pair = []
     for name, ids in (('prefix', prefix), ('target', target)):
-        ids = torch.as_tensor(ids, dtype=torch.int64).to(next(net.parameters()).device)
+        ids = torch.as_tensor(ids, dtype=torch.int64, device='cpu')
         good = (ids >= 0) & (ids < config.vocab_size)
         if config.mask_id is not None:
             good &= ids != config.mask_id
@@ -246,31 +255,146 @@ def prefix_and_target(net, prefix, target, cfg_scale):
     found = f'prefix and target have {P} and {n} tokens'
     require(n > 0, f'{found}: at least one target token is needed')
     require(P + n <= most, f'{found}: they may have at most {most} in all')
+    begins = P > 0 or not config.causal
+    require(begins, 'a causal net begins with a token: give a prefix, such as its BOS')
     return pair
 
 
-def chain_rule_masks(P, n, L):
-    """Row i hides all from token i of the target on, and scores this token.
-    -> hidden, scored (n, L) bool, weight (n,)"""
-    column = torch.arange(L)
-    first = P + torch.arange(n)[:, None]
-    return column >= first, column == first, torch.ones(n)
+# Which of the n tokens of a target each of R rows hides, and which it scores, (R, n) bool; and the
+# weights of the rows (R,)
 
 
-def monte_carlo_masks(P, n, L, num_mc, seed):
-    """Row i hides each token of the target with probability t_i, and weighs it by 1/t_i (MDLM,
-    equation 10). -> as above, num_mc rows"""
+def causal_masks(n):
+    """A causal net scores all in one row, and hides nothing."""
+    return torch.zeros(1, n, dtype=torch.bool), torch.ones(1, n, dtype=torch.bool), torch.ones(1)
+
+
+def chain_rule_masks(n):
+    """Row i hides all from token i on, and scores this token."""
+    column = torch.arange(n)
+    return column >= column[:, None], column == column[:, None], torch.ones(n)
+
+
+def monte_carlo_masks(n, num_mc, seed):
+    """Row i hides each token with probability t_i, and weighs it by 1/t_i (MDLM, equation 10).
+    Of num_mc rows those that are the same become one, and those that hide nothing none."""
     generator = torch.Generator().manual_seed(key_of(seed))
     u = torch.rand((), generator=generator)
-    t = stratified_times(u, torch.arange(num_mc), num_mc)
-    scored = torch.zeros(num_mc, L, dtype=torch.bool)
-    scored[:, P:P + n] = torch.rand(num_mc, n, generator=generator) < t[:, None]
-    hidden = scored.clone()
-    hidden[:, P + n:] = True                              # the padding
-    return hidden, scored, 1 / (num_mc * t)
+    t = stratified_times(u, torch.arange(num_mc), num_mc, eps=0)
+    hidden = torch.rand(num_mc, n, generator=generator) < t[:, None]
+    some = hidden.any(dim=1)
+    hidden, same = hidden[some].unique(dim=0, return_inverse=True)
+    weight = torch.zeros(len(hidden)).index_add_(0, same, 1 / (num_mc * t[some]))
+    return hidden, hidden, weight
+
+
+def row_batches(pairs, masks, batch_size):
+    """The rows of all pairs, the shortest first, so many at a time -> lists of (index of the pair,
+    hidden, scored, weight)."""
+    batch, room = [], batch_size
+    for i in sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i]))):
+        parts = masks(len(pairs[i][1]))
+        while len(parts[0]):
+            batch.append((i, *(part[:room] for part in parts)))
+            taken = len(batch[-1][1])
+            parts = [part[taken:] for part in parts]
+            room -= taken
+            if not room:
+                yield batch
+                batch, room = [], batch_size
+    if batch:
+        yield batch
 
 
 @torch.no_grad()
+def conditional_nll(
+    net, pairs, masks, cfg_scale=0.0, padding=False, batch_size=16, schedule=loglinear,
+):
+    """Of pairs of prefix_and_target: -log p(target | prefix) by masks(n), as above -> nats (k,)
+    float64; and whether each token that is scored is the most probable, (k,) bool."""
+    mask_id, causal, device = net.config.mask_id, net.config.causal, next(net.parameters()).device
+    nats = torch.zeros(len(pairs), dtype=torch.float64)
+    greedy = torch.ones(len(pairs), dtype=torch.bool)
+    for batch in row_batches(pairs, masks, batch_size):
+        longest = max(sum(map(len, pairs[i])) for i, *_ in batch)
+        width = net.config.block_size if padding and not causal else longest
+        rows = []
+        for i, hidden, scored, weight in batch:
+            ids, P, R = torch.cat(pairs[i]), len(pairs[i][0]), len(hidden)
+            behind = width - len(ids)
+            rows.append((
+                F.pad(ids, (0, behind)).expand(R, -1), F.pad(hidden, (P, behind)),
+                F.pad(scored, (P, behind)), weight, *torch.tensor([[i, P, len(ids)]] * R).T))
+        x0, hidden, scored, weight, index, P, length = map(torch.cat, zip(*rows, strict=True))
+        inside = torch.arange(width) < length[:, None]
+        row, col = scored.nonzero(as_tuple=True)
+        goal = x0[row, col].to(device)
+        if causal:
+            x, attention_mask, col = x0, None, col - 1
+        else:
+            x = torch.where(hidden | ~inside, mask_id, x0)
+            attention_mask = None if padding or inside.all() else inside.to(device)
+        log_p = guided_log_probs(
+            net, x.to(device), (row.to(device), col.to(device)), P.to(device), cfg_scale, schedule,
+            attention_mask)
+        best = (log_p.argmax(dim=1) == goal).cpu()
+        log_p = log_p.gather(1, goal[:, None]).squeeze(1).cpu().double()
+        nats.index_add_(0, index[row], -log_p * weight[row].double())
+        greedy[index[row[~best]]] = False
+    return nats, greedy
+
+
+@torch.no_grad()
+def reached_greedily(
+    net, pairs, cfg_scale=0.0, padding=False, batch_size=16, schedule=loglinear,
+):
+    """Of pairs of prefix_and_target: does a diffusion net give the target if it unmasks the most
+    confident position with its most probable token, one a step? -> (k,) bool"""
+    mask_id, device = net.config.mask_id, next(net.parameters()).device
+    agrees = torch.ones(len(pairs), dtype=torch.bool)
+    queue = collections.deque(sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i]))))
+    work, rows = [], []                                   # indices, and rows with masks left
+    while queue or work:
+        while queue and len(work) < batch_size:
+            work.append(queue.popleft())
+            prefix, target = pairs[work[-1]]
+            rows.append(torch.cat((prefix, torch.full_like(target, mask_id))))
+        P = torch.tensor([len(pairs[i][0]) for i in work])
+        length = torch.tensor([len(row) for row in rows])
+        x = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=mask_id)
+        if padding:
+            x = F.pad(x, (0, net.config.block_size - x.size(1)), value=mask_id)
+        inside = torch.arange(x.size(1)) < length[:, None]
+        attention_mask = None if padding or inside.all() else inside.to(device)
+        row, col = ((x == mask_id) & inside).nonzero(as_tuple=True)
+        log_p = guided_log_probs(
+            net, x.to(device), (row.to(device), col.to(device)), P.to(device), cfg_scale, schedule,
+            attention_mask)
+        highest, ids = (part.cpu() for part in log_p.max(dim=1))
+        scores = torch.full(x.shape, -torch.inf)
+        scores[row, col] = highest
+        x[row, col] = ids
+        going_on = []
+        for k, col in enumerate(scores.argmax(dim=1).tolist()):
+            rows[k][col] = x[k, col]
+            agrees[work[k]] = x[k, col] == pairs[work[k]][1][col - P[k]]
+            going_on.append(bool(agrees[work[k]] and (rows[k] == mask_id).any()))
+        work = list(itertools.compress(work, going_on))
+        rows = list(itertools.compress(rows, going_on))
+    return agrees
+
+
+def masks_of(net, method, num_mc, seed):
+    """What conditional_nll takes: 'chain_rule' or 'monte_carlo', of a causal net its own."""
+    require_known('method', method, ('chain_rule', 'monte_carlo'))
+    require_positive(num_mc=num_mc)
+    if net.config.causal:
+        return causal_masks
+    if method == 'chain_rule':
+        return chain_rule_masks
+    return functools.partial(monte_carlo_masks, num_mc=num_mc, seed=seed)
+
+
 def continuation_nll(
     net, prefix, target, method='chain_rule', cfg_scale=0.0, num_mc=128, padding=False,
     batch_size=16, seed=0, schedule=loglinear,
@@ -281,43 +405,20 @@ def continuation_nll(
     masked (SMDM), one row a token. 'monte_carlo': the bound, over num_mc low-discrepancy times, the
     prefix always seen. 'ar' nets: exactly. cfg_scale: of guided_log_probs. padding: with masks to
     block_size, as SMDM evaluates. Raises ValueError for what does not fit the net."""
-    prefix, target = prefix_and_target(net, prefix, target, cfg_scale)
-    P, n, mask_id = len(prefix), len(target), net.config.mask_id
-    require_known('method', method, ('chain_rule', 'monte_carlo'))
-    require_positive(num_mc=num_mc, batch_size=batch_size)
-    begins = P > 0 or not net.config.causal
-    require(begins, 'a causal net begins with a token: give a prefix, such as its BOS')
-
-    row = torch.cat((prefix, target))
-    if net.config.causal:
-        h = net.trunk(row[None, :-1])[0, P - 1:]
-        return net.nll(h, target, mask_id).double().sum().item()
-    if padding:
-        row = F.pad(row, (0, net.config.block_size - len(row)), value=mask_id)
-    if method == 'chain_rule':
-        hidden, scored, weight = chain_rule_masks(P, n, len(row))
-    else:
-        hidden, scored, weight = monte_carlo_masks(P, n, len(row), num_mc, seed)
-    total = 0.0
-    for i in range(0, len(hidden), batch_size):
-        chunk = slice(i, i + batch_size)
-        x = torch.where(hidden[chunk].to(row.device), mask_id, row)
-        position = scored[chunk].to(row.device).nonzero(as_tuple=True)
-        log_p = guided_log_probs(net, x, position, P, cfg_scale, schedule)
-        log_p = log_p.gather(1, row[position[1]][:, None]).squeeze(1).double().cpu()
-        total -= (log_p * weight[chunk].double()[position[0].cpu()]).sum().item()
-    return total
+    require_positive(batch_size=batch_size)
+    masks = masks_of(net, method, num_mc, seed)
+    pairs = [prefix_and_target(net, prefix, target, cfg_scale)]
+    return conditional_nll(net, pairs, masks, cfg_scale, padding, batch_size, schedule)[0].item()
 
 
-def greedy_matches(net, prefix, target, cfg_scale=0.0):
+def greedy_matches(net, prefix, target, cfg_scale=0.0, padding=False):
     """Does unmasking the most confident position with its most probable token, one a step, give
-    target? ids (P,), (n,) -> bool. Raises as continuation_nll."""
-    prefix, target = prefix_and_target(net, prefix, target, cfg_scale)
-    P, n = len(prefix), len(target)
-    options = dict(sampler='ar', eos_id=-1) if net.config.causal else dict(sampler='low_confidence')
-    options |= dict(prompt=prefix.tolist(), cfg_scale=cfg_scale, temperature=0.0)
-    out = generate(net, 1, P + n, n, **options)
-    return torch.equal(out.tokens[0, P:], target.cpu())
+    target? Of a causal net: from left to right. ids (P,), (n,) -> bool. Raises as
+    continuation_nll."""
+    pairs = [prefix_and_target(net, prefix, target, cfg_scale)]
+    if net.config.causal:
+        return bool(conditional_nll(net, pairs, causal_masks)[1])
+    return bool(reached_greedily(net, pairs, cfg_scale, padding))
 
 
 # -----------------------------------------------------------------------------
