@@ -93,7 +93,7 @@ class Tokenizer:
     BOS and padding are EOS. sha256: of the file of a tokenizer trained here."""
 
     def __init__(self, name, encode_batch, decode_ids, base_size, eos_id=None, bos_id=None,
-                 pad_id=None, mask_id=None, named=(), sha256=None):
+                 pad_id=None, mask_id=None, named=(), sha256=None, special_ids=()):
         self.name = name
         self.encode_batch = encode_batch
         self.decode_ids = decode_ids
@@ -104,6 +104,8 @@ class Tokenizer:
         self.mask_id = self.add('<|mask|>') if mask_id is None else mask_id
         self.bos_id = self.eos_id if bos_id is None else bos_id
         self.pad_id = self.eos_id if pad_id is None else pad_id
+        ours = self.bos_id, self.eos_id, self.pad_id, self.mask_id
+        self.special_ids = {*special_ids, *self.named, *ours}  # no part of a text
 
     def add(self, text):
         self.named[self.vocab_size] = text
@@ -226,7 +228,7 @@ def hugging_face_tokenizer(name):
         name, encode_batch, base.decode, len(base),
         eos_id=base.sep_token_id if base.eos_token_id is None else base.eos_token_id,
         bos_id=base.cls_token_id if base.bos_token_id is None else base.bos_token_id,
-        pad_id=base.pad_token_id, mask_id=base.mask_token_id)
+        pad_id=base.pad_token_id, mask_id=base.mask_token_id, special_ids=base.all_special_ids)
 
 
 def bytes_tokenizer(name):
@@ -409,13 +411,13 @@ def read_text8(input=None, streaming=True, benchmark=None):
 
 def read_hub(repository, splits=('train',), validation_last=0, column='text', keep=None,
              revision=None, config=None, files=None, benchmark=None, keep_newline=False,
-             input=None, streaming=True):
+             most=None, input=None, streaming=True):
     """A Hugging Face dataset, or its local copy: a folder `input`, or a file.
 
     splits: those of the hub, or a dict from the hub's names to ours. validation_last: so many
     documents at the end of the only split are validation; 0: a hash chooses. keep: a test of rows.
-    files: the pattern of a split's files. benchmark: the split that MDLM measures on, and what a
-    file holds, a row a line (keep_newline: with its newline)."""
+    most: documents of a split, at most. files: the pattern of a split's files. benchmark: the split
+    that is measured, and what a file holds, a row a line (keep_newline: with its newline)."""
     if input and benchmark and os.path.isfile(input):
         for _, *rest in read_files(input, partial(read_lines, keep_newline=keep_newline), column):
             yield benchmark, *rest
@@ -439,7 +441,7 @@ def read_hub(repository, splits=('train',), validation_last=0, column='text', ke
             ours = split
         elif validation_last:
             ours = 'train'
-        for i, row in enumerate(rows):
+        for i, row in enumerate(itertools.islice(rows, most)):
             text = row.get(column)
             problem = f"row {i} of '{split}' has no text in its column '{column}'"
             require(isinstance(text, str), f'{source}: {problem}')
@@ -465,6 +467,9 @@ def load_rows(repository, split, config, files, revision, input, streaming):
 
 # A dataset is an entry: name -> reader(input=None, streaming=True)
 
+fineweb = partial(
+    read_hub, 'HuggingFaceFW/fineweb', splits={'train': 'validation'}, most=500_000,
+    benchmark='validation')
 benchmark_of_hub = partial(read_hub, splits=('train', 'validation', 'test'), benchmark='validation')
 wikitext = partial(benchmark_of_hub, 'Salesforce/wikitext', keep_newline=True)
 papers = partial(
@@ -495,12 +500,19 @@ DATASETS = {
         read_hub, 'fancyzhx/ag_news', splits=('train', 'test'), benchmark='test'),
     'scientific_papers_pubmed': partial(papers, files='pubmed/*{split}/*.parquet'),
     'scientific_papers_arxiv': partial(papers, files='arxiv/*{split}/*.parquet'),
+    'fineweb-2024-10': partial(fineweb, config='CC-MAIN-2024-10'),  # SMDM's temporal shift
+    'fineweb-2024-18': partial(fineweb, config='CC-MAIN-2024-18'),
     'text8': partial(read_text8, benchmark='test'),
     'text8-crop': partial(read_text8, benchmark='test'),  # MDLM crops its training rows at random
 }
 BENCHMARKS = {
     name: reader.keywords['benchmark'] for name, reader in DATASETS.items()
     if isinstance(reader, partial) and 'benchmark' in reader.keywords}
+
+# how a dataset is measured where the constants of eval.py do not say
+MEASURED_AS = {
+    name: dict(packing='bos', max_tokens=100 * 1024 * 2048) for name in DATASETS
+    if name.startswith('fineweb')}
 
 # (pattern, replacement) that join a benchmark's words and punctuation, by the beginning of its name
 CLEAN_UP = {
@@ -832,6 +844,15 @@ def concat_rows(rows, indices):
     return stretches(rows.tokens, indices, rows.block_size), {}
 
 
+def bos_rows(rows, indices):
+    """The next L tokens of the stream in which each document begins with BOS and has no EOS."""
+    columns = np.add.outer(indices * rows.block_size, np.arange(rows.block_size))
+    x0 = rows.tokens[columns - 1].astype(np.int64)  # BOS stands where the EOS before it stood
+    begins = rows.offsets[np.searchsorted(rows.offsets, columns)] == columns
+    x0[begins] = rows.tok['bos_id']
+    return x0, {}
+
+
 def pad_rows(rows, indices):
     """One document and its EOS, cut to L, and padding, which is a token like any other, or with
     loss_on_padding=False neither corrupted, looked at, nor scored."""
@@ -854,6 +875,7 @@ def sentence_rows(rows, indices):
 PACKINGS = {  # name -> its function, what it cuts up, and the tokens that it adds to a row
     'wrap': (wrap_rows, 'stream', 2),
     'concat': (concat_rows, 'stream', 0),
+    'bos': (bos_rows, 'stream', 0),
     'pad': (pad_rows, 'documents', 0),
     'sentence': (sentence_rows, 'documents', 2),
 }

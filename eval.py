@@ -26,7 +26,11 @@ import math
 import os
 import platform
 import random
+import re
+import time
 import types
+import uuid
+import warnings
 
 import numpy as np
 import torch
@@ -36,14 +40,14 @@ from tqdm import tqdm
 
 from configurator import configure, require
 from data import (
-    BENCHMARKS, DATASETS, GPT2_XLM, TokenRows, Tokenizer, find_or_prepare, get_tokenizer, key_of,
-    permute, read_meta, splitmix64)
+    BENCHMARKS, DATASETS, GPT2_XLM, MEASURED_AS, TokenRows, Tokenizer, find_or_prepare,
+    get_tokenizer, key_of, permute, read_meta, splitmix64)
 from model import (
     OBJECTIVES, DiT, autocast, check_overrides, corrupt_batch, get_schedule, load_pretrained,
     loglinear, on_grid, per_token_loss, pick_device, reuse_memory, stratified_times)
-from sample import generate
+from sample import check_sampler, generate
 
-metric = 'ppl'          # ppl, zero_shot, samples, table or report
+metric = 'ppl'          # a key of METRICS
 out_dir = 'out'         # where train.py left ckpt.pt
 init_from = None        # another source of weights for load_pretrained; None: out_dir
 overrides = None        # [dict] ModelConfig fields that the source lacks: "{'objective': 'sedd'}"
@@ -58,12 +62,13 @@ results = 'results.jsonl'  # every result is appended to it, with the settings t
 dataset = None          # a folder in data/ or a name of data.py; None: what the net was trained on
 tokenizer = None        # None: the one the checkpoint names
 split = None            # None: 'test' for lm1b, ag_news and text8, else 'validation'
-packing = None          # [wrap | concat | pad | sentence] None: as trained, else 'wrap'
+packing = None          # [wrap | concat | bos | pad | sentence] None: as trained, else 'wrap'
 block_size = None       # [int >= 1] tokens a row; None: the net's
 T = None                # [int >= 0] steps of the bound; 0: continuous time; None: as trained
 estimator = None        # [time | count] see nelbo; None: 'count' where it is defined
-num_mc = 4              # [>= 1] times, or counts, drawn for each row
+num_mc = 4              # [>= 1] times, or counts, drawn for each row (harness: SMDM has 1024)
 max_rows = None         # [int >= 1] evaluate so many rows, spread over the split; None: all
+max_tokens = None       # [int >= 1] evaluate the first tokens of the split; None: all, or as usual
 datasets = (
     'ptb', 'wikitext2', 'lm1b', 'lambada', 'ag_news', 'scientific_papers_pubmed',
     'scientific_papers_arxiv')  # of zero_shot
@@ -83,6 +88,28 @@ top_p = None
 top_k = 0
 table_steps = (128, 256, 512, 1024)  # table: the steps of each column
 samples_dir = None      # samples are kept here, a folder for each steps; None: <out_dir>/samples
+cfg_scale = 0.0         # generation, harness: guidance, as in sample.py
+
+# generation: the net's answers to the prompts of `input`, a .jsonl file or {'name': FILE, ...}
+prompt_template = '{prompt}'  # with fields of a row; 'vicuna': of MT-bench's questions
+target_template = '{answer}'  # the right answer; None: answers are not judged
+passes = 1              # [int >= 1] decode so often, each time from the text of the last (GSM8K: 2)
+answer_pattern = None   # regular expression: the last match, or its group, is the answer
+match = 'exact'         # [exact | contains | number | latex] answer against target, see MATCHES
+bleu = False            # BLEU over characters besides (needs nltk)
+answer_file = None      # write FastChat's answer file too, DATA/model_answer/MODEL.jsonl
+
+# harness: tasks of lm-eval
+tasks = None            # 'arc_easy,hellaswag', or a dict: task -> its own of the next constants
+task_folder = None      # more tasks, as YAML files of lm-eval
+num_fewshot = None      # [int >= 0] None: as the task says
+method = 'chain_rule'   # [chain_rule | monte_carlo] of the likelihood; ar nets: exact
+greedy = True           # [bool] tell which targets are what the net gives greedily
+padding = False         # [bool] fill rows with masks up to block_size
+
+# shift and scaling: several nets
+nets = ()               # sources of weights; datasets: where the likelihood is compared
+runs = ()               # out_dirs of finished runs, or a pattern such as 'out-scaling-*'
 published = None        # [dict] to compare: zero_shot {'ptb': 95.26}, table {'gen_ppl': {128: 78}}
 
 
@@ -661,12 +688,11 @@ def read_drawn(folder, settings):
     return rows
 
 
-def draw_samples(net, folder, n, settings, **options):
-    """n samples of the net by sample.generate(**options), kept in folder -> (texts, ids).
-    Those already there are not drawn again; torch.distributed shares the rest. Raises ValueError
-    where the folder holds samples drawn with other settings (a dict)."""
+def kept_rows(folder, n, batch_size, settings, make):
+    """Rows 0 ... n - 1 (dicts) by make(list of row numbers), kept in folder. Those already there
+    are not made again; torch.distributed shares the rest. Raises ValueError where the folder holds
+    rows made with other settings (a dict)."""
     rank, world_size = ranks()
-    tok, batch_size = get_tokenizer(**net.tokenizer), options['batch_size']
     os.makedirs(folder, exist_ok=True)
     settings = json.loads(json.dumps(settings))           # as they will be read
     done = read_drawn(folder, settings)
@@ -678,18 +704,30 @@ def draw_samples(net, folder, n, settings, **options):
         dist.barrier()                                    # all have read before one writes
     title = f'sampling {os.path.basename(folder)}'
     for batch in tqdm(batches[rank::world_size], desc=title, disable=rank > 0):
-        out = generate(net, len(batch), first_row=batch[0], **options)
+        rows = make(batch)
         path = os.path.join(folder, f'{batch[0]:06}-{batch[-1]:06}.jsonl')
         with open(path + '.unfinished', 'w', encoding='utf-8') as f:
-            for k, i in enumerate(batch):
-                ids = out.tokens[k, :out.length[k]].tolist()
-                row = dict(row=i, ids=ids, text=tok.decode(ids), nfe=out.nfe[k].item())
-                f.write(json.dumps(row | dict(settings=settings)) + '\n')
+            for i, row in zip(batch, rows, strict=True):
+                f.write(json.dumps(dict(row=i) | row | dict(settings=settings)) + '\n')
         os.replace(path + '.unfinished', path)
     if dist.is_initialized():
         dist.barrier()
     rows = read_drawn(folder, settings)
-    return [rows[i]['text'] for i in range(n)], [rows[i]['ids'] for i in range(n)]
+    return [rows[i] for i in range(n)]
+
+
+def draw_samples(net, folder, n, settings, **options):
+    """n samples of the net by sample.generate(**options), kept in folder -> (texts, ids)."""
+    tok = get_tokenizer(**net.tokenizer)
+
+    def make(batch):
+        out = generate(net, len(batch), first_row=batch[0], **options)
+        rows = [row[:length].tolist() for row, length in zip(out.tokens, out.length, strict=True)]
+        return [dict(ids=ids, text=tok.decode(ids), nfe=nfe)
+                for ids, nfe in zip(rows, out.nfe.tolist(), strict=True)]
+
+    rows = kept_rows(folder, n, options['batch_size'], settings, make)
+    return [row['text'] for row in rows], [row['ids'] for row in rows]
 
 
 def reference_texts(folder, split, tok, n, seed=42):
@@ -841,7 +879,7 @@ def load(c):
     tok, size = get_tokenizer(**net.tokenizer), net.config.vocab_size
     fits = tok.vocab_size == size or net.config.mask_id is None
     require(fits, f"tokenizer '{tok.name}' has {tok.vocab_size} ids, the net {size}: give its own")
-    if distributed:
+    if distributed and not dist.is_initialized():
         hours = datetime.timedelta(hours=4)
         if device.type == 'cuda':
             torch.cuda.set_device(device)
@@ -858,11 +896,16 @@ def split_of(folder, c):
 def likelihood(run, name, folder):
     """nelbo of the data in a folder, which the result calls by name."""
     c, net, split = run.c, run.net, split_of(folder, run.c)
-    packing = run.trained('packing', 'wrap')
+    usual = MEASURED_AS.get(read_meta(folder)['source']['dataset'], {})
+    packing = c.packing or usual.get('packing') or run.trained('packing', 'wrap')
+    max_tokens = c.max_tokens or usual.get('max_tokens')
     block_size = net.config.block_size if c.block_size is None else c.block_size
     if net.config.causal and packing == 'concat':
         block_size += 1                                   # the first token is not predicted
     rows = TokenRows(folder, split, block_size, packing, run.trained('loss_on_padding', True))
+    if max_tokens:
+        rows.length = min(rows.length, max_tokens // block_size)
+        require(rows.length, f'max_tokens={max_tokens} are less than a row of {block_size}')
     ours, theirs = run.tok.meta(), rows.meta['tokenizer']
     require(ours == theirs, f'the net has ids of the tokenizer {ours}, the data those of {theirs}')
     schedule, T = get_schedule(run.trained('schedule', 'loglinear')), run.trained('T', 0)
@@ -1024,9 +1067,571 @@ def show_report(c):
     raise SystemExit
 
 
+# -----------------------------------------------------------------------------
+# prompts and answers: a task is a file of rows, templates, a sampler, and how answers are judged
+
+
+def encode(tok, text):
+    """The ids of a text that begins a row."""
+    return [tok.bos_id, *tok.encode(text)]
+
+
+def plain_text(tok, ids):
+    return tok.decode([i for i in ids if i not in tok.special_ids])
+
+
+def vicuna(message):
+    """The prompt of Vicuna v1.1, which SMDM's chat models are tuned on."""
+    user = f'USER: {message} ' if message else 'USER:'
+    return ('A chat between a curious user and an artificial intelligence assistant. The assistant '
+            "gives helpful, detailed, and polite answers to the user's questions. "
+            f'{user}ASSISTANT:')
+
+
+def fastchat_answer(text):
+    """What MT-bench's judge sees of a text that was decoded with its special tokens."""
+    for special in ('<s>', '</s>', '<unk>'):
+        text = text.replace(special, '')
+    return text.strip()
+
+
+def read_tasks(path, prompt_template, target_template):
+    """(rows, prompts, targets) of a .jsonl file; the templates name the fields of its rows.
+    Targets are None where there is no template."""
+    require(os.path.isfile(path), f'input={path}: there is no such file')
+    rows, texts = [], []
+    with open(path, encoding='utf-8-sig') as f:
+        for number, line in enumerate(f, 1):
+            try:
+                row = json.loads(line)
+                prompt = vicuna(row['turns'][0]) if prompt_template == 'vicuna' else None
+                prompt = prompt_template.format(**row) if prompt is None else prompt
+                target = target_template and target_template.format(**row)
+            except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+                why = f'{type(error).__name__}: {error}'
+                raise ValueError(
+                    f'{path}, line {number}: not a JSON object with the fields of the templates '
+                    f'{prompt_template!r} and {target_template!r} ({why})') from None
+            rows.append(row)
+            texts.append((prompt, target))
+    require(rows, f'{path} holds no row')
+    return rows, *zip(*texts, strict=True)
+
+
+def last_match(pattern, text, otherwise=''):
+    """The group of the last match of a pattern, or all of it where it has no group."""
+    found = otherwise
+    for match in re.finditer(pattern, text):
+        found = match[min(1, match.re.groups)] or ''
+    return found
+
+
+# what GSM8K's evaluation deletes from an answer, in this order
+UNITS = (
+    'square', 'ways', 'integers', 'dollars', 'mph', 'inches', 'ft', 'hours', 'km', 'units',
+    r'\ldots', 'sue', 'points', 'feet', 'minutes', 'digits', 'cents', 'degrees', 'cm', 'gm',
+    'pounds', 'meters', 'meals', 'edges', 'students', 'childrentickets', 'multiples', r'\text{s}',
+    r'\text{.}', '\\text{\ns}', r'\text{}^2', r'\text{}^3', '\\text{\n}', r'\text{}',
+    r'\mathrm{th}', r'^\circ', r'^{\circ}', r'\;', r',\!', '{,}', '"', r'\dots')
+REPLACED = (
+    ('an ', ''), ('a ', ''), ('.$', '$'), (r'\$', ''), ('\\ ', ''), (r'\%', '%'), (' ', ''),
+    ('mbox', 'text'), (r',\text{and}', ','), (r'\text{and}', ','), (r'\text{m}', r'\text{}'),
+    *((unit, '') for unit in UNITS))
+UNWRAPPED = (
+    (r'.*?\$(.*?)\$.*', r'$\1$'), (r'\\text\{(.*?)\}', r'\1'), (r'\\textbf\{(.*?)\}', r'\1'),
+    (r'\\overline\{(.*?)\}', r'\1'), (r'\\boxed\{(.*)\}', r'\1'),
+    (r'frac([^{])(.)', r'frac{\1}{\2}'), (r'sqrt([^{])', r'sqrt{\1}'), (r'\$', ''))
+
+
+def normalized(answer):
+    """A number or formula as GSM8K's evaluation compares it (Lewkowycz et al. 2022, Minerva,
+    appendix D.1)."""
+    answer = answer.rpartition('=')[2]
+    for old, new in REPLACED:
+        answer = answer.replace(old, new)
+    for pattern, new in UNWRAPPED:
+        answer = re.sub(pattern, new, answer)
+    if answer.replace(',', '').isdigit():
+        answer = answer.replace(',', '')
+    return answer
+
+
+def same_number(prediction, target):
+    return normalized(prediction) == normalized(target)
+
+
+def same_formula(prediction, target):
+    """The same, but what sympy reads as LaTeX is compared by value."""
+    with one_line("match='latex' (pip install sympy antlr4-python3-runtime==4.11)"):
+        import sympy
+        from sympy.parsing.latex import parse_latex
+        parse_latex('1')
+    prediction, target = normalized(prediction), normalized(target)
+    try:
+        difference = parse_latex(prediction) - parse_latex(target)
+    except Exception:  # antlr's and sympy's own
+        return prediction == target
+    try:
+        return bool(sympy.simplify(difference) == 0)
+    except Exception:
+        return False
+
+
+MATCHES = {
+    'exact': lambda prediction, target: prediction.strip() == target.strip(),
+    'contains': lambda prediction, target: target.strip().lower() in prediction.strip().lower(),
+    'number': same_number,
+    'latex': same_formula,
+}
+
+
+def same_answer(generation, target, pattern='#### (.*)$', match='number'):
+    """GSM8K's verdict on a whole generation: what the last match of the pattern holds against the
+    target, both normalized. As the released environment decides, which compares strings, as it
+    has no LaTeX parser; match='latex' as it would with one."""
+    return MATCHES[match](last_match(pattern, generation), target)
+
+
+def character_bleu(prediction, target):
+    """BLEU-4 over characters, stripped and in lower case, as SMDM's release measures it."""
+    with one_line('nltk, which computes BLEU (pip install nltk),'):
+        from nltk.translate.bleu_score import sentence_bleu
+    with warnings.catch_warnings(action='ignore'):        # an order without a match
+        return float(sentence_bleu([target.strip().lower()], prediction.strip().lower()))
+
+
+def decode_prompts(net, tok, prompts, passes, length, seed, first_row, **options):
+    """What the net makes of prompts in `length` tokens, prompt included -> ids of each, its prompt
+    left out, and the text. After more than one pass, of which each goes on from the whole text of
+    the one before, encoded again: ids and text of the whole. A prompt that is too long: 'ERROR'."""
+    texts, results = list(prompts), [([], 'ERROR')] * len(prompts)
+    for k in range(passes):
+        ids = [encode(tok, text) for text in texts]
+        fit = [i for i, row in enumerate(ids) if len(row) <= length and (k == 0 or results[i][0])]
+        if not fit:
+            break
+        out = generate(
+            net, len(fit), length, prompt=[ids[i] for i in fit], seed=seed + k,
+            first_row=first_row, **options)
+        for i, row, n in zip(fit, out.tokens.tolist(), out.length.tolist(), strict=True):
+            made = row[0 if passes > 1 else len(ids[i]):n]
+            texts[i] = plain_text(tok, made)
+            results[i] = made, texts[i]
+    return results
+
+
+def judge_answers(run, name, path, prompts, targets, drawn):
+    """The table's row of a task. What was said to each prompt goes to a .jsonl file at path."""
+    c, right, bleu = run.c, [], []
+    with open(path + '.unfinished', 'w', encoding='utf-8') as f:
+        for prompt, target, row in zip(prompts, targets, drawn, strict=True):
+            item = dict(prompt=prompt, generation=row['text'])
+            if target is not None:
+                said = row['text']
+                if c.answer_pattern:
+                    said = last_match(c.answer_pattern, said)
+                    target = last_match(c.answer_pattern, target, target)
+                right.append(MATCHES[c.match](said, target))
+                item |= dict(answer=target, verdict=right[-1])
+            if target is not None and c.bleu:
+                bleu.append(character_bleu(row['text'], target))
+                item |= dict(bleu=bleu[-1])
+            f.write(json.dumps(item) + '\n')
+    os.replace(path + '.unfinished', path)
+    n, result = len(prompts), dict(task=name, items=len(prompts))
+    if right:
+        p = sum(right) / n
+        result |= dict(correct=sum(right), accuracy=p, accuracy_se=math.sqrt(p * (1 - p) / n))
+    if bleu:
+        spread = float(np.std(bleu, ddof=1)) if n > 1 else math.nan
+        result |= dict(bleu=float(np.mean(bleu)), bleu_se=spread / math.sqrt(n))
+    return result | dict(too_long=sum(row['text'] == 'ERROR' for row in drawn))
+
+
+def write_fastchat(path, tok, rows, drawn):
+    """Answers to the first turns, as FastChat's judge reads them; it knows a model by the name of
+    the file."""
+    model = os.path.splitext(os.path.basename(path))[0]
+    lines = {}
+    for row, made in zip(rows, drawn, strict=True):
+        said = fastchat_answer(tok.decode(made['ids'])) if made['ids'] else made['text']
+        choice = dict(index=0, turns=[said, ''])
+        lines[row['question_id']] = dict(
+            question_id=row['question_id'], answer_id=uuid.uuid4().hex[:22], model_id=model,
+            choices=[choice], tstamp=time.time())
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    with open(path + '.unfinished', 'w', encoding='utf-8') as f:
+        for _, line in sorted(lines.items()):
+            f.write(json.dumps(line) + '\n')
+    os.replace(path + '.unfinished', path)
+
+
+def measure_generation(c):
+    """The answers of the net to the prompts of files, judged."""
+    require(c.input, "--metric=generation needs --input=FILE.jsonl, or {'a name': 'FILE.jsonl'}")
+    require_known('match', c.match, MATCHES)
+    if c.answer_pattern:
+        try:
+            re.compile(c.answer_pattern)
+        except re.error as error:
+            why = f'it is no regular expression ({error})'
+            raise ValueError(f'answer_pattern={c.answer_pattern!r}: {why}') from None
+    if c.bleu:
+        character_bleu('a', 'a')                          # is nltk there?
+    if c.match == 'latex':
+        same_formula('1', '1')
+    named = {os.path.splitext(os.path.basename(str(c.input)))[0]: c.input}
+    files = c.input if isinstance(c.input, dict) else named
+    read = {
+        name: read_tasks(str(path), c.prompt_template, c.target_template)
+        for name, path in files.items()}
+    run, results = load(c), []
+    require(run.net.tokenizer, 'the net names no tokenizer: give --tokenizer=NAME')
+    length = run.net.config.block_size if c.length is None else c.length
+    home = run.source if os.path.isdir(run.source) else c.out_dir
+    home = c.samples_dir or os.path.join(home, 'answers')
+    shared = dict(
+        length=length, sampler=c.sampler, steps=c.steps, temperature=c.temperature, top_p=c.top_p,
+        top_k=c.top_k, cfg_scale=c.cfg_scale, seed=c.seed, batch_size=c.batch_size)
+    for name, (rows, prompts, targets) in read.items():
+        prompts, targets, rows = prompts[:c.max_rows], targets[:c.max_rows], rows[:c.max_rows]
+        said = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
+        settings = shared | dict(
+            sampler_options=c.sampler_options, dtype=c.dtype, weights=run.weights,
+            passes=c.passes, prompts=said, model=dataclasses.asdict(run.net.config))
+
+        def make(batch, prompts=prompts):
+            some = [prompts[i] for i in batch]
+            made = decode_prompts(
+                run.net, run.tok, some, c.passes, first_row=batch[0],
+                **shared | (c.sampler_options or {}))
+            return [dict(ids=ids, text=text) for ids, text in made]
+
+        folder = os.path.join(home, re.sub(r'[^\w.-]+', '_', name))
+        with autocast(run.device, c.dtype):
+            drawn = kept_rows(folder, len(prompts), c.batch_size, settings, make)
+        if ranks()[0] > 0:
+            continue
+        result = judge_answers(run, name, folder + '.jsonl', prompts, targets, drawn)
+        if c.answer_file:
+            write_fastchat(c.answer_file, run.tok, rows, drawn)
+        run.record(result)
+        results.append(result)
+    return results, table(results)
+
+
+# -----------------------------------------------------------------------------
+# lm-evaluation-harness
+
+
+def encode_pair(tok, context, continuation):
+    """Ids of both, as SMDM's release: white space at the end of the context goes to the front of
+    the continuation, and what follows the context's ids in those of the whole is the target."""
+    stripped = context.rstrip()
+    prefix = encode(tok, stripped)
+    whole = encode(tok, stripped + context[len(stripped):] + continuation)
+    return prefix, whole[len(prefix):]
+
+
+def among_processes(items, work):
+    """work(items) -> a list as long, of items that torch.distributed shares."""
+    rank, world_size = ranks()
+    mine = work(items[rank::world_size])
+    if world_size == 1:
+        return mine
+    parts = [None] * world_size
+    dist.all_gather_object(parts, mine)
+    results = [None] * len(items)
+    for i, part in enumerate(parts):
+        results[i::world_size] = part
+    return results
+
+
+def score_pairs(
+    net, pairs, method='chain_rule', cfg_scale=0.0, num_mc=1024, greedy=True, padding=False,
+    batch_size=32, seed=0, schedule=loglinear,
+):
+    """(log p(target | prefix), is it what the net gives greedily?) of pairs of ids (P,), (n,), by
+    continuation_nll and greedy_matches, over many at a time. A prefix that is too long loses its
+    beginning; an empty target has probability 1."""
+    require_positive(batch_size=batch_size)
+    masks = masks_of(net, method, num_mc, seed)
+    scored = [i for i, (_, target) in enumerate(pairs) if len(target)]
+
+    def work(some):
+        fitted = []
+        for prefix, target in some:
+            room = max(net.config.block_size - len(target), 1)
+            fitted.append(prefix_and_target(net, prefix[-room:], target, cfg_scale))
+        options = cfg_scale, padding, batch_size, schedule
+        nats, agrees = conditional_nll(net, fitted, masks, *options)
+        if not greedy:
+            agrees = torch.zeros_like(agrees)
+        elif not net.config.causal:
+            agrees = reached_greedily(net, fitted, *options)
+        return list(zip((-nats).tolist(), agrees.tolist(), strict=True))
+
+    results = [(0.0, greedy)] * len(pairs)
+    for i, result in zip(scored, among_processes([pairs[i] for i in scored], work), strict=True):
+        results[i] = result
+    return results
+
+
+def continue_until(net, tok, requests, batch_size=32, seed=0, steps=256, **options):
+    """Continuations (str) of requests, (text, generation arguments of the harness), which end
+    before the first of the strings `until`, and at EOS."""
+    groups, texts = collections.defaultdict(list), [''] * len(requests)
+    for i, (_, arguments) in enumerate(requests):
+        sampled = arguments.get('do_sample', bool(arguments.get('temperature')))
+        temperature = float(arguments.get('temperature', 1.0)) if sampled else 0.0
+        groups[temperature, int(arguments.get('max_gen_toks', 256))].append(i)
+    for (temperature, most), group in groups.items():
+        room = max(net.config.block_size - most, 1)
+        prompts = [encode(tok, requests[i][0])[-room:] for i in group]
+        lengths = [min(len(prompt) + most, net.config.block_size) for prompt in prompts]
+        out = generate(
+            net, len(group), lengths, steps, prompt=prompts, temperature=temperature, seed=seed,
+            batch_size=batch_size, **options)
+        for i, prompt, row, n in zip(group, prompts, out.tokens.tolist(), out.length, strict=True):
+            made = row[len(prompt):n]
+            if tok.eos_id in made:
+                made = made[:made.index(tok.eos_id)]
+            until = requests[i][1].get('until') or []
+            text = plain_text(tok, made)
+            for end in [until] if isinstance(until, str) else until:
+                text = text.partition(end)[0] if end else text
+            texts[i] = text
+    return texts
+
+
+def harness_lm(
+    net, method='chain_rule', cfg_scale=0.0, num_mc=1024, greedy=True, padding=False, batch_size=32,
+    seed=0, **sampling,
+):
+    """The net as a model of lm-evaluation-harness (lm_eval.simple_evaluate(model=...)): the
+    arguments are those of score_pairs; sampling: those of generate(), for tasks that generate.
+    Text is encoded by net.tokenizer. Raises ValueError where lm-eval is not installed."""
+    with one_line('lm-eval, the harness (pip install lm-eval),'):
+        from lm_eval.api.model import LM
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+    tok = get_tokenizer(**net.tokenizer)
+    score = functools.partial(
+        score_pairs, net, method=method, cfg_scale=cfg_scale, num_mc=num_mc, greedy=greedy,
+        padding=padding, batch_size=batch_size, seed=seed)
+
+    class Adapter(LM):
+
+        def loglikelihood(self, requests):
+            return score([encode_pair(tok, *request.args) for request in requests])
+
+        def loglikelihood_rolling(self, requests):
+            windows = [list(map(make_disjoint_window, get_rolling_token_windows(
+                tok.encode(request.args[0]), tok.bos_id, net.config.block_size - 1, 1)))
+                for request in requests]
+            results = iter(score([pair for pairs in windows for pair in pairs], greedy=False))
+            return [sum(next(results)[0] for _ in pairs) for pairs in windows]
+
+        def generate_until(self, requests):
+            sampler = sampling.get('sampler') or OBJECTIVES[net.config.objective].sampler
+            options = sampling | dict(batch_size=batch_size, seed=seed, sampler=sampler)
+            if not net.config.causal:
+                options['cfg_scale'] = cfg_scale
+            work = functools.partial(continue_until, net, tok, **options)
+            return among_processes([request.args for request in requests], work)
+
+    return Adapter()
+
+
+HARNESS_OPTIONS = (
+    'method', 'cfg_scale', 'num_mc', 'greedy', 'padding', 'batch_size', 'seed', 'steps', 'sampler')
+
+
+def measure_harness(c):
+    """Tasks of lm-evaluation-harness, in one table."""
+    tasks = c.tasks.split(',') if isinstance(c.tasks, str) else c.tasks or ()
+    tasks = tasks if isinstance(tasks, dict) else {name: {} for name in tasks}
+    require(tasks, '--metric=harness needs --tasks=arc_easy,hellaswag')
+    with one_line('lm-eval, the harness (pip install lm-eval),'):
+        import lm_eval.tasks
+        manager = lm_eval.tasks.TaskManager(include_path=c.task_folder)
+    known = manager.all_tasks
+    for name, own in tasks.items():
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+        require(name in known, f"task '{name}' is not known to lm-eval; the nearest is '{near}'")
+        for key in own:
+            require_known(f'the option of {name}', key, HARNESS_OPTIONS)
+    run, rows = load(c), []
+    constants = {key: getattr(c, key) for key in HARNESS_OPTIONS}
+    for name, own in tasks.items():
+        settings = constants | own
+        with one_line(f"task '{name}' of lm-eval"):
+            loaded = manager.load([name])['tasks']
+        if any(task.OUTPUT_TYPE == 'generate_until' for task in loaded.values()):
+            objective = run.net.config.objective
+            sampler = settings['sampler'] or OBJECTIVES[objective].sampler
+            check_sampler(objective, sampler, c.sampler_options or {})
+        lm = harness_lm(run.net, **settings | (c.sampler_options or {}))
+        with autocast(run.device, c.dtype):
+            done = lm_eval.simple_evaluate(
+                model=lm, tasks=[name], num_fewshot=c.num_fewshot, limit=c.max_rows,
+                task_manager=manager, log_samples=False)
+        for task, values in (done or dict(results={}))['results'].items():
+            for key, value in values.items():
+                measure, _, filtered = key.partition(',')
+                if not filtered or measure.endswith('_stderr'):
+                    continue
+                error = values.get(f'{measure}_stderr,{filtered}')
+                result = dict(task=task, measure=measure, value=float(value))
+                result['value_se'] = error if isinstance(error, float) else None
+                result['items'] = done['n-samples'].get(task, {}).get('effective')
+                run.record(result | dict(options=settings))
+                rows.append(result)
+    return rows, table(rows)
+
+
+# -----------------------------------------------------------------------------
+# several nets: the shift of a likelihood in time, and scaling laws
+
+
+def measure_shift(c):
+    """The NELBO of several datasets, of nets in a list, and how much the last reads above the
+    first."""
+    require(c.nets and c.datasets, '--metric=shift needs nets and datasets')
+    rows = []
+    for source in c.nets:
+        run = load(types.SimpleNamespace(**vars(c) | dict(init_from=str(source))))
+        row, nats = dict(net=str(source)), []
+        for name in c.datasets:
+            result = likelihood(run, name, find_or_prepare(name, run.tok.name))
+            run.record(result)
+            row |= {name: result['ppl'], f'{name}_se': result['ppl_se']}
+            nats.append((result['nats_per_token'], result['nats_per_token_se']))
+        shift, error = nats[-1][0] - nats[0][0], math.hypot(nats[0][1], nats[-1][1])
+        ratio = math.exp(shift)
+        rows.append(row | dict(shift_nats=shift, shift_nats_se=error, ratio=ratio))
+    return rows, table(rows)
+
+
+def read_run(folder):
+    """dict of N (parameters without embeddings), D (tokens), C (6 N D FLOPs), loss (nats a token,
+    the last validation) and budget of a finished run of train.py."""
+    net, path = load_pretrained(folder), os.path.join(folder, 'metrics.jsonl')
+    c, last = net.constants, None
+    require(os.path.isfile(path), f'there is no {path}: it is no folder of train.py')
+    with open(path, encoding='utf-8') as f:
+        for line in f:
+            row = json.loads(line)
+            last = row if row.get('val_loss') is not None else last
+    require(last, f'{path} holds no validation')
+    cut, L, N = c.get('ssl_ratio', 0.0), c['block_size'], net.num_params(embedding=False)
+    one_step = c['global_batch_size'] * (L * (1 - cut) + cut * (1 + L) / 2)
+    D, budget = last['iter'] * one_step, c.get('flops')
+    steps = round(budget / (6 * N * one_step)) if budget else c['max_iters']
+    done = f"validated at step {last['iter']:,} of {steps:,}"
+    require(last['iter'] == steps, f'{folder} is not finished: it was {done}')
+    C = 6 * N * D
+    budget = budget or float(f'{C:.1e}')
+    return dict(run=folder, N=N, D=D, C=C, loss=last['val_loss'], budget=budget)
+
+
+def isoflop_optimum(N, loss):
+    """The lowest point of a parabola of loss over log N (n,) -> log N*, its standard error (nan for
+    three points), the loss there, and the parabola (3,)."""
+    x = np.log(N)
+    middle = x.mean()                                     # or the fit is ill-conditioned
+    exact = len(x) == 3
+    p = np.polyfit(x - middle, loss, 2, cov=not exact)
+    p, cov = (p, np.full((3, 3), math.nan)) if exact else p
+    a, b, c = p
+    require(a > 0, 'the losses have no minimum over the sizes: add smaller or larger ones')
+    slope = np.array([b / (2 * a ** 2), -1 / (2 * a), 0])  # of -b/2a, by a, b, c
+    return middle - b / (2 * a), math.sqrt(slope @ cov @ slope), c - b ** 2 / (4 * a), (middle, *p)
+
+
+def power_law(x, y):
+    """y = k x^a -> a, its standard error (nan for two points), k."""
+    from scipy.stats import linregress
+    fit = linregress(np.log(x), np.log(y))
+    error = fit.stderr if len(x) > 2 else math.nan
+    return float(fit.slope), float(error), math.exp(fit.intercept)
+
+
+def plot_scaling(stem, runs, optima, laws):
+    """IsoFLOP curves; N* and D* over budgets."""
+    with one_line('matplotlib, which plots (pip install matplotlib),'):
+        import matplotlib
+        matplotlib.use('Agg')
+        from matplotlib import pyplot
+    figure, axis = pyplot.subplots(figsize=(5, 3.6))
+    for row in optima:
+        some = [run for run in runs if run['budget'] == row['flops']]
+        N = np.array(sorted(run['N'] for run in some))
+        dots = axis.plot([run['N'] for run in some], [run['loss'] for run in some], 'o')[0]
+        grid = np.geomspace(N[0], N[-1], 100)
+        middle, *p = row['parabola']
+        label = f"{row['flops']:.0e} FLOPs"
+        curve = np.polyval(p, np.log(grid) - middle)
+        axis.plot(grid, curve, color=dots.get_color(), label=label)
+    axis.set(xscale='log', xlabel='N, parameters without embeddings', ylabel='nats a token')
+    axis.legend(fontsize=8)
+    save_figure(figure, f'{stem}-isoflop.png')
+    figure, axis = pyplot.subplots(figsize=(5, 3.6))
+    C = np.array([row['flops'] for row in optima])
+    for key in ('N', 'D'):
+        dots = axis.plot(C, [row[key] for row in optima], 'o')[0]
+        a, _, k = laws[key]
+        axis.plot(C, k * C ** a, color=dots.get_color(), label=f'{key}* = {k:.2g} C^{a:.3f}')
+    axis.set(xscale='log', yscale='log', xlabel='C, FLOPs', ylabel='parameters, tokens')
+    axis.legend(fontsize=8)
+    save_figure(figure, f'{stem}-laws.png')
+
+
+def save_figure(figure, path):
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def measure_scaling(c):
+    """Scaling laws by IsoFLOP parabolas (Hoffmann et al. 2022, arXiv 2203.15556, approach 2) of
+    finished runs, three sizes or more at each of two budgets or more."""
+    names = [c.runs] if isinstance(c.runs, str) else c.runs or ()
+    folders = [path for name in names for path in sorted(glob.glob(str(name))) or [str(name)]]
+    require(folders, '--metric=scaling needs runs: out_dirs of train.py, or a pattern of them')
+    runs, optima = [read_run(folder) for folder in folders], []
+    for budget in sorted({run['budget'] for run in runs}):
+        some = [run for run in runs if run['budget'] == budget]
+        sizes = {run['N'] for run in some}
+        enough = len(sizes) >= 3
+        require(enough, f'{budget:g} FLOPs have {len(sizes)} sizes: a parabola needs three')
+        log_n, error, loss, parabola = isoflop_optimum(
+            [run['N'] for run in some], [run['loss'] for run in some])
+        N = math.exp(log_n)
+        D = budget / (6 * N)
+        optima.append(dict(
+            flops=budget, runs=len(some), N=N, N_se=N * error, D=D, D_se=D * error, loss=loss,
+            parabola=parabola))
+    require(len(optima) >= 2, 'a power law needs two budgets at least')
+    laws = {
+        key: power_law([row['flops'] for row in optima], [row[key] for row in optima])
+        for key in ('N', 'D', 'loss')}
+    result = dict(optima=optima, laws=laws, runs=runs)
+    record(c.results, metric=c.metric, source='runs', result=result, weights=None,
+           settings=dict(seed=c.seed))
+    stem = os.path.splitext(c.results)[0]
+    figures = f'drawn in {stem}-isoflop.png and {stem}-laws.png'
+    try:
+        plot_scaling(stem, runs, optima, laws)
+    except ValueError as error:
+        figures = str(error)
+    shown = [{key: row[key] for key in row if key != 'parabola'} for row in optima]
+    lines = [f'{key} = {k:.4g} C^a, a = {cell(a, error)}' for key, (a, error, k) in laws.items()]
+    return result, '\n'.join([table(shown), '', *lines, figures])
+
+
 METRICS = {
     'ppl': measure_ppl, 'zero_shot': measure_zero_shot, 'samples': measure_samples,
-    'table': measure_table, 'report': show_report}
+    'table': measure_table, 'report': show_report, 'generation': measure_generation,
+    'harness': measure_harness, 'shift': measure_shift, 'scaling': measure_scaling}
 
 
 # -----------------------------------------------------------------------------

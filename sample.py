@@ -285,18 +285,29 @@ def under_threshold(lack, threshold):
 
 
 @sampler_for('x0')
-def greedy(b, num_steps):
+def greedy(b, num_steps, pooled=False):
     """SMDM's greedy sampler (appendix) on the times 1 -> 1e-5: from t to s
     int(masked (1 - s/t)) of the most confident are unmasked, at the last step the rest. Its power
-    form of Gumbel noise is a draw at the temperature."""
+    form of Gumbel noise is a draw at the temperature.
+    pooled: as SMDM decodes GSM8K, these are of all rows together, and guidance hides as many
+    columns of every row as the longest prompt has: the results depend on the batch."""
     times = torch.linspace(1, 1e-5, num_steps + 1)  # in float32 as released: it decides the counts
     fraction = 1 - times[1:] / times[:-1]
     mask_prob = 1 - b.schedule.alpha(times.double())
+    if pooled:
+        require(not len(b.queue), 'pooled=True: all rows at once, batch_size is too small')
+        b.hidden_by_guidance |= torch.arange(b.x.size(1)) < b.prompt_length.max()
     for rows, step in b.steps(mask_prob):
         masked = b.num_masked[rows]
+        if pooled:
+            masked = masked.sum().expand(len(rows))
         count = torch.where(step == num_steps - 1, masked, (masked * fraction[step]).long())
         scores = b.draw(b.masked[rows] & (count > 0)[:, None])
-        b.unmask(most_confident(scores, count))
+        if pooled:
+            chosen = most_confident(scores.view(1, -1), count[:1]).view(scores.shape)
+        else:
+            chosen = most_confident(scores, count)
+        b.unmask(chosen)
 
 
 @sampler_for('x0')
@@ -569,6 +580,7 @@ class Batch:
         self.draw_device = 'cpu' if self.device.type == 'mps' else self.device  # MPS has no float64
         self.x = x.to(self.device)
         self.is_open = is_open
+        self.hidden_by_guidance = ~is_open
         self.masked = is_open.clone()
         self.num_masked = is_open.sum(dim=1)
         self.length = length
@@ -759,7 +771,7 @@ class Batch:
         window = start[:, None] + torch.arange(width)  # (A, W)
         attention_mask = window < self.length[active][:, None]
         window = window.clamp(max=self.x.size(1) - 1)
-        given = ~self.is_open[active[:, None], window] & attention_mask
+        given = self.hidden_by_guidance[active[:, None], window] & attention_mask
         sigma = torch.zeros(len(active))
         if config.time_conditioning:
             sigma = self.schedule.conditioning_at(self.mask_prob[active]).float()
