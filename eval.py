@@ -345,7 +345,8 @@ def conditional_nll(
     net, pairs, masks, cfg_scale=0.0, padding=False, batch_size=16, schedule=loglinear,
 ):
     """Of pairs of prefix_and_target: -log p(target | prefix) by masks(n), as above -> nats (k,)
-    float64; and whether each token that is scored is the most probable, (k,) bool."""
+    float64; and whether the target may be what the net gives greedily, (k,) bool: of a causal net
+    it is, of others the first step agrees, which the row that hides all of the target tells."""
     mask_id, causal, device = net.config.mask_id, net.config.causal, next(net.parameters()).device
     nats = torch.zeros(len(pairs), dtype=torch.float64)
     greedy = torch.ones(len(pairs), dtype=torch.bool)
@@ -358,10 +359,13 @@ def conditional_nll(
             behind = width - len(ids)
             rows.append((
                 F.pad(ids, (0, behind)).expand(R, -1), F.pad(hidden, (P, behind)),
-                F.pad(scored, (P, behind)), weight, *torch.tensor([[i, P, len(ids)]] * R).T))
-        x0, hidden, scored, weight, index, P, length = map(torch.cat, zip(*rows, strict=True))
+                F.pad(scored, (P, behind)), hidden.all(dim=1), weight,
+                *torch.tensor([[i, P, len(ids)]] * R).T))
+        columns = map(torch.cat, zip(*rows, strict=True))
+        x0, hidden, scored, first, weight, index, P, length = columns
         inside = torch.arange(width) < length[:, None]
-        row, col = scored.nonzero(as_tuple=True)
+        row, col = (scored | hidden & first[:, None]).nonzero(as_tuple=True)
+        counts = scored[row, col]
         goal = x0[row, col].to(device)
         if causal:
             x, attention_mask, col = x0, None, col - 1
@@ -371,10 +375,15 @@ def conditional_nll(
         log_p = guided_log_probs(
             net, x.to(device), (row.to(device), col.to(device)), P.to(device), cfg_scale, schedule,
             attention_mask)
-        best = (log_p.argmax(dim=1) == goal).cpu()
+        highest, best = log_p.max(dim=1)
+        agrees = (best == goal).cpu()
+        if not causal:                                    # only the most confident of a row decides
+            scores = torch.full(x0.shape, -torch.inf)
+            scores[row, col] = torch.where(first[row], highest.cpu(), -torch.inf)
+            agrees |= ~first[row] | (scores.argmax(dim=1)[row] != col)
+        greedy[index[row[~agrees]]] = False
         log_p = log_p.gather(1, goal[:, None]).squeeze(1).cpu().double()
-        nats.index_add_(0, index[row], -log_p * weight[row].double())
-        greedy[index[row[~best]]] = False
+        nats.index_add_(0, index[row], -log_p * weight[row].double() * counts)
     return nats, greedy
 
 
@@ -1374,7 +1383,8 @@ def score_pairs(
         if not greedy:
             agrees = torch.zeros_like(agrees)
         elif not net.config.causal:
-            agrees = reached_greedily(net, fitted, *options)
+            may = agrees.nonzero().squeeze(1).tolist()
+            agrees[may] = reached_greedily(net, [fitted[i] for i in may], *options)
         return list(zip((-nats).tolist(), agrees.tolist(), strict=True))
 
     results = [(0.0, greedy)] * len(pairs)
