@@ -92,7 +92,7 @@ cfg_scale = 0.0         # generation, harness: guidance, as in sample.py
 
 # generation: the net's answers to the prompts of `input`, a .jsonl file or {'name': FILE, ...}
 prompt_template = '{prompt}'  # with fields of a row; 'vicuna': of MT-bench's questions
-target_template = '{answer}'  # the right answer; None: answers are not judged
+target_template = '{answer}'  # the right answer; '': answers are not judged
 passes = 1              # [int >= 1] decode so often, each time from the text of the last (GSM8K: 2)
 answer_pattern = None   # regular expression: the last match, or its group, is the answer
 match = 'exact'         # [exact | contains | number | latex] answer against target, see MATCHES
@@ -109,7 +109,7 @@ padding = False         # [bool] fill rows with masks up to block_size
 
 # shift and scaling: several nets
 nets = ()               # sources of weights; datasets: where the likelihood is compared
-runs = ()               # out_dirs of finished runs, or a pattern such as 'out-scaling-*'
+runs = None             # out_dirs of finished runs, or a pattern such as 'out-scaling-*'
 published = None        # [dict] to compare: zero_shot {'ptb': 95.26}, table {'gen_ppl': {128: 78}}
 
 
@@ -1119,9 +1119,11 @@ def read_tasks(path, prompt_template, target_template):
         for number, line in enumerate(f, 1):
             try:
                 row = json.loads(line)
-                prompt = vicuna(row['turns'][0]) if prompt_template == 'vicuna' else None
-                prompt = prompt_template.format(**row) if prompt is None else prompt
-                target = target_template and target_template.format(**row)
+                if prompt_template == 'vicuna':
+                    prompt = vicuna(row['turns'][0])
+                else:
+                    prompt = prompt_template.format(**row)
+                target = target_template.format(**row) if target_template else None
             except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
                 why = f'{type(error).__name__}: {error}'
                 raise ValueError(

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import os
+import time
 import types
 
 import numpy as np
@@ -15,9 +16,9 @@ import eval as measures
 from conftest import ROOT, SHARED
 from data import TokenRows, get_tokenizer, prepare
 from eval import (
-    chain_rule_masks, character_bleu, conditional_nll, continuation_nll, decode_prompts,
-    encode_pair, fastchat_answer, greedy_matches, harness_lm, last_match, nelbo, normalized,
-    prefix_and_target, same_answer, score_pairs, vicuna
+    character_bleu, conditional_nll, continuation_nll, decode_prompts, encode_pair,
+    fastchat_answer, greedy_matches, harness_lm, isoflop_optimum, last_match, nelbo, normalized,
+    power_law, prefix_and_target, same_answer, score_pairs, vicuna
 )
 from model import load_pretrained, per_token_loss
 from test_eval import save_net
@@ -240,8 +241,6 @@ def test_a_long_context_loses_its_beginning_and_nothing_is_certain():
 @pytest.mark.slow
 def test_requests_together_are_eight_times_as_fast_as_one_at_a_time():
     """The released loop: a row for each token of the target, then a row for each greedy step."""
-    import time
-    torch.set_num_threads(1)
     net, pairs, mask_id = smdm(), mixed_pairs(32), 88
 
     @torch.no_grad()
@@ -269,7 +268,6 @@ def test_requests_together_are_eight_times_as_fast_as_one_at_a_time():
         best[1] = min(best[1], seconds)
     assert [flag for _, flag in slow] == [flag for _, flag in quick]
     assert [-nats for nats, _ in quick] == pytest.approx([nats for nats, _ in slow], rel=1e-5)
-    print(best, best[0] / best[1])
     assert best[0] > 8 * best[1], best
 
 
@@ -306,6 +304,7 @@ def write_harness_tasks(folder):
 
 
 @needs_lm_eval
+@pytest.mark.slow
 @pytest.mark.parametrize('causal', (False, True))
 def test_a_task_of_the_harness_gives_the_accuracy_of_its_likelihoods(
     tiny_net, here, tmp_path, monkeypatch, capsys, causal
@@ -378,3 +377,253 @@ def test_what_the_harness_is_asked_wrongly_is_one_line(tiny_net, refused, tmp_pa
     assert "method 'exact' is not known" in error
     error = refused(*start, "--tasks={'mine': {'metod': 'exact'}}")
     assert 'is not known: choose from method' in error
+
+
+# --- scored generation, as a command
+
+
+def write_questions(path, n=5):
+    with open(path, 'w') as f:
+        for i in range(n):
+            f.write(json.dumps(dict(question=f'to be {i}?', answer=f'x\n#### {i},000')) + '\n')
+
+
+def read_items(path):
+    with open(path) as f:
+        return [json.loads(line) for line in f]
+
+
+GENERATION = (
+    'eval.py', '--metric=generation', '--out_dir=.', '--device=cpu', '--input=questions.jsonl',
+    '--prompt_template=Q: {question}', '--length=24', '--steps=4', '--batch_size=2',
+    '--answer_pattern=#### (.*)$', '--match=number', '--dtype=float32',
+)
+
+
+@pytest.fixture
+def asked(tiny_net, tmp_path, monkeypatch):
+    """A net in an empty folder with five questions."""
+    monkeypatch.chdir(tmp_path)
+    save_net(tiny_net(vocab_size=258, mask_id=257, block_size=32), tmp_path)
+    write_questions('questions.jsonl')
+
+
+def test_answers_are_judged_one_by_one(asked, here):
+    result, = here(*GENERATION)['result']
+    assert (result['items'], result['correct'], result['accuracy']) == (5, 0, 0.0)
+    items = read_items('answers/questions.jsonl')
+    assert [item['prompt'] for item in items] == [f'Q: to be {i}?' for i in range(5)]
+    assert [item['answer'] for item in items] == [f'{i},000' for i in range(5)]
+    assert not any(item['verdict'] for item in items)
+
+
+def test_items_that_are_finished_are_not_run_again(asked, here):
+    here(*GENERATION)
+    items = read_items('answers/questions.jsonl')
+    file = 'answers/questions/000002-000003.jsonl'
+    rows = read_items(file)
+    os.remove(file)
+    for path in ('answers/questions/000000-000001.jsonl', 'answers/questions/000004-000004.jsonl'):
+        kept = read_items(path)
+        with open(path, 'w') as f:
+            for row in kept:
+                f.write(json.dumps(row | dict(text=f"kept #### {row['row']}000")) + '\n')
+    result, = here(*GENERATION)['result']
+    assert read_items(file) == rows  # the same as before: a row has its own seed
+    after = read_items('answers/questions.jsonl')
+    assert [item['verdict'] for item in after] == [True, True, False, False, True]
+    assert after[2:4] == items[2:4]
+    assert result['correct'] == 3
+    assert result['accuracy_se'] == pytest.approx(math.sqrt(0.6 * 0.4 / 5))
+    with pytest.raises(ValueError, match='steps=4, not 5'):
+        here(*GENERATION, '--steps=5')
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_questions(asked, run, tmp_path):
+    run(*GENERATION)
+    one = read_items('answers/questions.jsonl')
+    run(*GENERATION, '--samples_dir=two', processes=2)
+    assert read_items('two/questions.jsonl') == one
+
+
+def test_several_files_make_one_table_and_a_prompt_may_be_too_long(asked, here, capsys):
+    write_questions('more.jsonl', 2)
+    with open('more.jsonl', 'a') as f:
+        f.write(json.dumps(dict(question='to be ' * 10, answer='1')) + '\n')
+    files = "{'some': 'questions.jsonl', 'more of them': 'more.jsonl'}"
+    rows = here(*GENERATION, f'--input={files}', '--passes=2')['result']
+    assert [(row['task'], row['items'], row['too_long']) for row in rows] == [
+        ('some', 5, 0), ('more of them', 3, 1)
+    ]
+    items = read_items('answers/more_of_them.jsonl')
+    assert items[2]['generation'] == 'ERROR'
+    assert items[0]['generation'].startswith('Q: to be 0?')  # the whole text, after two passes
+    assert '| more of them | 3 |' in capsys.readouterr().out
+
+
+def test_an_answer_file_is_what_fastchats_judge_reads(asked, here):
+    with open('question.jsonl', 'w') as f:
+        for i in (82, 81):
+            row = dict(question_id=i, category='writing', turns=['Write.', 'Again.'])
+            f.write(json.dumps(row) + '\n')
+    here(
+        'eval.py', os.path.join(ROOT, 'config', 'eval_mt_bench.py'), '--out_dir=.', '--device=cpu',
+        '--answer_file=judged/1028.jsonl', '--length=32', '--steps=2',
+    )
+    lines = read_items('judged/1028.jsonl')
+    assert [line['question_id'] for line in lines] == [81, 82]
+    for line in lines:
+        assert line.keys() == {'question_id', 'answer_id', 'model_id', 'choices', 'tstamp'}
+        assert line['model_id'] == '1028'
+        assert line['choices'] == [dict(index=0, turns=['ERROR', ''])]  # the prompt is too long
+
+
+def test_bad_tasks_are_one_line(tiny_net, refused, tmp_path):
+    save_net(tiny_net(vocab_size=258, mask_id=257), tmp_path)
+    write_questions(tmp_path / 'questions.jsonl')
+    for change, said in (
+        ('--answer_pattern=#### (.*', 'it is no regular expression'),
+        ('--input=nothing.jsonl', 'there is no such file'),
+        ('--prompt_template={prompt}', "line 1: not a JSON object with the fields"),
+        ('--target_template={completion}', "KeyError: 'completion'"),
+        ('--match=nearly', 'choose from exact, contains, number, latex'),
+        ('--sampler=ar', "sampler 'ar' takes nets"),
+        ('--length=2000', 'it must be 1 to 16'),
+    ):
+        error = refused(*GENERATION, '--length=12', change)
+        assert said in error and error.count('\n') == 1, error
+    assert not os.path.exists(tmp_path / 'answers' / 'questions.jsonl')
+
+
+# --- FineWeb
+
+
+def test_documents_of_a_stream_begin_with_bos_and_have_no_eos(vectors, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    case = vectors['fineweb_stream']
+    with open('web.jsonl', 'w') as f:
+        for text in case['documents']:
+            f.write(json.dumps(dict(text=text)) + '\n')
+    toy = os.path.join(SHARED, 'fixtures', 'toy_llama')
+    folder = prepare('fineweb-2024-10', toy, 'web', input='web.jsonl')
+    rows = TokenRows(folder, 'validation', 3, 'bos')
+    ids = rows[:]['x0'].flatten().tolist()
+    assert ids == case['ids'][:len(ids)] and len(ids) >= len(case['ids']) - 2
+    one = TokenRows(folder, 'validation', len(case['ids']), 'bos')
+    assert one[0]['x0'].flatten().tolist() == case['ids']
+
+
+class Batches:
+    """Rows of ids, as data.TokenRows gives them."""
+
+    def __init__(self, x0):
+        self.x0, self.counts = x0, dict(tokens=1, bytes=1)
+
+    def __len__(self):
+        return len(self.x0)
+
+    def __getitem__(self, index):
+        x0 = self.x0[index]
+        seen = torch.ones_like(x0, dtype=torch.bool)
+        return dict(x0=x0, maskable=seen, scored=seen, document=seen, attention_mask=seen)
+
+
+def test_fineweb_perplexities_are_the_released_ones(vectors):
+    case = vectors['fineweb_ppl']
+    x0 = torch.tensor(case['batches'])  # (2, 3, 24)
+    found = nelbo(smdm('smdm_ar', causal=True), Batches(x0.flatten(0, 1)), batch_size=3)
+    assert found['ppl'] == pytest.approx(case['ar']['ppl'], rel=1e-5)
+    net, losses = smdm(), []
+    for batch, p_mask, masked in zip(
+        x0, case['diffusion']['p_mask'], case['diffusion']['masked'], strict=True
+    ):
+        for p, hidden in zip(p_mask, masked, strict=True):
+            xt = torch.where(torch.tensor(hidden).bool(), 88, batch)
+            with torch.no_grad():
+                losses.append(per_token_loss(net, batch, xt, torch.tensor(p)).mean().item())
+    assert losses == pytest.approx(np.array(case['diffusion']['loss']).flatten(), rel=1e-5)
+    assert math.exp(np.mean(losses)) == pytest.approx(case['diffusion']['ppl'], rel=1e-5)
+
+
+def test_the_shift_of_two_nets(tiny_net, here, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for i, name in enumerate(('fineweb-2024-10', 'fineweb-2024-18')):
+        with open('web.jsonl', 'w') as f:
+            for k in range(40):
+                f.write(json.dumps(dict(text=f'{"to be" if i else "or not"} {k}' * 3)) + '\n')
+        prepare(name, 'bytes', input='web.jsonl')
+    for seed in (0, 1):
+        os.makedirs(f'net{seed}')
+        net = tiny_net(seed, vocab_size=258, mask_id=257, block_size=32)
+        save_net(net, tmp_path / f'net{seed}')
+    rows = here(
+        'eval.py', '--metric=shift', "--nets=('net0', 'net1')", '--device=cpu',
+        "--datasets=('fineweb-2024-10', 'fineweb-2024-18')", '--max_tokens=100', '--num_mc=8',
+    )['result']
+    assert [row['net'] for row in rows] == ['net0', 'net1']
+    one = here(
+        'eval.py', '--metric=ppl', '--out_dir=net1', '--dataset=fineweb-2024-18', '--device=cpu',
+        '--max_tokens=100', '--num_mc=8',
+    )['result']
+    assert one['rows'] == 3 and one['tokens'] == 96  # the first 100 tokens, in whole rows
+    assert rows[1]['fineweb-2024-18'] == one['ppl']
+    ratio = rows[1]['fineweb-2024-18'] / rows[1]['fineweb-2024-10']
+    assert rows[1]['ratio'] == pytest.approx(ratio)
+
+
+# --- scaling laws
+
+
+def test_a_parabola_and_a_power_law_are_found_exactly():
+    N = np.array([1e6, 2e6, 4e6, 9e6])
+    log_n, error, loss, _ = isoflop_optimum(N, 0.3 * (np.log(N) - math.log(3e6)) ** 2 + 2.5)
+    assert (log_n, error, loss) == pytest.approx((math.log(3e6), 0, 2.5), abs=1e-6)
+    a, error, k = power_law([1e18, 1e19, 1e20], [0.1 * C ** 0.5 for C in (1e18, 1e19, 1e20)])
+    assert (a, error, k) == pytest.approx((0.5, 0, 0.1), abs=1e-6)
+    with pytest.raises(ValueError, match='no minimum'):
+        isoflop_optimum(N, [1, 2, 2.5, 2.7])
+
+
+def test_the_error_of_an_optimum_is_its_spread():
+    rng, N = np.random.default_rng(0), np.geomspace(1e6, 1e7, 9)
+    truth = 0.3 * (np.log(N) - math.log(3e6)) ** 2 + 2.5
+    fits = [isoflop_optimum(N, truth + 0.01 * rng.standard_normal(9))[:2] for _ in range(400)]
+    log_n, errors = np.array(fits).T
+    assert np.mean(errors) == pytest.approx(log_n.std(), rel=0.15)  # 400 fits: 4% each
+    assert abs(log_n.mean() - math.log(3e6)) < 5 * log_n.std() / 20
+
+
+def write_run(net, folder, budget, loss, finished=True):
+    folder.mkdir()
+    save_net(net, folder)
+    checkpoint = torch.load(folder / 'ckpt.pt', weights_only=False)
+    iters = round(budget / (6 * net.num_params(embedding=False) * 8 * 16))
+    checkpoint['constants'] |= dict(
+        flops=budget, global_batch_size=8, block_size=16, max_iters=1, ssl_ratio=0.0)
+    torch.save(checkpoint, folder / 'ckpt.pt')
+    rows = [dict(iter=1, loss=9.0), dict(iter=iters - (not finished), val_loss=loss, val_bpb=1.0)]
+    (folder / 'metrics.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+
+
+def test_scaling_laws_of_finished_runs(tiny_net, here, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for budget in (1e9, 1e10):
+        for width in (8, 16, 32, 64):
+            net = tiny_net(vocab_size=258, mask_id=257, n_embd=width, cond_dim=0)
+            N = net.num_params(embedding=False)
+            best = 0.3 * budget ** 0.5
+            loss = 0.1 * math.log(N / best) ** 2 + 50 * budget ** -0.1
+            write_run(net, tmp_path / f'out-{width}-{budget:g}', budget, loss)
+    result = here('eval.py', '--metric=scaling', '--runs=out-*')['result']
+    assert [row['N'] for row in result['optima']] == pytest.approx([0.3e9 ** 0.5 * 0.3 ** 0.5,
+                                                                    0.3 * 1e5], rel=1e-3)
+    assert result['laws']['N'][0] == pytest.approx(0.5, abs=1e-4)
+    assert result['laws']['D'][0] == pytest.approx(0.5, abs=1e-4)
+    assert result['laws']['loss'][0] == pytest.approx(-0.1, abs=1e-4)
+    assert 'N = 0.3 C^a, a = 0.5' in capsys.readouterr().out
+    if importlib.util.find_spec('matplotlib'):
+        assert os.path.getsize('results-isoflop.png') and os.path.getsize('results-laws.png')
+    write_run(net, tmp_path / 'out-new', 1e9, 1.0, finished=False)
+    with pytest.raises(ValueError, match='out-new is not finished'):
+        here('eval.py', '--metric=scaling', '--runs=out-*')

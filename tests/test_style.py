@@ -12,7 +12,10 @@ import pytest
 
 from conftest import ROOT
 
-PACKAGE_OF = dict(mauve='mauve-text', flash_attn='flash-attn', huggingface_hub='huggingface-hub')
+PACKAGE_OF = dict(
+    mauve='mauve-text', flash_attn='flash-attn', huggingface_hub='huggingface-hub',
+    lm_eval='lm-eval',
+)
 
 
 def files(*patterns):
