@@ -334,10 +334,10 @@ def row_batches(pairs, masks, batch_size):
 
 
 def width_of(net, longest, padding=False):
-    """The columns of a batch: a multiple of 16, with which attention takes half the time on a CPU,
-    or with padding all that the net takes."""
+    """The columns of a batch: a multiple of 8, which is faster (on a CPU 32 take less than 27), or
+    with padding all that the net takes."""
     block_size = net.config.block_size
-    return block_size if padding else min(-(-longest // 16) * 16, block_size)
+    return block_size if padding else min(-(-longest // 8) * 8, block_size)
 
 
 @torch.no_grad()
