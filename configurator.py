@@ -83,7 +83,7 @@ def check_spec(key, value, default, comment):
     words = [KINDS[kind]] if kind else []
     fits = type(value).__name__ in (['int', 'float'] if kind in (None, 'number') else [kind])
     if bounds:
-        fits = fits and abs(value) < math.inf
+        fits = fits and abs(value) <= sys.float_info.max  # as wide as a float
         fits = fits and all(BOUNDS[sign][0](value, float(bound)) for sign, bound in bounds)
         words.append(' and '.join(f'{BOUNDS[sign][1]} {bound}' for sign, bound in bounds))
     if value in (math.inf, -math.inf):

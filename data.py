@@ -4,9 +4,11 @@ Text -> token bins -> rows of a batch.
     python data.py --dataset=stdlib --tokenizer=bpe-2048
     python data.py --dataset=text:corpus.txt --name=corpus --tokenizer=gpt2
     python data.py --dataset=openwebtext
+    python data.py --dataset=pairs:questions.jsonl --tokenizer=gpt2    # fields "prompt", "answer"
 
 data/<name>/ then holds meta.json and, for each split, <split>.bin (token ids, each document closed
-by EOS) and <split>.idx (int64 offsets of the documents and of the end). TokenRows cuts out rows.
+by EOS) and <split>.idx (int64 offsets of the documents and of the end); of prompts and answers also
+<split>.prompt (int64, how many tokens of each document are its prompt). TokenRows cuts out rows.
 """
 import ast
 import difflib
@@ -34,11 +36,13 @@ from tqdm import tqdm
 
 from configurator import configure, require
 
-dataset = 'stdlib'  # a name in DATASETS, or text:PATH (a text file, a .jsonl, or a folder of them)
-tokenizer = 'gpt2'  # gpt2, gpt2-xlm, bytes, text8, bpe-N (trained here), or a Hugging Face name
+dataset = 'stdlib'  # a name in DATASETS; text:PATH (a text file, a .jsonl, or a folder of them); or
+#                     pairs:PATH (a .jsonl with fields "prompt" and "answer", a,b,c, or a folder)
+tokenizer = 'gpt2'  # gpt2, gpt2-xlm, bytes, text8, bpe-N (trained here), a hub name, a run's folder
 name = None         # the bins go to data/<name>; None: <dataset>-<tokenizer>
 input = None        # a local file or folder of the same form, in place of the hub's
 streaming = True    # hub datasets: read while they download; False: download first
+max_length = None   # [int > 1] prompts and answers of more tokens are left out; None: as released
 
 # -----------------------------------------------------------------------------
 # random numbers: functions of integer keys, never of a generator's state
@@ -131,8 +135,9 @@ class Tokenizer:
 
 def one_after_the_other(sequences):
     """Sequences of ids -> all ids in one array, and where each sequence ends."""
-    ids = np.concatenate([np.asarray(sequence, dtype=np.int64) for sequence in sequences])
-    return ids, np.cumsum([len(sequence) for sequence in sequences])
+    arrays = [np.asarray(sequence, dtype=np.int64) for sequence in sequences]
+    ends = np.cumsum([len(array) for array in arrays], dtype=np.int64)
+    return np.concatenate([np.zeros(0, dtype=np.int64), *arrays]), ends
 
 
 GPT2_XLM = ('<|cls|>', '<|bos|>', '<|pad|>', '<|unk|>', '<|mask|>', '<|sep|>')  # ids from 50257
@@ -272,19 +277,52 @@ def is_bpe(name):
     return re.fullmatch(r'bpe-\d{1,7}', name)
 
 
-def get_tokenizer(name, folder=None):
-    """The tokenizer of that name: a key of TOKENIZERS, 'bpe-N' (from folder/tokenizer.json), or a
-    Hugging Face name or folder. Raises ValueError or FileNotFoundError."""
+def is_run(name):
+    """Whether it is the folder of a run of train.py, or of data, and no tokenizer's name."""
+    files = ('ckpt.pt', 'meta.json')
+    return name not in TOKENIZERS and any(os.path.isfile(f'{name}/{file}') for file in files)
+
+
+def tokenizer_of_run(folder):
+    """The tokenizer that the net or the data in a folder have their ids from."""
+    path = f'{folder}/ckpt.pt'
+    if not os.path.isfile(path):
+        return get_tokenizer(read_meta(folder)['tokenizer']['name'], folder)
+    try:
+        name = torch.load(path, mmap=True, weights_only=True)['tokenizer']['name']
+    except Exception as error:  # whatever a broken file leads to
+        why = f'({type(error).__name__}): give --tokenizer by its name'
+        raise ValueError(f'{path} does not tell its tokenizer {why}') from None
+    return get_tokenizer(name, folder)
+
+
+def get_tokenizer(name, folder=None, meta=None):
+    """The tokenizer of that name: a key of TOKENIZERS, 'bpe-N' (from folder/tokenizer.json), the
+    folder of a run, or a Hugging Face name or folder. Raises ValueError or FileNotFoundError.
+    meta: of the tokenizer that a net was trained with, which must have the same ids."""
+    if meta:
+        tok = get_tokenizer(name, folder)
+        for key, ours in tok.meta().items():
+            theirs = meta.get(key)  # None: an old checkpoint
+            where = f' in {folder}' if key == 'sha256' else ''
+            require(key == 'name' or theirs in (None, ours),
+                    f"the tokenizer '{name}'{where} has {key}={ours}, the net was trained with "
+                    f'{key}={theirs}: give its own')
+        return tok
     if is_bpe(name):
         return bpe_tokenizer(name, folder)
+    if is_run(name):
+        return tokenizer_of_run(name)
     return TOKENIZERS.get(name, hugging_face_tokenizer)(name)
 
 
 # -----------------------------------------------------------------------------
 # sources of text. A reader is a generator of (split, text, last, total): split is None where a hash
 # of the document's index chooses, last False where the document goes on in the next item, and total
-# the number of documents, if it is known
+# the number of documents, if it is known. In place of a text may stand an example: a list of
+# (parts of the prompt, parts of the answer), a document each; [] where the source is malformed
 
+TEXT_FILES = ('.txt', '.jsonl')
 PIECE = 1 << 20  # characters; longer documents go through in pieces
 BLANK = re.compile(r'\n(?:[^\S\n]*\n)+')  # lines of nothing but white space
 LEADING = re.compile(r'\A(?:[^\S\n]*\n)+')
@@ -314,22 +352,36 @@ def read_plain_text(path):
         yield None, TRAILING.sub('', rest), True, None
 
 
-def read_jsonl(path, column='text'):
-    """Every line is an object with the text in its field `column`, or else in 'text'."""
+def is_text(value):
+    """Half of a surrogate pair is no text."""
+    return isinstance(value, str) and not re.search('[\ud800-\udfff]', value)
+
+
+def read_objects(path, *columns):
+    """The number of each line and the fields `columns` of its object; 'text' takes the place of a
+    single one that is not there."""
     with open(path, encoding='utf-8-sig') as f:
         for number, line in enumerate(f, 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-                text = row[column if column in row else 'text']
-                if '\\ud' in line:
-                    text.encode()  # half of a surrogate pair is no text
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                text = None
-            problem = f'not a JSON object with a "{column}" field that holds a string'
-            require(isinstance(text, str), f'{path}, line {number}: {problem}')
-            yield None, text, True, None
+            except (ValueError, RecursionError):
+                row = None
+            row = row if isinstance(row, dict) else {}
+            other = row.get('text') if len(columns) == 1 else None
+            values = [row.get(column, other) for column in columns]
+            for column, value in zip(columns, values, strict=True):
+                problem = f'not a JSON object with a "{column}" field that holds a string'
+                is_string = is_text(value) if '\\u' in line else isinstance(value, str)
+                require(is_string, f'{path}, line {number}: {problem}')
+            yield number, *values
+
+
+def read_jsonl(path, column='text'):
+    """Every line is an object with the text in its field `column`, or else in 'text'."""
+    for _, text in read_objects(path, column):
+        yield None, text, True, None
 
 
 def read_lines(path, keep_newline=False):
@@ -342,24 +394,27 @@ def read_lines(path, keep_newline=False):
             yield None, text, True, None
 
 
-def files_in(folder):
-    for parent, _, files in os.walk(folder):
-        for file in files:
-            yield os.path.join(parent, file)
+def files_in(folder, endings=''):
+    """The paths of the files in a folder that end so, in order."""
+    paths = [os.path.join(parent, file) for parent, _, files in os.walk(folder) for file in files]
+    for path in sorted(path for path in paths if path.endswith(endings)):
+        if not os.path.exists(path):
+            raise FileNotFoundError(f'{path} is a link to a file that is not there')
+        yield path
 
 
-def read_files(path, read_text=read_plain_text, column='text'):
+def read_files(path, read_text=read_plain_text, read_json=read_jsonl):
     """A text file, a .jsonl file, or a folder of them in the order of their names."""
     paths = [path]
     if os.path.isdir(path):
-        paths = sorted(file for file in files_in(path) if file.endswith(('.txt', '.jsonl')))
+        paths = list(files_in(path, TEXT_FILES))
         if not paths:
             raise FileNotFoundError(f'{path} is a folder without .txt or .jsonl files')
     if not os.path.exists(path):
         raise FileNotFoundError(f'{path} is not there')
     for file in paths:
         try:
-            yield from read_jsonl(file, column) if file.endswith('.jsonl') else read_text(file)
+            yield from read_json(file) if file.endswith('.jsonl') else read_text(file)
         except UnicodeDecodeError as error:
             raise ValueError(f'{file} is not UTF-8 text ({error.reason})') from None
 
@@ -393,9 +448,10 @@ def read_stdlib(input=None, streaming=True):
         yield None, text, True, len(texts)
 
 
-def read_text8(input=None, streaming=True, benchmark=None):
-    """text8 in pieces of 256 characters; the first 90% are train, 5% validation, 5% test (Austin et
-    al. 2021, appendix B.1). input: the file. benchmark: for BENCHMARKS only."""
+def read_text8(input=None, streaming=True, benchmark=None, length=256):
+    """text8 in documents of `length` characters, None: one a split. The first 90% are train, 5%
+    validation, 5% test (Austin et al. 2021, appendix B.1). input: the file. benchmark: for
+    BENCHMARKS only."""
     splits = ('train', 'validation', 'test')
     if input:
         with open(input, encoding='ascii', errors='replace') as f:
@@ -405,8 +461,12 @@ def read_text8(input=None, streaming=True, benchmark=None):
     else:
         parts = (item[:2] for item in read_hub('afmck/text8', splits=splits))
     for split, text in parts:
-        for i in range(0, len(text) - 255, 256):
-            yield split, text[i:i + 256], True, None
+        if length is None:
+            for i in range(0, len(text), PIECE):
+                yield split, text[i:i + PIECE], i + PIECE >= len(text), None
+            continue
+        for i in range(0, len(text) - length + 1, length):
+            yield split, text[i:i + length], True, None
 
 
 def read_hub(repository, splits=('train',), validation_last=0, column='text', keep=None,
@@ -419,7 +479,8 @@ def read_hub(repository, splits=('train',), validation_last=0, column='text', ke
     most: documents of a split, at most. files: the pattern of a split's files. benchmark: the split
     that is measured, and what a file holds, a row a line (keep_newline: with its newline)."""
     if input and benchmark and os.path.isfile(input):
-        for _, *rest in read_files(input, partial(read_lines, keep_newline=keep_newline), column):
+        read_text = partial(read_lines, keep_newline=keep_newline)
+        for _, *rest in read_files(input, read_text, partial(read_jsonl, column=column)):
             yield benchmark, *rest
         return
     if input and input.endswith(('.txt', '.jsonl')):
@@ -465,6 +526,116 @@ def load_rows(repository, split, config, files, revision, input, streaming):
         raise ValueError(f'{problem}; --input=FOLDER takes a local copy') from None
 
 
+# prompts and answers; each part is tokenized apart
+
+
+def read_pair_lines(path):
+    for number, prompt, answer in read_objects(path, 'prompt', 'answer'):
+        require(answer, f'{path}, line {number}: the answer is empty')
+        yield 'train', [([prompt], [answer])], True, None
+
+
+def read_pairs(paths):
+    """Files, separated by commas, or folders of them. Of several, those whose name ends in 'test'
+    or 'validation' are these splits."""
+    files = []
+    for path in paths.split(','):
+        files += files_in(path, '.jsonl') if os.path.isdir(path) else [path]
+    if not files:
+        raise FileNotFoundError(f'{paths} is a folder without .jsonl files')
+    for file in files:
+        named = re.search(r'(?:^|[\W_])(test|validation)\.jsonl$', file)
+        split = named[1] if named and len(files) > 1 else 'train'
+        for _, *rest in read_files(file, read_pair_lines, read_pair_lines):
+            yield split, *rest
+
+
+def read_local(read, where, input=None, streaming=True):
+    """A dataset that is one file, which is not read from the hub."""
+    require(input, f'give --input=FILE: {where}')
+    require(not os.path.isdir(input), f'{input} is a folder: give one file')
+    yield from read_files(input, read, read)
+
+
+def gsm8k_line(question, answer):
+    """GSM8K's own two fields as a line of the implicit chain-of-thought data (Deng et al. 2023):
+    the question, the annotations of the answer, the number."""
+    thought = ' '.join(re.findall('<<.*?>>', answer))
+    return f"{question}||{thought} #### {answer.rpartition('####')[2].strip()}\n"
+
+
+def gsm8k_example(line):
+    """Two documents, as SMDM has them: the thought to the question, the number to both."""
+    question, *rest = line.split('||')
+    if len(rest) != 1 or rest[0].count('####') != 1:
+        return []
+    asked = 'Question: ' + question
+    thought = 'Answer: ' + rest[0].split('####')[0]
+    return [([asked], [thought]), ([asked, thought], ['####' + line.split('####')[1]])]
+
+
+def read_gsm8k_lines(path):
+    """Lines of that form, or GSM8K's own objects."""
+    with open(path, encoding='utf-8-sig') as f:
+        is_json = f.read(1) == '{'
+        f.seek(0)
+        lines = f
+        if is_json:
+            lines = (gsm8k_line(*row) for _, *row in read_objects(path, 'question', 'answer'))
+        for line in lines:
+            yield 'train', gsm8k_example(line), True, None
+
+
+def read_gsm8k(input=None, streaming=True):
+    if input:
+        yield from read_local(read_gsm8k_lines, '', input)
+        return
+    for split in ('train', 'test'):
+        for row in load_rows('openai/gsm8k', split, 'main', None, None, None, streaming):
+            line = gsm8k_line(row['question'], row['answer'])
+            yield split, gsm8k_example(line), True, None
+
+
+VICUNA = (
+    'A chat between a curious user and an artificial intelligence assistant. The assistant gives '
+    "helpful, detailed, and polite answers to the user's questions. ")
+
+
+def vicuna_prompt(message):
+    """Vicuna v1.1's template around the first message."""
+    return f'{VICUNA}USER: {message} ASSISTANT:' if message else f'{VICUNA}USER:ASSISTANT:'
+
+
+def sharegpt_example(row):
+    """The first round, where a human asks and GPT answers."""
+    try:
+        human, gpt = row['conversations'][:2]
+        sides = human['from'], gpt['from']
+        asked, answer = human['value'], gpt['value']
+    except (KeyError, TypeError, ValueError):
+        return []
+    if sides != ('human', 'gpt') or not (is_text(asked) and is_text(answer)):
+        return []
+    return [([vicuna_prompt(asked)], [answer])]
+
+
+def read_sharegpt(path):
+    try:
+        with open(path, encoding='utf-8-sig') as f:
+            rows = json.load(f)
+    except json.JSONDecodeError as error:
+        raise ValueError(f'{path} is not JSON ({error})') from None
+    require(isinstance(rows, list), f'{path} is not a list of conversations')
+    for row in rows:
+        yield 'train', sharegpt_example(row), True, len(rows)
+
+
+def read_reverse(path):
+    """Prompt and completion as one text, all of it to be learnt."""
+    for _, prompt, completion in read_objects(path, 'prompt', 'completion'):
+        yield 'train', [([], [prompt + completion])], True, None
+
+
 # A dataset is an entry: name -> reader(input=None, streaming=True)
 
 fineweb = partial(
@@ -503,8 +674,17 @@ DATASETS = {
     'fineweb-2024-10': partial(fineweb, config='CC-MAIN-2024-10'),  # SMDM's temporal shift
     'fineweb-2024-18': partial(fineweb, config='CC-MAIN-2024-18'),
     'text8': partial(read_text8, benchmark='test'),
-    'text8-crop': partial(read_text8, benchmark='test'),  # MDLM crops its training rows at random
+    'text8-crop': partial(read_text8, benchmark='test', length=None),  # goes with packing 'crop'
+    # SMDM's fine-tuning
+    'gsm8k': read_gsm8k,
+    'sharegpt': partial(
+        read_local, read_sharegpt, 'ShareGPT_V3_unfiltered_cleaned_split_no_imsorry.json of '
+        'anon8231489123/ShareGPT_Vicuna_unfiltered on the hub'),
+    'reverse': partial(
+        read_local, read_reverse, 'all_prompts_train.jsonl of lukasberglund/reversal_curse on '
+        'GitHub'),
 }
+MAX_LENGTH = {'gsm8k': 256, 'sharegpt': 2048}  # tokens; longer examples are left out, as released
 BENCHMARKS = {
     name: reader.keywords['benchmark'] for name, reader in DATASETS.items()
     if isinstance(reader, partial) and 'benchmark' in reader.keywords}
@@ -513,6 +693,10 @@ BENCHMARKS = {
 MEASURED_AS = {
     name: dict(packing='bos', max_tokens=100 * 1024 * 2048) for name in DATASETS
     if name.startswith('fineweb')}
+
+def is_local(dataset):
+    return dataset == 'stdlib' or dataset.startswith(('text:', 'pairs:'))
+
 
 # (pattern, replacement) that join a benchmark's words and punctuation, by the beginning of its name
 CLEAN_UP = {
@@ -554,17 +738,18 @@ def hashed_splits():
 
 def documents(dataset, input=None, streaming=True):
     """What the reader of a dataset yields, with the text cleaned up and every split chosen."""
-    local = dataset == 'stdlib' or dataset.startswith('text:')
     require(
-        not (input and local),
+        not (input and is_local(dataset)),
         f'--input={input} takes the place of the hub, which dataset {dataset} does not need')
     if dataset.startswith('text:'):
         reader = read_files(dataset[5:])
+    elif dataset.startswith('pairs:'):
+        reader = read_pairs(dataset[6:])
     elif dataset in DATASETS:
         reader = DATASETS[dataset](input=input, streaming=streaming)
     else:
         near = difflib.get_close_matches(dataset, DATASETS, n=1, cutoff=0)[0]
-        hint = f"the nearest is '{near}', and text:PATH takes your own text"
+        hint = f"the nearest is '{near}', and text:PATH or pairs:PATH takes your own text"
         raise ValueError(f"dataset '{dataset}' is not known; {hint}")
     choices = hashed_splits()
     choice = next(choices)
@@ -582,28 +767,46 @@ def documents(dataset, input=None, streaming=True):
 
 def default_name(dataset, tokenizer):
     parts = []
-    for part in (dataset.removeprefix('text:'), tokenizer.removeprefix('text:')):
+    for part in (re.sub('^(text|pairs):', '', dataset).split(',')[0], tokenizer):
         stem = os.path.splitext(os.path.basename(part.rstrip('/')))[0]
         parts.append(re.sub(r'[^\w.-]+', '_', stem))
     return '-'.join(parts)
 
 
-def command_for(dataset, tokenizer, name=None, input=None):
+def command_for(dataset, tokenizer, name=None, input=None, max_length=None):
     """The command that makes a data folder."""
-    arguments = dict(dataset=dataset, tokenizer=tokenizer, name=name, input=input)
-    words = [f'--{key}={shlex.quote(value)}' for key, value in arguments.items() if value]
+    arguments = dict(
+        dataset=dataset, tokenizer=tokenizer, name=name, input=input, max_length=max_length)
+    words = [f'--{key}={shlex.quote(str(value))}' for key, value in arguments.items() if value]
     return ' '.join(['python data.py', *words])
 
 
-def source_size(dataset, input=None):
-    """Bytes of the local files that a dataset is read from, None where there are none."""
-    path = input
-    if not path and dataset.startswith('text:'):
-        path = dataset[5:]
-    if not path or not os.path.exists(path):
-        return None
-    files = [path] if os.path.isfile(path) else files_in(path)
-    return sum(os.path.getsize(file) for file in files)
+def source_files(dataset, input=None):
+    """The local files that a dataset is read from, none where they are not there."""
+    paths, endings = input, ''
+    if not input and dataset.startswith(('text:', 'pairs:')):
+        paths, endings = dataset.partition(':')[2], TEXT_FILES
+    files = []
+    for path in paths.split(',') if paths else ():
+        if os.path.isdir(path):
+            files += files_in(path, endings)
+        elif os.path.exists(path):
+            files.append(path)
+    return files
+
+
+def fingerprint(files):
+    """Size in bytes and hash of files, Nones where there are none."""
+    sizes, digest = [], hashlib.sha256()
+    for path in files:
+        sizes.append(os.path.getsize(path))
+        digest.update(b'%d ' % sizes[-1])
+        with open(path, 'rb') as f:
+            while block := f.read(PIECE):
+                digest.update(block)
+    if not sizes:
+        return dict(size=None, sha256=None)
+    return dict(size=sum(sizes), sha256=digest.hexdigest()[:16])
 
 
 def read_meta(folder):
@@ -617,30 +820,41 @@ def read_meta(folder):
         with open(path) as f:
             meta = json.load(f)
         rebuild = f"rebuild it with {meta['command']}"
+        require(meta['source']['dataset'] and meta['tokenizer']['name'], f'{path}: {rebuild}')
         itemsize = {'uint16': 2, 'uint32': 4}[meta['dtype']]
         for key in ('vocab_size', 'eos_id', 'bos_id', 'pad_id', 'mask_id'):
             require(type(meta['tokenizer'][key]) is int, f'{path}: {key} is not an id: {rebuild}')
         for split, counts in meta['splits'].items():
             sizes = dict(bin=counts['tokens'] * itemsize, idx=(counts['documents'] + 1) * 8)
+            if 'prompt_tokens' in counts:
+                sizes['prompt'] = counts['documents'] * 8
             for ending, size in sizes.items():
                 file = f'{folder}/{split}.{ending}'
                 require(os.path.isfile(file), f'{file} is missing: {rebuild}')
                 found = os.path.getsize(file)
                 problem = f'holds {found:,} bytes, where meta.json says {size:,}'
                 require(found == size, f'{file} {problem}: {rebuild}')
-            offsets = np.memmap(file, dtype='<i8', mode='r')
+            offsets = np.memmap(f'{folder}/{split}.idx', dtype='<i8', mode='r')
             fits = offsets[0] == 0 and offsets[-1] == counts['tokens']
-            require(fits, f'{file} does not fit the tokens of meta.json: {rebuild}')
+            require(fits, f'{folder}/{split}.idx does not fit the tokens of meta.json: {rebuild}')
     except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         why = f'is not what data.py writes ({type(error).__name__}: {error})'
         raise ValueError(f'{path} {why}: remove {folder} and prepare it again') from None
     return meta
 
 
+def text_of(text):
+    """A text as it is, an example as all its parts joined."""
+    if isinstance(text, str):
+        return text
+    return ' '.join(part for row in text for parts in row for part in parts)
+
+
 def training_texts(documents, limit=2 ** 27):
     """The first characters of the training split, enough for a tokenizer."""
     for split, text, *_ in documents:
         if split == 'train':
+            text = text_of(text)
             yield text
             limit -= len(text)
             if limit < 0:
@@ -656,7 +870,7 @@ def chunks(documents, progress):
         texts, ends = chunk.setdefault(split, ([], []))
         texts.append(text)
         ends.append(last)
-        size += len(text)
+        size += len(text_of(text))
         if size >= PIECE:
             yield chunk
             chunk = {}
@@ -664,15 +878,61 @@ def chunks(documents, progress):
     yield chunk
 
 
-def encode_chunk(tok, dtype, chunk):
-    """split -> its ids, each document closed by EOS; where documents end; the number of bytes."""
+def encode_texts(tok, texts, last):
+    """-> ids, each document closed by EOS; where documents end; the number of bytes."""
+    ids, ends = tok.encode_batch(texts)
+    ends = ends[np.array(last)]
+    closed = np.insert(ids, ends, tok.eos_id)
+    ends = ends + np.arange(1, len(ends) + 1)
+    return closed, ends, len(''.join(texts).encode())
+
+
+def encode_examples(tok, examples, limit):
+    """-> ids and ends as of encode_texts; prompt lengths; counts for meta.json. A document begins
+    with BOS, and so does each of its parts where BOS is not EOS. An example with a document of more
+    than `limit` tokens is left out."""
+    parts = [part for example in examples for row in example for side in row for part in side]
+    ids, ends = tok.encode_batch(parts) if parts else (np.zeros(0, dtype=np.int64), [])
+    encoded = iter(np.split(ids, ends[:-1]))
+    kept, prompt_lengths = [], []
+    n = dict(bytes=0, prompt_tokens=0, prompt_bytes=0, malformed_left_out=0, too_long_left_out=0)
+    for example in examples:
+        documents = []
+        for prompt, answer in example:
+            ids, prompt_length = [], 0
+            for number in range(1, len(prompt + answer) + 1):
+                if number == 1 or tok.bos_id != tok.eos_id:
+                    ids.append(tok.bos_id)
+                ids += next(encoded).tolist()
+                if number == len(prompt):
+                    prompt_length = len(ids)
+            documents.append((ids + [tok.eos_id], prompt_length))
+        if not documents:
+            n['malformed_left_out'] += 1
+        elif max(len(ids) for ids, _ in documents) > limit:
+            n['too_long_left_out'] += 1
+        else:
+            for (ids, prompt_length), (prompt, answer) in zip(documents, example, strict=True):
+                kept.append(ids)
+                prompt_lengths.append(prompt_length)
+                n['prompt_bytes'] += len(''.join(prompt).encode())
+                n['bytes'] += len(''.join(prompt + answer).encode())
+    n['prompt_tokens'] = sum(prompt_lengths)
+    return *one_after_the_other(kept), np.array(prompt_lengths, dtype='<i8'), n
+
+
+def encode_chunk(tok, dtype, limit, chunk):
+    """split -> what to append to its files, by their endings, and to its counts."""
     encoded = {}
     for split, (texts, last) in chunk.items():
-        ids, ends = tok.encode_batch(texts)
-        ends = ends[np.array(last)]
-        closed = np.insert(ids.astype(dtype), ends, tok.eos_id)
-        ends = ends + np.arange(1, len(ends) + 1)
-        encoded[split] = closed, ends, len(''.join(texts).encode())
+        if isinstance(texts[0], str):
+            ids, ends, n_bytes = encode_texts(tok, texts, last)
+            arrays, n = {}, dict(bytes=n_bytes)
+        else:
+            ids, ends, prompt, n = encode_examples(tok, texts, limit)
+            arrays = dict(prompt=prompt)
+        arrays |= dict(bin=ids.astype(dtype), idx=ends.astype('<i8'))
+        encoded[split] = arrays, dict(documents=len(ends), tokens=len(ids)) | n
     return encoded
 
 
@@ -694,31 +954,39 @@ def append(path, array):
         f.write(array.tobytes())
 
 
-def write_bins(folder, tok, documents, size=None, name=''):
-    """Write <split>.bin and <split>.idx of all documents into an empty folder -> the dtype's name,
-    the counts of each split. size: bytes of the source, for the progress bar."""
+def write_bins(folder, tok, documents, size=None, name='', limit=math.inf):
+    """Write <split>.bin and <split>.idx of all documents into an empty folder (and <split>.prompt
+    of examples) -> the dtype's name, the counts of each split. size: bytes of the source, for the
+    progress bar. limit: of encode_examples."""
     dtype = np.dtype('<u2' if tok.vocab_size <= 2 ** 16 else '<u4')
     counts = {}
     start = time.time()
     unit = 'B' if size else ' documents'
     with tqdm(desc=f'tokenizing {name}', total=size, unit=unit, unit_scale=True) as progress:
-        encode = partial(encode_chunk, tok, dtype)
+        encode = partial(encode_chunk, tok, dtype, limit)
         for encoded in in_order(encode, chunks(documents, progress), os.cpu_count()):
-            for split, (ids, ends, n_bytes) in encoded.items():
+            for split, (arrays, n) in encoded.items():
                 if split not in counts:
-                    counts[split] = dict(documents=0, tokens=0, bytes=0)
+                    counts[split] = dict.fromkeys(n, 0)
                     append(f'{folder}/{split}.idx', np.zeros(1, dtype='<i8'))
                 count = counts[split]
-                append(f'{folder}/{split}.bin', ids)
-                append(f'{folder}/{split}.idx', (count['tokens'] + ends).astype('<i8'))
-                count['documents'] += len(ends)
-                count['tokens'] += len(ids)
-                count['bytes'] += n_bytes
-                progress.update(n_bytes if size else len(ends))
+                arrays['idx'] += count['tokens']
+                for ending, array in arrays.items():
+                    append(f'{folder}/{split}.{ending}', array)
+                for key in n:
+                    count[key] += n[key]
+                progress.update(n['bytes'] if size else n['documents'])
             tokens = sum(count['tokens'] for count in counts.values())
             speed = tokens / (time.time() - start)
             progress.set_postfix_str(f'{speed:,.0f} tokens/s', refresh=False)
     return dtype.name, counts
+
+
+def has_tokenizer(meta, tokenizer):
+    """Whether the ids of a data folder are those of a tokenizer, given as for get_tokenizer."""
+    if is_run(tokenizer):
+        return meta['tokenizer'] == get_tokenizer(tokenizer).meta()
+    return meta['tokenizer']['name'] == tokenizer
 
 
 def is_prepared(folder, source, tokenizer):
@@ -730,17 +998,19 @@ def is_prepared(folder, source, tokenizer):
     except ValueError as error:
         print(f'{error}\nrebuilding {folder}', file=sys.stderr)
         return False
-    if source['size'] is None:  # the text itself may be gone by now
-        source = source | dict(size=meta['source']['size'])
-    theirs = meta['tokenizer']['name']
+    theirs = dict(sha256=None) | meta['source']  # older folders have no hash
+    for key in ('size', 'sha256'):
+        if source[key] is None or theirs[key] is None:  # the text itself may be gone by now
+            source = source | {key: theirs[key]}
     require(
-        meta['source'] == source and theirs == tokenizer,
-        f"{folder} was made from {meta['source']} with {theirs}, not from {source} with "
-        f'{tokenizer}: give another --name, or remove the folder')
+        theirs == source and has_tokenizer(meta, tokenizer),
+        f"{folder} was made from {theirs} with {meta['tokenizer']['name']}, not from "
+        f'{source} with {tokenizer}: give another --name, or remove the folder')
     return True
 
 
-def prepare(dataset, tokenizer='gpt2', name=None, input=None, streaming=True):
+def prepare(
+        dataset, tokenizer='gpt2', name=None, input=None, streaming=True, max_length=None):
     """Make data/<name> where it is not there -> its path. It appears whole or not at all, and other
     processes wait. Raises ValueError where it was made from another source or tokenizer."""
     name = default_name(dataset, tokenizer) if name is None else str(name)
@@ -750,8 +1020,11 @@ def prepare(dataset, tokenizer='gpt2', name=None, input=None, streaming=True):
     folder = f'data/{name}'
     unfinished = f'data/.{name}.unfinished'
     os.makedirs('data', exist_ok=True)
+    source = dict(dataset=dataset, input=input, **fingerprint(source_files(dataset, input)))
+    if max_length:
+        source['max_length'] = max_length
+    limit = max_length or MAX_LENGTH.get(dataset, math.inf)
     with FileLock(f'data/.{name}.lock'):
-        source = dict(dataset=dataset, input=input, size=source_size(dataset, input))
         if is_prepared(folder, source, tokenizer):
             return folder
         try:
@@ -762,11 +1035,14 @@ def prepare(dataset, tokenizer='gpt2', name=None, input=None, streaming=True):
                 texts = training_texts(documents(dataset, input, streaming))
                 train_bpe(texts, int(tokenizer[4:]), f'{unfinished}/tokenizer.json')
             tok = get_tokenizer(tokenizer, unfinished)
+            if tok.sha256 and not is_bpe(tokenizer):
+                shutil.copy(f'{tokenizer}/tokenizer.json', unfinished)
             dtype, counts = write_bins(
-                unfinished, tok, documents(dataset, input, streaming), source['size'], name)
-            require(counts, f'{input or dataset} holds no document')
+                unfinished, tok, documents(dataset, input, streaming), source['size'], name, limit)
+            whole = counts and all(count['documents'] for count in counts.values())
+            require(whole, f'{input or dataset} holds no document{described(counts)}')
             meta = dict(
-                source=source, command=command_for(dataset, tokenizer, name, input),
+                source=source, command=command_for(dataset, tokenizer, name, input, max_length),
                 tokenizer=tok.meta(), dtype=dtype, splits=counts)
             with open(f'{unfinished}/meta.json', 'w') as f:
                 json.dump(meta, f, indent=1)
@@ -777,23 +1053,36 @@ def prepare(dataset, tokenizer='gpt2', name=None, input=None, streaming=True):
     return folder
 
 
-def find_or_prepare(dataset, tokenizer):
-    """data/<dataset>, or the folder made from that dataset with that tokenizer, now if that needs
-    no hub. Raises ValueError, or FileNotFoundError with the command that makes it."""
+def described(counts):
+    """The counts of each split, a line each."""
+    lines = ['']
+    for split, count in counts.items():
+        parts = [f'{n:,} {what}'.replace('_', ' ') for what, n in count.items()]
+        lines.append(f'  {split}: ' + ', '.join(parts))
+    return '\n'.join(lines)
+
+
+def find_or_prepare(dataset, tokenizer=None):
+    """data/<dataset>, or the folder made from that dataset with that tokenizer (None: whichever
+    data/<dataset> has, else gpt2), now if that needs no hub. Raises ValueError, or
+    FileNotFoundError with the command that makes it."""
     dataset = str(dataset)
     folder = f'data/{dataset}'
     if not os.path.isfile(f'{folder}/meta.json'):
+        tokenizer = tokenizer or 'gpt2'
         folder = f'data/{default_name(dataset, tokenizer)}'
-        if dataset == 'stdlib' or dataset.startswith('text:'):
+        if is_local(dataset):
             prepare(dataset, tokenizer)
         elif not os.path.isdir(folder):
             hint = f'make it with {command_for(dataset, tokenizer)}'
             if dataset not in DATASETS:
                 hint = f"and '{dataset}' is none of {', '.join(DATASETS)}"
             raise FileNotFoundError(f'there is no data in {folder}: {hint}')
-    theirs = read_meta(folder)['tokenizer']['name']
+    meta = read_meta(folder)
+    theirs = meta['tokenizer']['name']
     problem = f"{folder} holds ids of the tokenizer '{theirs}', not '{tokenizer}'"
-    require(theirs == tokenizer, f'{problem}: give --tokenizer={theirs}, or other data')
+    fits = tokenizer is None or has_tokenizer(meta, tokenizer)
+    require(fits, f'{problem}: give --tokenizer={theirs}, or other data')
     return folder
 
 
@@ -821,9 +1110,9 @@ def pack_wrap(docs, block_size, bos_id, eos_id):
     return wrap(stream, indices, block_size, bos_id, eos_id)
 
 
-def padded(sequences, rows):
+def padded(sequences, length, pad_id):
     """Sequences of ids -> x0 (n, L), padded on the right, and where the ids are (n, L) bool."""
-    x0 = np.full((len(sequences), rows.block_size), rows.tok['pad_id'], dtype=np.int64)
+    x0 = np.full((len(sequences), length), pad_id, dtype=np.int64)
     is_filled = np.zeros(x0.shape, dtype=bool)
     for row, filled, ids in zip(x0, is_filled, sequences, strict=True):
         row[:len(ids)] = ids
@@ -853,10 +1142,20 @@ def bos_rows(rows, indices):
     return x0, {}
 
 
+def crop_rows(rows, indices):
+    """L tokens from any place of the training stream on: the permutation that picks a row picks the
+    place. Other splits are as with concat_rows."""
+    if not rows.is_train:
+        return concat_rows(rows, indices)
+    columns = np.add.outer(indices, np.arange(rows.block_size))
+    return rows.tokens[columns].astype(np.int64), {}
+
+
 def pad_rows(rows, indices):
     """One document and its EOS, cut to L, and padding, which is a token like any other, or with
     loss_on_padding=False neither corrupted, looked at, nor scored."""
-    x0, document = padded([rows.document(i)[:rows.block_size] for i in indices], rows)
+    documents = [rows.document(i)[:rows.block_size] for i in indices]
+    x0, document = padded(documents, rows.block_size, rows.tok['pad_id'])
     if rows.loss_on_padding:
         return x0, dict(document=document)
     return x0, dict(document=document, maskable=document, scored=document, attention_mask=document)
@@ -866,18 +1165,34 @@ def sentence_rows(rows, indices):
     """BOS ([CLS]), one document cut to L-2, EOS ([SEP]), and padding, which is not scored."""
     bos, eos = [rows.tok['bos_id']], [rows.tok['eos_id']]
     texts = [rows.document(i)[:-1][:rows.block_size - 2] for i in indices]
-    x0, scored = padded([np.concatenate((bos, text, eos)) for text in texts], rows)
+    sequences = [np.concatenate((bos, text, eos)) for text in texts]
+    x0, scored = padded(sequences, rows.block_size, rows.tok['pad_id'])
     document = scored.copy()
     document[:, 0] = False
     return x0, dict(document=document, scored=scored)
+
+
+def pair_rows(rows, indices):
+    """Prompt, answer, and EOS to the end, which is with pad_to='batch' that of the longest of the
+    rows. The prompt is neither corrupted nor scored; what pads is as with pad_rows."""
+    kept = rows.kept[indices]
+    length = rows.block_size if rows.pad_to == 'block' else rows.longest(indices)
+    x0, filled = padded([rows.document(i) for i in kept], length, rows.tok['eos_id'])
+    answer = np.arange(length) >= rows.prompt[kept][:, None]
+    document = answer & filled
+    if rows.loss_on_padding:
+        return x0, dict(document=document, maskable=answer, scored=answer)
+    return x0, dict(document=document, maskable=document, scored=document, attention_mask=filled)
 
 
 PACKINGS = {  # name -> its function, what it cuts up, and the tokens that it adds to a row
     'wrap': (wrap_rows, 'stream', 2),
     'concat': (concat_rows, 'stream', 0),
     'bos': (bos_rows, 'stream', 0),
+    'crop': (crop_rows, 'stream', 0),
     'pad': (pad_rows, 'documents', 0),
     'sentence': (sentence_rows, 'documents', 2),
+    'pair': (pair_rows, 'documents', 0),
 }
 
 
@@ -886,10 +1201,11 @@ class TokenRows:
     maskable (may be corrupted), scored (counts in the loss), document (a token of the text or its
     EOS, not added by the packing) and attention_mask (may be looked at).
 
-    packing: a key of PACKINGS. Raises what read_meta raises, and ValueError where the split is
-    missing, shorter than a row, or damaged."""
+    packing: a key of PACKINGS. pad_to: 'block' or 'batch', see pair_rows. Raises what read_meta
+    raises, and ValueError where the split is missing, shorter than a row, or damaged."""
 
-    def __init__(self, folder, split, block_size, packing, loss_on_padding=True):
+    def __init__(
+            self, folder, split, block_size, packing, loss_on_padding=True, pad_to='block'):
         meta = read_meta(folder)
         splits = meta['splits']
         known = ', '.join(PACKINGS)
@@ -905,6 +1221,8 @@ class TokenRows:
         self.name = f'{folder}/{split}'
         self.block_size = block_size
         self.loss_on_padding = loss_on_padding
+        require(pad_to in ('block', 'batch'), f"pad_to='{pad_to}': choose from block, batch")
+        self.pad_to = pad_to
         self.counts = splits[split]
         # plain arrays: their slices take a tenth of the time
         dtype = np.dtype(meta['dtype']).newbyteorder('<')
@@ -913,8 +1231,45 @@ class TokenRows:
         self.length = self.counts['documents']
         if unit == 'stream':
             self.length = len(self.tokens) // (block_size - added)
+        self.is_train = split == 'train'
+        if packing == 'crop' and self.is_train:  # places; the EOS at the very end is left out
+            self.length = max(0, len(self.tokens) - block_size)
+        self.left_out = 0
+        if packing == 'pair':
+            self.choose_examples()
         problem = f'holds {len(self.tokens)} tokens, less than one row of {block_size}'
+        if self.left_out:
+            problem = f'holds no document of at most {block_size} tokens'
         require(self.length, f'{self.name}.bin {problem}: prepare more text, or lower block_size')
+
+    def choose_examples(self):
+        """Which documents fit into a row: the others are left out, with all of their example."""
+        hint = 'python data.py --dataset=pairs:FILE makes data that have them'
+        has = 'prompt_tokens' in self.counts
+        require(has, f"packing 'pair': {self.name} has no prompts and answers; {hint}")
+        self.prompt = np.asarray(np.memmap(f'{self.name}.prompt', dtype='<i8', mode='r'))
+        self.lengths = np.diff(self.offsets)
+        fits = self.lengths <= self.block_size
+        dataset = self.meta['source']['dataset']
+        if dataset == 'gsm8k':  # two documents an example
+            fits = fits.reshape(-1, 2).all(axis=1).repeat(2)
+        elif dataset not in MAX_LENGTH:
+            i = self.prompt.argmax()
+            require(
+                self.prompt[i] < self.block_size,
+                f'{self.name}: the prompt of document {i} has {self.prompt[i]} tokens, which'
+                f' leaves no answer in a row of {self.block_size}: raise block_size, or leave such '
+                f'documents out by data.py --max_length={self.block_size}')
+        self.kept = np.flatnonzero(fits)
+        self.length = len(self.kept)
+        self.left_out = len(fits) - self.length
+        # for bits/byte, which are of answers alone
+        self.counts = self.counts | {
+            key: self.counts[key] - self.counts[f'prompt_{key}'] for key in ('tokens', 'bytes')}
+
+    def longest(self, indices):
+        """The tokens of the longest of these rows of packing 'pair', its EOS included."""
+        return int(self.lengths[self.kept[indices]].max())
 
     def __len__(self):
         return self.length
@@ -948,10 +1303,8 @@ class TokenRows:
 
 if __name__ == '__main__':
     configure(globals())
-    folder = prepare(dataset, tokenizer, name, input, streaming)
+    folder = prepare(dataset, tokenizer, name, input, streaming, max_length)
     meta = read_meta(folder)
     tok = meta['tokenizer']
     size = f"{tok['vocab_size']:,} ids with the mask"
-    print(f"{folder}: tokenizer {tok['name']}, {size}, {meta['dtype']}")
-    for split, counts in meta['splits'].items():
-        print(f'  {split}: ' + ', '.join(f'{n:,} {what}' for what, n in counts.items()))
+    print(f"{folder}: tokenizer {tok['name']}, {size}, {meta['dtype']}{described(meta['splits'])}")

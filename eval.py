@@ -41,11 +41,11 @@ from tqdm import tqdm
 from configurator import configure, require
 from data import (
     BENCHMARKS, DATASETS, GPT2_XLM, MEASURED_AS, TokenRows, Tokenizer, find_or_prepare,
-    get_tokenizer, key_of, permute, read_meta, splitmix64)
+    get_tokenizer, key_of, permute, read_meta, splitmix64, vicuna_prompt)
 from model import (
-    OBJECTIVES, DiT, autocast, check_overrides, corrupt_batch, get_schedule, load_pretrained,
-    loglinear, on_grid, per_token_loss, pick_device, reuse_memory, stratified_times)
-from sample import check_sampler, generate
+    OBJECTIVES, DiT, autocast, check_overrides, corrupt_batch, float64, load_pretrained, loglinear,
+    on_grid, per_token_loss, pick_device, reuse_memory, schedule_of, stratified_times)
+from sample import check_sampler, generate, tokenizer_of
 
 metric = 'ppl'          # a key of METRICS
 out_dir = 'out'         # where train.py left ckpt.pt
@@ -62,7 +62,7 @@ results = 'results.jsonl'  # every result is appended to it, with the settings t
 dataset = None          # a folder in data/ or a name of data.py; None: what the net was trained on
 tokenizer = None        # None: the one the checkpoint names
 split = None            # None: 'test' for lm1b, ag_news and text8, else 'validation'
-packing = None          # [wrap | concat | bos | pad | sentence] None: as trained, else 'wrap'
+packing = None          # a key of data.PACKINGS; None: as trained, else 'wrap'
 block_size = None       # [int >= 1] tokens a row; None: the net's
 T = None                # [int >= 0] steps of the bound; 0: continuous time; None: as trained
 estimator = None        # [time | count] see nelbo; None: 'count' where it is defined
@@ -132,10 +132,17 @@ def require_known(what, name, choices):
     require(name in choices, f"{what} '{name}' is not known: choose from {', '.join(choices)}")
 
 
+def exp(nats):
+    """The perplexity; inf where it overflows."""
+    return math.exp(nats) if nats <= 709 else math.inf
+
+
 def ratio_with_error(sums, counts):
-    """sum / count over independent rows (n,), and its standard error (the ratio estimator)."""
+    """sum / count over independent rows (n,), and its standard error (the ratio estimator).
+    Raises ValueError where a sum is NaN."""
     n = len(sums)
     ratio = sums.sum() / counts.sum()
+    require(not ratio.isnan(), 'the losses are not numbers: the weights are not, or overflow')
     if n == 1:
         return float(ratio), math.nan
     residual = sums - ratio * counts
@@ -150,11 +157,11 @@ def natural_estimator(net, T=0):
     return 'count' if timeless and not T else 'time'
 
 
-def draw_times(u, stratum, num_strata, estimator, T, maskable):
+def draw_times(u, stratum, num_strata, estimator, T, maskable, sampling_eps=1e-3):
     """Times (B,) of rows that share the uniform u, each in its stratum (B,). 'count': t = k/n, k
     uniform in 1 ... n, the number of maskable (B,) tokens. T > 0: on the grid of T steps."""
     if estimator == 'time' and not T:
-        return stratified_times(u, stratum, num_strata)
+        return stratified_times(u, stratum, num_strata, sampling_eps)
     t = stratified_times(u, stratum, num_strata, eps=0)
     if T:
         return on_grid(t, T)
@@ -164,7 +171,7 @@ def draw_times(u, stratum, num_strata, estimator, T, maskable):
 @torch.no_grad()
 def nelbo(
     net, rows, num_mc=1, batch_size=16, seed=0, max_rows=None, schedule=loglinear, T=0,
-    subs_masking=False, estimator=None, progress=False,
+    subs_masking=False, estimator=None, progress=False, sampling_eps=1e-3,
 ):
     """The negative evidence lower bound of rows (data.TokenRows) by the net's own objective ('mlm':
     MDLM's equation 10; 'ar': the likelihood itself), in continuous time or in T steps, with num_mc
@@ -206,7 +213,7 @@ def nelbo(
         for j in range(num_mc):
             stratum = torch.from_numpy(permute(index, n, seed)) + j * n
             maskable = clean['maskable'].sum(dim=1)
-            t = draw_times(u, stratum, num_mc * n, estimator, T, maskable)
+            t = draw_times(u, stratum, num_mc * n, estimator, T, maskable, sampling_eps)
             key = key_of(seed, start, j)
             batch = corrupt_batch(clean, t, net.config, schedule, key, device, exactly=by_count)
             loss = per_token_loss(
@@ -227,7 +234,7 @@ def nelbo(
     to_bits = rows.counts['tokens'] / rows.counts['bytes'] / math.log(2)
     return dict(
         nats_per_token=nats, nats_per_token_se=nats_se,
-        ppl=math.exp(nats), ppl_se=math.exp(nats) * nats_se,
+        ppl=exp(nats), ppl_se=exp(nats) * nats_se,
         bits_per_byte=document_nats * to_bits, bits_per_byte_se=document_se * to_bits,
         tokens=int(sums[1].sum()), document_tokens=int(sums[3].sum()), rows=n, num_mc=num_mc,
         estimator=None if net.config.causal else estimator)
@@ -248,7 +255,7 @@ def guided_log_probs(
     if attention_mask is not None:
         masked &= attention_mask
     length = x.size(1) if attention_mask is None else attention_mask.sum(dim=1)
-    sigma = schedule.conditioning_at(masked.sum(dim=1).double() / length).float()
+    sigma = schedule.conditioning_at(float64(masked).sum(dim=1) / length).float()
     logits = net.head(net.trunk(x, sigma, attention_mask)[position])
     if cfg_scale:
         x = torch.where(column < prompt_length[:, None], mask_id, x)
@@ -572,7 +579,7 @@ def generative_perplexity(
     entropies = np.array(entropies)[kept]
     entropy_se = entropies.std(ddof=1) / math.sqrt(n) if n > 1 else math.nan
     return dict(
-        gen_ppl=math.exp(mean), gen_ppl_se=math.exp(mean) * error,
+        gen_ppl=exp(mean), gen_ppl_se=exp(mean) * error,
         gen_ppl_mean=float((nats / counts).exp().mean()), entropy=float(entropies.mean()),
         entropy_se=float(entropy_se), tokens=int(counts.sum()), texts=n, skipped=len(texts) - n,
         protocol=protocol)
@@ -891,9 +898,7 @@ def load(c):
     net = load_pretrained(path, c.ema, device, **(c.overrides or {}))
     if c.tokenizer or net.tokenizer is None:
         net.tokenizer = (net.tokenizer or {}) | dict(name=str(c.tokenizer or 'gpt2'))
-    tok, size = get_tokenizer(**net.tokenizer), net.config.vocab_size
-    fits = tok.vocab_size == size or net.config.mask_id is None
-    require(fits, f"tokenizer '{tok.name}' has {tok.vocab_size} ids, the net {size}: give its own")
+    tok = tokenizer_of(net)
     if distributed and not dist.is_initialized():
         hours = datetime.timedelta(hours=4)
         if device.type == 'cuda':
@@ -915,19 +920,22 @@ def likelihood(run, name, folder):
     packing = c.packing or usual.get('packing') or run.trained('packing', 'wrap')
     max_tokens = c.max_tokens or usual.get('max_tokens')
     block_size = net.config.block_size if c.block_size is None else c.block_size
-    if net.config.causal and packing == 'concat':
+    if net.config.causal and packing in ('concat', 'crop'):
         block_size += 1                                   # the first token is not predicted
-    rows = TokenRows(folder, split, block_size, packing, run.trained('loss_on_padding', True))
+    padding = run.trained('loss_on_padding', True) and not (net.config.causal and packing == 'pair')
+    rows = TokenRows(
+        folder, split, block_size, packing, padding, run.trained('pad_to', 'block'))
     if max_tokens:
         rows.length = min(rows.length, max_tokens // block_size)
         require(rows.length, f'max_tokens={max_tokens} are less than a row of {block_size}')
     ours, theirs = run.tok.meta(), rows.meta['tokenizer']
     require(ours == theirs, f'the net has ids of the tokenizer {ours}, the data those of {theirs}')
-    schedule, T = get_schedule(run.trained('schedule', 'loglinear')), run.trained('T', 0)
+    schedule, T = schedule_of(net.constants), run.trained('T', 0)
     with autocast(run.device, c.dtype):
         result = nelbo(
             net, rows, c.num_mc, c.batch_size, c.seed, c.max_rows, schedule, T,
-            run.trained('subs_masking', False), c.estimator, progress=True)
+            run.trained('subs_masking', False), c.estimator, progress=True,
+            sampling_eps=run.trained('sampling_eps', 1e-3))
     return dict(dataset=name, split=split) | result
 
 
@@ -1095,14 +1103,6 @@ def plain_text(tok, ids):
     return tok.decode([i for i in ids if i not in tok.special_ids])
 
 
-def vicuna(message):
-    """The prompt of Vicuna v1.1, which SMDM's chat models are tuned on."""
-    user = f'USER: {message} ' if message else 'USER:'
-    return ('A chat between a curious user and an artificial intelligence assistant. The assistant '
-            "gives helpful, detailed, and polite answers to the user's questions. "
-            f'{user}ASSISTANT:')
-
-
 def fastchat_answer(text):
     """What MT-bench's judge sees of a text that was decoded with its special tokens."""
     for special in ('<s>', '</s>', '<unk>'):
@@ -1120,7 +1120,7 @@ def read_tasks(path, prompt_template, target_template):
             try:
                 row = json.loads(line)
                 if prompt_template == 'vicuna':
-                    prompt = vicuna(row['turns'][0])
+                    prompt = vicuna_prompt(row['turns'][0])
                 else:
                     prompt = prompt_template.format(**row)
                 target = target_template.format(**row) if target_template else None
@@ -1432,7 +1432,7 @@ def harness_lm(
     with one_line('lm-eval, the harness (pip install lm-eval),'):
         from lm_eval.api.model import LM
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-    tok = get_tokenizer(**net.tokenizer)
+    tok = tokenizer_of(net)
     score = functools.partial(
         score_pairs, net, method=method, cfg_scale=cfg_scale, num_mc=num_mc, greedy=greedy,
         padding=padding, batch_size=batch_size, seed=seed)

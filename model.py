@@ -14,12 +14,15 @@ SMDM (Nie et al. 2024, arXiv 2410.18514).
 import contextlib
 import ctypes
 import dataclasses
+import inspect
+import errno
 import json
 import math
 import os
 import pickle
 import re
 import shutil
+import sys
 import threading
 import time
 import types
@@ -398,13 +401,13 @@ class Schedule:
         return -torch.log(self.alpha(t))
 
     def conditioning(self, t):
-        """What a time-conditioned net is fed."""
-        return self.sigma(t)
+        """What a time-conditioned net is fed: finite even where alpha is 0."""
+        return self.sigma(t).clamp(max=30)
 
     def conditioning_at(self, mask_prob):
         """The same for mask_prob = 1 - alpha, cut off at t = 1."""
         alpha_1 = float(self.alpha(torch.ones((), dtype=torch.float64)))
-        return -torch.log1p(-mask_prob.clamp(max=1 - alpha_1))
+        return -torch.log1p(-mask_prob.clamp(max=1 - alpha_1)).clamp(min=-30)
 
     def sigma_range(self):
         """The noise between which time is importance-sampled."""
@@ -429,7 +432,7 @@ class Schedule:
 
 @dataclass
 class LogLinear(Schedule):
-    """1 - alpha = (1 - eps) t (MDLM, appendix E.1)."""
+    """1 - alpha = (1 - eps) t (MDLM, appendix E.1). xlm and SMDM have eps = 0."""
     eps: float = 1e-3
 
     def sigma(self, t):
@@ -442,6 +445,7 @@ class LogLinear(Schedule):
         return 1 - (1 - self.eps) * t
 
     def sigma_range(self):
+        require(self.eps > 0, 'importance-sampled time needs eps above 0')
         return self.eps, -math.log(self.eps)
 
     def time_of(self, sigma):
@@ -450,8 +454,8 @@ class LogLinear(Schedule):
 
 @dataclass
 class Linear(Schedule):
-    sigma_min: float = 1e-4
-    sigma_max: float = 20.0
+    sigma_min: float = 1e-3
+    sigma_max: float = 7.0
 
     def sigma(self, t):
         return self.sigma_min + t * (self.sigma_max - self.sigma_min)
@@ -495,11 +499,13 @@ class CosineSqr(Cosine):
     power = 2
 
 
+@dataclass
 class ChangeOfVariables(Schedule):
     """The noise of loglinear with log(1 - alpha) linear in t (MDLM, appendix C.2)."""
+    eps: float = 1e-3
 
-    def __init__(self, eps=1e-3):
-        self.low, self.high = LogLinear(eps).log_masked_range()
+    def __post_init__(self):
+        self.low, self.high = LogLinear(self.eps).log_masked_range()
 
     def alpha(self, t):
         return -torch.expm1(self.low + t * (self.high - self.low))
@@ -522,7 +528,27 @@ SCHEDULES = dict(
 def get_schedule(name, **parameters):
     """A Schedule by its name in SCHEDULES. Raises ValueError."""
     require_known('schedule ', name, SCHEDULES)
-    return SCHEDULES[name](**parameters)
+    known = inspect.signature(SCHEDULES[name]).parameters
+    for key in parameters:
+        require_known(f"schedule '{name}': the parameter ", key, known)
+    try:
+        schedule = SCHEDULES[name](**parameters)
+        t = torch.linspace(0, 1, 11, dtype=torch.float64)
+        alpha, dsigma = schedule.alpha(t), schedule.dsigma(t[1:-1])
+        falls = bool((alpha.diff() <= 0).all() and dsigma.isfinite().all())
+        falls = falls and 1 >= alpha[0] > alpha[-1] >= 0
+    except (ArithmeticError, TypeError, ValueError):  # such as the logarithm of 0
+        falls = False
+    require(falls, f"schedule '{name}' with {parameters}: alpha(t), the share that is not masked, "
+            'must fall from at most 1 to at least 0 over t = 0 ... 1')
+    return schedule
+
+
+def schedule_of(constants):
+    """The Schedule that the constants of train.py name ({}, of published weights: loglinear)."""
+    parameters = constants.get('schedule_parameters') or {}
+    parameters = {str(key): value for key, value in parameters.items()}
+    return get_schedule(constants.get('schedule', 'loglinear'), **parameters)
 
 
 loglinear = get_schedule('loglinear')
@@ -547,12 +573,14 @@ def corrupt_exactly(x0, t, mask_id, generator, maskable):
     return torch.where((rank < count[:, None]) & maskable, mask_id, x0)
 
 
-def corrupt_batch(batch, t, config, schedule, key, device, visible=False, exactly=False):
+def corrupt_batch(
+        batch, t, config, schedule, key, device, visible=False, exactly=False, drop_prompt=False):
     """A batch of data.TokenRows at the times t (B,), with xt drawn from the seed `key`.
 
     Returns tensors on device: x0, xt, t, scored, attention_mask (None: all True) and masked (N,),
     flat indices of the positions with a loss, found on the CPU to not wait for a GPU.
-    visible: all scored positions have a loss. exactly: see corrupt_exactly.
+    visible: all scored positions have a loss. exactly: see corrupt_exactly. drop_prompt: what may
+    not be corrupted is masked too, after the draws.
     For a causal net nothing is masked, and column 0 is not scored.
     """
     x0, scored, maskable = batch['x0'], batch['scored'], batch['maskable']
@@ -567,6 +595,8 @@ def corrupt_batch(batch, t, config, schedule, key, device, visible=False, exactl
             xt = corrupt_exactly(x0, t, config.mask_id, generator, maskable)
         else:
             xt = corrupt(x0, t, config.mask_id, schedule, generator, maskable)
+        if drop_prompt:
+            xt = xt.masked_fill(~maskable, config.mask_id)
         has_loss = scored if visible else (xt == config.mask_id) & scored
         masked = has_loss.flatten().nonzero().squeeze(1)
 
@@ -581,9 +611,10 @@ def corrupt_batch(batch, t, config, schedule, key, device, visible=False, exactl
 
 
 def stratified_times(u, index, n, eps=1e-3):
-    """A time in [eps, 1] in each stratum index (...,) of n, from one uniform u
+    """A time in [eps, 1) in each stratum index (...,) of n, from one uniform u
     (Kingma et al. 2021, arXiv 2107.00630, appendix I.1)."""
-    return ((u + index / n) % 1 * (1 - eps) + eps).float()
+    below_1 = 1 - 2 ** -24  # rounding up to 1 would leave a weight of inf / inf where alpha is 0
+    return ((u + index / n) % 1 * (1 - eps) + eps).float().clamp(max=below_1)
 
 
 def on_grid(t, T):
@@ -640,8 +671,8 @@ def d3pm(pos, subs_masking=False):
     logit_m = (pos.h.float() * head.weight[mask_id]).sum(dim=-1)
     if head.bias is not None:
         logit_m = logit_m + head.bias[mask_id]
-    p_m = (logit_m - (nll + logit)).double().exp()
-    t, dt = pos.t.double(), 1 / pos.T
+    p_m = float64(logit_m - (nll + logit)).exp()
+    t, dt = float64(pos.t), 1 / pos.T
     s = (t - dt).clamp(min=0)
     log_t = torch.log1p((1 - t) * p_m / t)
     log_s = torch.log1p((1 - s) * p_m / s.clamp(min=dt / 2))
@@ -774,6 +805,11 @@ def pick_device(name, local_rank=0):
     require(
         index < count, f"device='{name}': there is no {kind} device {index}; try device='auto'")
     return torch.device(kind, index) if kind == 'cuda' else torch.device(kind)
+
+
+def float64(x):
+    """x in float64; on MPS, which has none, in float32."""
+    return x.float() if x.device.type == 'mps' else x.double()
 
 
 def autocast(device, dtype):
@@ -977,9 +1013,11 @@ def read_checkpoint(path):
                                 'or give another out_dir or init_from')
     try:
         check_archive(path)
-    except (OSError, MemoryError):  # the machine's fault, not the file's
+    except MemoryError:
         raise
     except Exception as error:  # BadZipFile, and what else a flipped bit in a header leads to
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: a wrong offset
+            raise  # the machine's fault, not the file's
         raise ValueError(
             f'{path} is truncated or damaged ({error}): use another checkpoint') from None
     try:
@@ -994,6 +1032,9 @@ def read_checkpoint(path):
     for key, kind in sections.items():
         require(isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), kind),
                 f'{path} is not a checkpoint of train.py (no {key})')
+    if checkpoint['constants'].get('schedule') == 'linear':  # its default before it was recorded
+        checkpoint['constants'].setdefault(
+            'schedule_parameters', dict(sigma_min=1e-4, sigma_max=20.0))
     return checkpoint
 
 
@@ -1011,13 +1052,18 @@ def put(folder, name, same):
     os.replace(path + '.unfinished', path)
 
 
-def write_checkpoint(checkpoint, folder, files):
+def write_checkpoint(checkpoint, folder, files, tokenizer=None):
     """Write a checkpoint under the names `files` in folder. It is flushed to the disk before it has
     them, and an older ckpt.pt becomes ckpt.prev.pt: a kill leaves a whole one.
-    Raises OSError or RuntimeError."""
+    tokenizer: the bytes of tokenizer.json, which goes there first. Raises OSError or RuntimeError.
+    """
     os.makedirs(folder, exist_ok=True)
     path, unfinished = os.path.join(folder, files[0]), files[0] + '.unfinished'
     try:
+        if tokenizer:
+            with open(path + '.unfinished', 'wb') as f:
+                f.write(tokenizer)
+            os.replace(path + '.unfinished', os.path.join(folder, 'tokenizer.json'))
         with open(path + '.unfinished', 'wb') as f:
             torch.save(checkpoint, f)
             f.flush()
@@ -1039,28 +1085,34 @@ def write_checkpoint(checkpoint, folder, files):
 
 def read_newest(folder):
     """(checkpoint, None) of folder/ckpt.pt; where that is missing or damaged, (checkpoint, why) of
-    the one before it. Raises as read_checkpoint does where neither is whole."""
+    the one before it (ckpt_best.pt, where a run was killed before its first ckpt.pt). Raises as
+    read_checkpoint does where neither is whole."""
     try:
         return read_checkpoint(os.path.join(folder, 'ckpt.pt')), None
     except (ValueError, FileNotFoundError) as error:
-        if not os.path.isfile(os.path.join(folder, 'ckpt.prev.pt')):
+        older = os.path.join(folder, 'ckpt.prev.pt')
+        if isinstance(error, FileNotFoundError) and not os.path.isfile(older):
+            older = os.path.join(folder, 'ckpt_best.pt')
+        if not os.path.isfile(older):
             raise
-        return read_checkpoint(os.path.join(folder, 'ckpt.prev.pt')), error
+        return read_checkpoint(older), error
 
 
-def say(*words):
-    """print, but a full disk behind the output does not end the run."""
-    with contextlib.suppress(OSError):
-        print(*words, flush=True)
+def say(text):
+    """print, but neither a full disk behind the output nor a terminal that lacks a letter ends the
+    run."""
+    encoding = getattr(sys.stdout, 'encoding', None) or 'utf-8'
+    with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
+        print(text.encode(encoding, 'backslashreplace').decode(encoding), flush=True)
 
 
 class CheckpointWriter:
     """Writes checkpoints in the background: training waits only for a copy of its state. Failures
-    are warnings. The master alone writes. on_new_folder(): called where folder had vanished."""
+    are warnings. The master alone writes. tokenizer: the bytes of tokenizer.json, or None."""
 
-    def __init__(self, folder, device, master, on_new_folder):
+    def __init__(self, folder, device, master, tokenizer):
         self.folder, self.device, self.master = folder, device, master
-        self.on_new_folder = on_new_folder
+        self.tokenizer = tokenizer
         self.buffers = None  # the state's copy on the CPU, used again by the next save
         self.newest = None   # what is to be written
         self.thread = self.failure = None
@@ -1094,21 +1146,19 @@ class CheckpointWriter:
 
     def save(self, state, names, **rest):
         """Write state, with the entries `rest`, under names. All processes call it."""
-        started = time.time()
+        started = time.monotonic()
         self.wait()
         self.buffers = self.copy(state, self.buffers)
         if not self.master:
             return
         if self.device.type == 'cuda':
             torch.cuda.synchronize(self.device)
-        self.newest = self.buffers | rest, names, started, time.time() - started
+        self.newest = self.buffers | rest, names, started, time.monotonic() - started
         self.start()
 
     def start(self):
         if not os.path.isdir(self.folder):
             say(f'warning: {self.folder} is gone: it is made again, without what was in it')
-            with contextlib.suppress(OSError):  # writing will report it
-                self.on_new_folder()
         self.thread = threading.Thread(target=self.write)
         self.thread.start()
 
@@ -1116,7 +1166,7 @@ class CheckpointWriter:
         checkpoint, names, started, waited = self.newest
         step = checkpoint['iter']
         try:
-            write_checkpoint(checkpoint, self.folder, names)
+            write_checkpoint(checkpoint, self.folder, names, self.tokenizer)
         except Exception as error:  # a full disk, a folder that is gone
             while error.__context__ and not isinstance(error, OSError):
                 error = error.__context__  # torch's own error comes after the disk's
@@ -1126,7 +1176,7 @@ class CheckpointWriter:
         with contextlib.suppress(OSError):
             size = os.path.getsize(os.path.join(self.folder, names[0])) / 1e9
             say(f"step {step}: {', '.join(names)} written, {size:.2f} GB in "
-                f'{time.time() - started:.2f} s, {waited:.2f} s of which the training waited')
+                f'{time.monotonic() - started:.2f} s, {waited:.2f} s of which the training waited')
 
     def wait(self):
         """Wait for the last save. Returns whether it succeeded; a failure is printed."""
@@ -1206,6 +1256,16 @@ def find_source(source):
     return os.path.join(folder, file) if file else folder
 
 
+def read_json(path):
+    try:
+        with open(path) as f:
+            described = json.load(f)
+    except (ValueError, RecursionError) as error:  # json's own, and that of a byte that is no text
+        raise ValueError(f'{path} is not whole ({error}): download it again') from None
+    require(isinstance(described, dict), f'{path} holds no dict')
+    return described
+
+
 def read_published(path, ema):
     """(named tensors, config.json) of a folder, a .safetensors or a Lightning .ckpt."""
     described = {}
@@ -1214,12 +1274,15 @@ def read_published(path, ema):
     paths = [path]
     if os.path.isdir(path):
         if os.path.isfile(os.path.join(path, 'config.json')):
-            with open(os.path.join(path, 'config.json')) as f:
-                described = json.load(f)
+            described = read_json(os.path.join(path, 'config.json'))
         index = os.path.join(path, 'model.safetensors.index.json')
         if os.path.isfile(index):
-            with open(index) as f:
-                files = sorted(set(json.load(f)['weight_map'].values()))
+            weight_map = read_json(index).get('weight_map')
+            require(isinstance(weight_map, dict), f'{index} has no weight_map')
+            files = sorted(set(map(str, weight_map.values())))
+            for file in files:
+                require(file == os.path.basename(file),
+                        f'{index} names {file}: only files in its folder are read')
         else:
             files = sorted(file for file in os.listdir(path) if file.endswith('.safetensors'))
             some = ', '.join(files[:5]) + (' ...' if len(files) > 5 else '')
@@ -1288,7 +1351,8 @@ def load_pretrained(source, ema=True, device='cpu', **overrides):
         weights = checkpoint['ema' if ema else 'model']
         net = build(checkpoint['model_config'], overrides, weights, source)
         name = str(checkpoint['tokenizer'].get('name'))
-        net.tokenizer = dict(name=name, folder=os.path.dirname(path))
+        net.tokenizer = dict(
+            name=name, folder=os.path.dirname(path), meta=checkpoint['tokenizer'])
         net.constants = checkpoint['constants']
         return net.to(device).eval()
     if not os.path.exists(path):

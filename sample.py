@@ -41,11 +41,12 @@ from model import (
     KVCache,
     autocast,
     check_overrides,
-    get_schedule,
+    float64,
     load_pretrained,
     loglinear,
     pick_device,
     reuse_memory,
+    schedule_of,
 )
 
 out_dir = 'out'         # where train.py left ckpt.pt
@@ -117,7 +118,7 @@ def generate(
         batch_size=batch_size, first_row=first_row, temperature=temperature, cfg_scale=cfg_scale,
         compile=compile)
     if schedule is None:
-        schedule = get_schedule(net.constants.get('schedule', 'loglinear'))
+        schedule = schedule_of(net.constants)
     bos_id = None
     if sampler == 'ar' and net.tokenizer is not None:
         tok = get_tokenizer(**net.tokenizer)
@@ -219,7 +220,7 @@ def analytic(b, num_steps):
         b.follow(plan_steps(b, mask_prob), mask_prob)
         return
 
-    sigma = b.schedule.sigma(times)
+    sigma = b.schedule.sigma(times).clamp(max=30)  # where alpha is 0
     sigma[-1] = 0
     for rows, step in b.steps(mask_prob):
         sigma_t = sigma[step][:, None]
@@ -534,8 +535,8 @@ def transition(net, xt, sigma, dsigma):
     score may be negative."""
     row, col = (xt == net.config.mask_id).nonzero(as_tuple=True)
     logits = net.head(net.trunk(xt, sigma)[row, col])
-    ratio = torch.expm1(dsigma.double()) / torch.expm1(sigma.double())
-    masked = relative_score(net, logits.double()) * ratio[row, None]
+    ratio = torch.expm1(float64(dsigma)) / torch.expm1(float64(sigma))
+    masked = relative_score(net, float64(logits)) * ratio[row, None]
     masked[:, net.config.mask_id] = 1 - masked.sum(dim=-1)
     probs = F.one_hot(xt, net.config.vocab_size).to(logits.dtype)
     probs[row, col] = masked.to(probs.dtype)
@@ -921,6 +922,20 @@ def check_remdm(etas, strategy, eta, t_on, t_off, alpha_on):
             f'alpha_on={alpha_on}: 0 < t_off <= t_on < 1 and alpha_on above 0 are needed')
 
 
+def tokenizer_of(net):
+    """The tokenizer that net.tokenizer names. Raises ValueError unless its ids are the net's."""
+    tok, config = get_tokenizer(**net.tokenizer), net.config
+    theirs = dict(vocab_size=config.vocab_size, mask_id=config.mask_id, pad_id=config.pad_id)
+    if config.mask_id is None:  # the tokenizer's is the id after the last of the net
+        theirs |= dict(vocab_size=config.vocab_size + 1, mask_id=config.vocab_size)
+    if config.pad_id is None:
+        del theirs['pad_id']
+    ours = {key: getattr(tok, key) for key in theirs}
+    require(ours == theirs, f"tokenizer '{tok.name}' has {ours}, the net {theirs}: "
+            'give the one it was trained with')
+    return tok
+
+
 def padding_of(net):
     """The id after the end of a row that is shorter than others."""
     if net.config.pad_id is not None:
@@ -1277,11 +1292,7 @@ if __name__ == '__main__':
         net.tokenizer = (net.tokenizer or {}) | dict(name=str(tokenizer))
     tok = None
     if net.tokenizer:
-        tok = get_tokenizer(**net.tokenizer)
-        require(
-            (tok.vocab_size, tok.mask_id) == (net.config.vocab_size, net.config.mask_id),
-            f"tokenizer '{tok.name}' has {tok.vocab_size} ids, mask {tok.mask_id}; the net "
-            f'{net.config.vocab_size}, mask {net.config.mask_id}: give the one it was trained with')
+        tok = tokenizer_of(net)
     set_here = {name: value for name, value in constants.items() if value is not None}
     options = {name: set_here[name] for key in SAMPLERS for name in own_options(key)
                if name in set_here}

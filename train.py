@@ -12,14 +12,15 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import functools
 import gc
 import glob
 import json
 import math
 import os
 import re
-import shutil
 import signal
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -32,33 +33,38 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from configurator import configure, constants_of, require
 from data import TokenRows, find_or_prepare, get_tokenizer, key_of, permute
 from model import (
-    OBJECTIVES, SIZES, CheckpointWriter, DiT, ModelConfig, autocast, check_objective,
-    check_overrides, corrupt_batch, get_schedule, load_pretrained, load_state, on_grid,
-    per_token_loss, pick_device, put, read_newest, reuse_memory, say, stratified_times)
+    OBJECTIVES, SIZES, CheckpointWriter, DiT, ModelConfig, autocast, build, check_objective,
+    check_overrides, corrupt_batch, load_pretrained, load_state, on_grid, per_token_loss,
+    pick_device, put, read_newest, reuse_memory, say, schedule_of, stratified_times)
 from sample import generate
 
 # input and output
 out_dir = 'out'             # checkpoints and metrics.jsonl
 init_from = 'scratch'       # 'scratch', 'resume', 'auto' (resume if there is a ckpt.pt) or weights
+overwrite = False           # begin anew where out_dir holds a run: its files are removed
 overrides = None            # [dict] fields of ModelConfig that weights cannot tell: "{'n_head': 4}"
 eval_interval = 2000        # [> 0] steps
-eval_iters = 20             # [> 0] global batches of an evaluation, at most
+eval_iters = 20             # [>= 0] global batches of an evaluation, at most; 0: all of val_split
 log_interval = 10           # [> 0] steps
 ckpt_interval = 2000        # [> 0] steps; ckpt.pt is the latest
 keep_interval = 0           # [>= 0] steps; ckpt_<step>.pt is kept for ever; 0: none
 sample_interval = 0         # [>= 0] steps; evaluations on these print a sample; 0: never
 sample_at_end = True        # print samples when training is done
 wandb_project = None        # log to this project of wandb; None: only to metrics.jsonl
+tensorboard = False         # log to TensorBoard too, in out_dir
 # data
 dataset = 'openwebtext'     # a folder in data/, or what data.py knows
-tokenizer = 'gpt2'          # the one the bins were made with
+tokenizer = None            # [str] of the data; None: the one that data/<dataset> was made with
 val_split = 'validation'    # what evaluations are made on
-packing = 'wrap'            # how rows are cut: 'wrap', 'concat', 'pad', 'sentence'
-loss_on_padding = True      # packing 'pad': padding is masked and predicted like any token
+packing = 'wrap'            # how rows are cut: a key of data.PACKINGS
+loss_on_padding = True      # 'pad', 'pair': padding is masked and predicted like any token
+pad_to = 'block'            # [block | batch] 'pair': rows of block_size, or of a step's longest
+prompt_drop = 0.0           # [0 <= x <= 1] 'pair': share of micro-batches with their prompts masked
 block_size = 1024           # tokens a row
 batch_size = 32             # [> 0] rows a micro-batch
 global_batch_size = 512     # [> 0] rows a step, of all processes and micro-batches together
 ssl_ratio = 0.0             # [0 <= x <= 1] share of micro-batches cut to a random length (SMDM)
+ssl_group = 1               # [int >= 1] neighbouring micro-batches that share a cut
 # model
 size = None                 # a name in model.SIZES, in place of the next four (and cond_dim)
 n_layer = 12
@@ -80,21 +86,27 @@ attn_dropout = 0.0          # on the attention weights
 init = 'mdlm'               # [mdlm | xlm | smdm] of new weights
 # objective
 objective = 'subs'          # 'subs' (MDLM), 'mlm' (xlm's cross entropy), 'd3pm', 'sedd' or 'ar'
-schedule = 'loglinear'      # of the noise: a key of model.SCHEDULES, with its default parameters
+schedule = 'loglinear'      # of the noise: a key of model.SCHEDULES
+schedule_parameters = None  # [dict] its own, "{'eps': 1e-4}"; None: its defaults
+time_sampling = 'stratified'  # [stratified | per_process | iid] see times_of
+sampling_eps = 1e-3         # [0 <= x < 1] the least time
 T = 0                       # steps of the diffusion, for 'd3pm' and 'subs'; 0: continuous time
 subs_masking = False        # d3pm: no probability for the mask
 importance = False          # subs: draw times at which the weight of the loss is constant
 use_num_masked_factor = False   # mlm: weigh a row by 1 / (1 + its masked positions)
 loss_on_visible_tokens = False  # mlm: predict what is seen too
+loss_norm = 'step'          # [step | micro] mean over what a step, or each micro-batch, scores
 # optimizer
 optimizer = 'adamw'         # [adamw | muon] muon: for the matrices of the blocks, adamw the rest
 learning_rate = 3e-4        # [> 0]
 max_iters = 1_000_000       # [> 0] steps
+epochs = None               # [number > 0] passes over the rows, sets max_iters
 flops = None                # [number > 0] 6 * non-embedding parameters * tokens, sets max_iters
 lr_schedule = 'constant'    # [constant | cosine] after the warm-up; cosine: to min_lr at the end
 warmup_iters = 2500         # [>= 0] steps
 warmup_share = 0.0          # [0 <= x < 1] of max_iters, if that is more than warmup_iters
 min_lr = 0.0                # [>= 0]
+lr_offset = None            # [0 <= x <= 1] where in a step its rate is read; None: 1, then 0
 weight_decay = 0.0          # [>= 0]
 decay_all = False           # decay every parameter; False: matrices only
 beta1 = 0.9                 # [0 <= x < 1]
@@ -131,26 +143,43 @@ require(objective == 'mlm' or not (use_num_masked_factor or loss_on_visible_toke
 require(not shard or world_size > 1 and optimizer != 'muon',
         'shard=True shares the net among several processes, with adamw: Muon needs whole matrices')
 require(init_from, "init_from='': give 'scratch', 'resume' or a source of weights")
+require(epochs is None or flops is None, 'epochs and flops both set max_iters: give one of them')
+is_pair = packing == 'pair'
+require(is_pair or pad_to == 'block' and not prompt_drop,
+        f"pad_to and prompt_drop go with packing 'pair', not '{packing}'")
+require(not (causal and prompt_drop), 'prompt_drop goes with nets that are not causal')
 check_overrides(overrides)
 check_objective(objective, T, subs_masking, importance, causal)
-schedule = get_schedule(schedule)
+schedule = schedule_of(constants)
 if importance:
     schedule.sigma_range()  # refuses schedules without it
 micro_batches = global_batch_size // batch_size  # of a step, on all processes together
 my_micro_batches = range(rank, micro_batches, world_size)
 
 folder = find_or_prepare(dataset, tokenizer)  # before the process group, which would time out
-row_length = block_size + (causal and packing == 'concat')  # its last token is a target only
+# the last token of a causal net's row is a target only
+row_length = block_size + (causal and packing in ('concat', 'crop'))
+loss_on_padding = loss_on_padding and not (is_pair and causal)  # its one EOS is the answer's
 train_rows = TokenRows(folder, 'train', row_length, packing, loss_on_padding)
-val_rows = TokenRows(folder, val_split, row_length, packing, loss_on_padding)
+val_rows = TokenRows(folder, val_split, row_length, packing, loss_on_padding, pad_to)
 tokenizer_meta = train_rows.meta['tokenizer']
 mask_id = tokenizer_meta['mask_id']
+tokenizer_file = None  # of a tokenizer trained with the data: it goes where the weights go
+if tokenizer_meta['sha256']:
+    get_tokenizer(tokenizer_meta['name'], folder, tokenizer_meta)
+    with open(os.path.join(folder, 'tokenizer.json'), 'rb') as f:
+        tokenizer_file = f.read()
 
 if wandb_project and master:
     try:
         import wandb
     except ImportError:
         raise ValueError(f'wandb_project={wandb_project} needs wandb: pip install wandb') from None
+if tensorboard and master:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError('tensorboard=True needs it: pip install tensorboard') from None
 if device.type == 'cuda':
     torch.set_float32_matmul_precision('high')  # TF32 for what is not autocast
 if world_size > 1:
@@ -177,8 +206,9 @@ def shape_of_run():
         shape['pad_id'] = tokenizer_meta['pad_id']
 
     overruled = {key: 'size' for key in SIZES.get(size, {}) if key != 'cond_dim'}
-    if flops is not None:
-        overruled['max_iters'] = 'flops'
+    for key in ('flops', 'epochs'):
+        if constants[key] is not None:
+            overruled['max_iters'] = key
     for key, by in overruled.items():
         default = constants_of(__file__)[key][0]
         if master and constants[key] not in (default, shape.get(key)):
@@ -187,9 +217,18 @@ def shape_of_run():
     return shape
 
 
+def warn_of_unused(config, source):
+    """Say which constants were given for a net whose shape its source tells."""
+    unused = [f'{key}={ours!r} (it has {config[key]!r})' for key, ours in shape.items()
+              if key in constants and ours not in (constants_of(__file__)[key][0], config[key])]
+    if unused and master:
+        say(f'warning: {source} tells the shape of the net, not used are ' + ', '.join(unused))
+
+
 def pretrained_net():
     fields = {key: shape[key] for key in ('dropout', 'attn_dropout', 'block_size', 'objective')}
     net = load_pretrained(init_from, **fields | (overrides or {}))
+    warn_of_unused(dataclasses.asdict(net.config), init_from)
     check_objective(objective, T, subs_masking, importance, net.config.causal)
     theirs = dict(vocab_size=net.config.vocab_size, mask_id=net.config.mask_id)
     if net.tokenizer:
@@ -205,14 +244,12 @@ def checkpoint_to_resume():
     checkpoint, failed = read_newest(out_dir)
     path = f'{out_dir}/ckpt.pt'
     if failed and master:
-        say(f'warning: {failed}; resuming from {out_dir}/ckpt.prev.pt, the checkpoint before it')
+        names = 'ckpt.prev.pt', 'ckpt_best.pt'
+        older = next(name for name in names if os.path.exists(f'{out_dir}/{name}'))
+        say(f'warning: {failed}; resuming from {out_dir}/{older}, the checkpoint before it')
         with contextlib.suppress(FileNotFoundError):
             os.replace(path, f'{out_dir}/ckpt.bad.pt')
-        put(out_dir, 'ckpt.pt', 'ckpt.prev.pt')  # not to keep the broken one at the next save
-    for key, ours in dataclasses.asdict(net.config).items():
-        theirs = checkpoint['model_config'].get(key)
-        require(theirs == ours or 'dropout' in key,
-                f'{path} has {key}={theirs!r}, the run {key}={ours!r}: they must agree to resume')
+        put(out_dir, 'ckpt.pt', older)  # not to keep the broken one at the next save
     theirs = checkpoint['tokenizer']
     require(theirs == tokenizer_meta, f'{path} was trained with another tokenizer ({theirs}) than '
             f'{folder} ({tokenizer_meta})')
@@ -223,6 +260,54 @@ def checkpoint_to_resume():
     return checkpoint
 
 
+def resumed_net():
+    """The net of the checkpoint. Constants may differ from its shape where they are not given, or
+    where they did so in the first run, which took its shape from weights."""
+    path, before = f'{out_dir}/ckpt.pt', checkpoint['constants']
+    wanted = {key: shape[key] for key in shape if key in constants} | (overrides or {})
+    dropouts = {key: value for key, value in wanted.items() if 'dropout' in key}
+    net = build(checkpoint['model_config'], dropouts, checkpoint['model'], path)
+    config, defaults = dataclasses.asdict(net.config), constants_of(__file__)
+    for key, ours in wanted.items():
+        agrees = config[key] == ours
+        if key not in (overrides or {}):
+            agrees |= ours == defaults[key][0] and key not in ('block_size', 'objective')
+            agrees |= all(before.get(name) == constants[name] for name in ('size', key))
+        require(agrees, f'{path} has {key}={config[key]!r}, the run {key}={ours!r}: '
+                'they must agree to resume')
+    warn_of_unused(config, path)
+    return net
+
+
+def claim_out_dir():
+    """Lock out_dir for this process -> the open file, which holds the lock until it is closed.
+    Raises ValueError where a run is going on in it, where there is one that would be replaced, or
+    where nothing can be written."""
+    name = f'out_dir={out_dir}'
+    path = os.path.join(out_dir, '.lock')
+    there = [os.path.basename(file) for pattern in ('ckpt*.pt', 'metrics.jsonl')
+             for file in sorted(glob.glob(os.path.join(glob.escape(out_dir), pattern)))]
+    if auto and there == ['metrics.jsonl']:
+        there = []  # this run was killed before its first checkpoint
+    require(init_from == 'resume' or overwrite or not there,
+            f'{name} holds a run ({", ".join(there)}), which would be lost: go on with it '
+            '(--init_from=resume), give another --out_dir, or replace it (--overwrite=True)')
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        lock = open(path, 'a')
+    except OSError as error:
+        raise ValueError(f'{name} cannot be written to: {error}') from None
+    try:
+        import fcntl
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f'{name}: another training is going on there, wait for its end or '
+                         'give another --out_dir') from None
+    except (ImportError, OSError):
+        pass  # a system without locks
+    return lock
+
+
 class Loss(nn.Module):
     """per_token_loss as a module: DDP and FSDP synchronise only the forward of what they wrap."""
 
@@ -230,11 +315,11 @@ class Loss(nn.Module):
         super().__init__()
         self.net, self.objective, self.importance = net, objective, importance
 
-    def forward(self, batch):
+    def forward(self, batch, objective=None):
         """A batch of corrupt_batch -> (B, L) nats."""
         return per_token_loss(
-            self.net, batch['x0'], batch['xt'], batch['t'], self.objective, schedule, T,
-            subs_masking, self.importance, masked=batch['masked'],
+            self.net, batch['x0'], batch['xt'], batch['t'], objective or self.objective, schedule,
+            T, subs_masking, self.importance, masked=batch['masked'],
             attention_mask=batch['attention_mask'], reconstruction=True)
 
 
@@ -262,28 +347,54 @@ def make_optimizers():
 
 torch.manual_seed(seed)
 step, tokens_seen, best_val_loss = 0, 0, math.inf
+wandb_id = None
 checkpoint, changed = None, {}
-if init_from == 'auto':
-    found = any(os.path.exists(f'{out_dir}/{name}') for name in ('ckpt.pt', 'ckpt.prev.pt'))
+auto = init_from == 'auto'
+if auto:
+    names = 'ckpt.pt', 'ckpt.prev.pt', 'ckpt_best.pt'
+    found = any(os.path.exists(f'{out_dir}/{name}') for name in names)
     init_from = 'resume' if found else 'scratch'
 shape = shape_of_run()
-if init_from in ('scratch', 'resume'):
+if init_from == 'scratch':
     net = DiT(ModelConfig(**shape))
+elif init_from == 'resume':
+    checkpoint = checkpoint_to_resume()
+    net = resumed_net()
 else:
     net = pretrained_net()
 ema_net = copy.deepcopy(net)
-if init_from == 'resume':
-    checkpoint = checkpoint_to_resume()
-    before = checkpoint['constants']
-    changed = {key: value for key, value in constants.items()
-               if before.get(key) != value and key != 'init_from'}
-    if master:
-        changes = [f'{key}={value!r} (was {before.get(key)!r})' for key, value in changed.items()]
-        say(', '.join([f"resuming at step {checkpoint['iter']:,}", *changes]))
-    load_state(net, checkpoint['model'], out_dir)
+if checkpoint:
     load_state(ema_net, checkpoint['ema'], out_dir)
     step, tokens_seen = checkpoint['iter'], checkpoint['tokens_seen']
     best_val_loss = checkpoint['best_val_loss']
+    wandb_id = checkpoint.get('wandb_id')
+if flops is not None:
+    mean_length = block_size * (1 - ssl_ratio) + ssl_ratio * (1 + block_size) / 2
+    one_step = 6 * net.num_params(embedding=False) * global_batch_size * mean_length
+    max_iters = round(flops / one_step)
+    require(max_iters > 0, f'flops={flops:g} is less than one step: {one_step:.3g}')
+if epochs is not None:
+    max_iters = int(len(train_rows) * epochs / global_batch_size)
+    require(max_iters > 0, f'epochs={epochs} of {len(train_rows):,} rows are less than one step of '
+            f'global_batch_size={global_batch_size}')
+warmup_iters = max(warmup_iters, round(warmup_share * max_iters))
+if checkpoint and step >= max_iters:
+    if master:
+        say(f'{out_dir} is finished: it is at step {step:,} of {max_iters:,}; '
+            'a larger --max_iters goes on')
+    if world_size > 1:
+        dist.destroy_process_group()
+    sys.exit()
+lock = claim_out_dir() if master else None
+if checkpoint:
+    before = checkpoint['constants']
+    for key in shape.keys() & before.keys() - {'dropout', 'attn_dropout'}:
+        constants[key] = before[key]
+    changed = {key: value for key, value in constants.items()
+               if before.get(key) != value and key not in ('init_from', 'overwrite')}
+    if master:
+        changes = [f'{key}={value!r} (was {before.get(key)!r})' for key, value in changed.items()]
+        say(', '.join([f'resuming at step {step:,}', *changes]))
 net.train()
 ema_net.eval().requires_grad_(False)
 if world_size > 1:  # folders may not be shared, a disk may fail one of them
@@ -291,12 +402,18 @@ if world_size > 1:  # folders may not be shared, a disk may fail one of them
     dist.all_gather_object(steps, step)
     require(len(set(steps)) == 1, f'the processes would resume at different steps, {steps}: '
             f'out_dir={out_dir} must be one folder for all')
-if flops is not None:
-    mean_length = block_size * (1 - ssl_ratio) + ssl_ratio * (1 + block_size) / 2
-    one_step = 6 * net.num_params(embedding=False) * global_batch_size * mean_length
-    max_iters = round(flops / one_step)
-    require(max_iters > 0, f'flops={flops:g} is less than one step: {one_step:.3g}')
-warmup_iters = max(warmup_iters, round(warmup_share * max_iters))
+of_noise = 'schedule', 'schedule_parameters', 'time_sampling', 'sampling_eps'
+needs = dict.fromkeys(of_noise, ('an objective with noise', not causal)) | {
+    'min_lr': ("lr_schedule='cosine'", lr_schedule == 'cosine'),
+    'warmup_share': ('a larger max_iters', warmup_share * max_iters > constants['warmup_iters']),
+    'loss_on_padding': ("packing='pad' or 'pair'", packing in ('pad', 'pair')),
+    'ssl_group': ('ssl_ratio', ssl_ratio),
+    'overrides': ('weights in init_from', init_from not in ('scratch', 'resume')),
+}
+idle = [f'{key}={constants[key]!r} (it needs {what})' for key, (what, used) in needs.items()
+        if not used and constants[key] != constants_of(__file__)[key][0]]
+if idle and master:
+    say('warning: these do nothing: ' + ', '.join(idle))
 
 loss_module = Loss(net, objective, importance)
 eval_loss = Loss(ema_net, OBJECTIVES[objective].bound)
@@ -332,91 +449,122 @@ if world_size > 1 and not shard:
 # batches, evaluation, logs
 
 
+def rows_of(step, first, n):
+    """n indices of a step's rows, from its `first` on. Each epoch permutes the rows."""
+    index = step * global_batch_size + first + np.arange(n)
+    epoch, place = index // len(train_rows), index % len(train_rows)
+    return np.concatenate([permute(place[epoch == e], len(train_rows), seed, e)
+                           for e in np.unique(epoch)])
+
+
+@functools.lru_cache(4)
+def longest_row_of(step):
+    """pad_to: the length of all rows of a step that are not cut."""
+    if pad_to == 'block':
+        return row_length
+    return train_rows.longest(rows_of(step, 0, global_batch_size))
+
+
 def row_length_of(step, micro):
     """SMDM's stochastic sequence length: some micro-batches draw one from 1 ... block_size."""
-    generator = torch.Generator().manual_seed(key_of(seed, step, micro, 1))
+    generator = torch.Generator().manual_seed(key_of(seed, step, micro // ssl_group, 1))
     cut, length = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
     if cut >= ssl_ratio:
-        return row_length
+        return longest_row_of(step)
     return 1 + int(length * block_size) + (row_length - block_size)
 
 
+def times_of(step, micro):
+    """Times (batch_size,). 'stratified': over the global batch, by one uniform, and interleaved so
+    that those of each micro-batch span [0, 1]. 'per_process' (MDLM): each row of a micro-batch in
+    a stratum, by its own uniform. 'iid' (SMDM, xlm)."""
+    row = torch.arange(batch_size)
+    if time_sampling == 'stratified':
+        generator = torch.Generator().manual_seed(key_of(seed, step))
+        u = torch.rand((), generator=generator, dtype=torch.float64)
+        strata = micro + micro_batches * row
+        return stratified_times(u, strata, global_batch_size, sampling_eps)
+    n = batch_size if time_sampling == 'per_process' else 1
+    generator = torch.Generator().manual_seed(key_of(seed, step, micro, 3))
+    u = torch.rand(batch_size, generator=generator, dtype=torch.float64) / n
+    return stratified_times(u, row % n, n, sampling_eps)
+
+
 def training_batch(step, micro):
-    """Micro-batch `micro` of a step. Each epoch permutes the rows. Times are stratified over the
-    global batch, and interleaved so that those of each micro-batch span [0, 1]."""
-    index = step * global_batch_size + micro * batch_size + np.arange(batch_size)
-    epoch, place = index // len(train_rows), index % len(train_rows)
-    rows = np.concatenate([permute(place[epoch == e], len(train_rows), seed, e)
-                           for e in np.unique(epoch)])
-    generator = torch.Generator().manual_seed(key_of(seed, step))
-    u = torch.rand((), generator=generator, dtype=torch.float64)
-    strata = micro + micro_batches * torch.arange(batch_size)
-    t = stratified_times(u, strata, global_batch_size)
+    """Micro-batch `micro` of a step."""
+    rows = rows_of(step, micro * batch_size, batch_size)
+    t = times_of(step, micro)
     if T:
         t = on_grid(t, T)
     elif importance:
         t = schedule.importance_time(t)
     length = row_length_of(step, micro)
     batch = {name: x[:, :length] for name, x in train_rows[rows].items()}
+    generator = torch.Generator().manual_seed(key_of(seed, step, micro, 4))
+    drop = torch.rand((), generator=generator).item() < prompt_drop
     return corrupt_batch(batch, t, net.config, schedule, key_of(seed, step, micro), device,
-                         loss_on_visible_tokens)
+                         loss_on_visible_tokens, drop_prompt=drop)
 
 
 def mean_loss(loss, batch):
-    """(B, L) nats -> what is trained on, their mean."""
+    """(B, L) nats -> the loss, and the share of its divisor's positions that are scored.
+    loss_norm 'step': over all positions; the loop then divides by the share of the whole step."""
     if use_num_masked_factor:
         loss = loss / (1 + (batch['xt'] == mask_id).sum(dim=1, keepdim=True))
     if objective == 'mlm':
-        count = max(batch['masked'].numel(), 1)
+        count = torch.tensor(batch['masked'].numel())
     else:
-        count = batch['scored'].sum().clamp(min=1)  # on the device: no waiting for it
-    return (loss * batch['scored']).sum() / count
+        count = batch['scored'].sum()  # on the device: no waiting for it
+    divisor = batch_size * (row_length - causal)  # nothing predicts column 0 of a causal net
+    if loss_norm == 'micro':
+        divisor = count = count.clamp(min=1)
+    return (loss * batch['scored']).sum() / divisor, count / divisor
 
 
 @torch.no_grad()
 def evaluate():
-    """NELBO of the averaged weights ('ar': the likelihood) on the first rows of val_split: nats per
-    scored token, bits per byte. Rows, times and masks are always the same."""
-    n = min(len(val_rows), eval_iters * global_batch_size)
+    """What is logged of the averaged weights on the first rows of val_split: the NELBO ('ar': the
+    likelihood) in nats per scored token and bits per byte; of mlm nets also the mean cross entropy
+    at masked positions (xlm). Rows, times and masks are always the same."""
+    n = min(len(val_rows), eval_iters * global_batch_size or len(val_rows))
     first = rank * batch_size
-    sums = torch.zeros(4, dtype=torch.float64)
+    sums = torch.zeros(6, dtype=torch.float64)
     # past the end, FSDP takes part with a row that does not count
     for start in range(first, n + first if shard else n, world_size * batch_size):
         indices = np.arange(min(start, n - 1), min(start + batch_size, n))
-        t = stratified_times(0.5, torch.from_numpy(permute(indices, n, 0)), n)
+        t = stratified_times(0.5, torch.from_numpy(permute(indices, n, 0)), n, sampling_eps)
         if T:
             t = on_grid(t, T)
         rows = val_rows[indices]
         batch = corrupt_batch(rows, t, net.config, schedule, key_of(start), device)
         with amp:
             loss = eval_loss(batch)
+            cross_entropy = eval_loss(batch, 'mlm') if objective == 'mlm' else None
         loss, scored = loss.cpu().double(), batch['scored'].cpu() & (start < n)
         in_document = scored & rows['document']
-        parts = (loss * scored, scored, loss * in_document, in_document)
-        sums += torch.stack([x.sum() for x in parts])
+        parts = [loss * scored, scored, loss * in_document, in_document]
+        if objective == 'mlm':
+            parts += [cross_entropy.cpu().double() * scored,
+                      scored & (batch['xt'] == mask_id).cpu()]
+        sums[:len(parts)] += torch.stack([x.sum() for x in parts])
     if world_size > 1:
         sums = sums.to(device)
         dist.all_reduce(sums)
-    loss, tokens, document_loss, document_tokens = sums.tolist()
+    loss, tokens, document_loss, document_tokens, cross_entropy, masked = sums.tolist()
     counts = val_rows.counts
     nats_per_byte = document_loss / document_tokens * counts['tokens'] / counts['bytes']
-    return loss / tokens, nats_per_byte / math.log(2)
+    found = dict(val_loss=loss / tokens, val_bpb=nats_per_byte / math.log(2))
+    return found | dict(val_mlm_loss=cross_entropy / masked) if masked else found
 
 
 def get_lr(step):
     """Linear warm-up, then constant or cosine."""
-    if step < warmup_iters:
-        return learning_rate * (step + 1) / warmup_iters
+    if step + (lr_offset or 0) < warmup_iters:
+        return learning_rate * (step + (1 if lr_offset is None else lr_offset)) / warmup_iters
     if lr_schedule == 'constant':
         return learning_rate
-    done = (step - warmup_iters) / max(1, max_iters - warmup_iters)
+    done = (step + (lr_offset or 0) - warmup_iters) / max(1, max_iters - warmup_iters)
     return min_lr + (learning_rate - min_lr) * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def make_out_dir():
-    os.makedirs(out_dir, exist_ok=True)
-    if tokenizer_meta['sha256']:  # a tokenizer trained with the data goes where the weights go
-        shutil.copy(os.path.join(folder, 'tokenizer.json'), out_dir)
 
 
 def cut_metrics():
@@ -442,6 +590,9 @@ def log(**line):
         say(f'warning: {metrics_path} cannot be written ({error})')
     if wandb_project:
         wandb.log(line, step=line['iter'])
+    if tensorboard:
+        for key in line.keys() - {'iter', 'changed'}:
+            board.add_scalar(key, line[key], line['iter'])
 
 
 def print_samples(n):
@@ -450,13 +601,20 @@ def print_samples(n):
         return
     ema_net.tokenizer = dict(name=tokenizer_meta['name'], folder=folder)
     ema_net.constants = constants
-    with amp:
-        out = generate(ema_net, n, block_size, steps=block_size, sampler=None, top_p=0.9,
-                       seed=seed)
-    tok = get_tokenizer(**ema_net.tokenizer)
-    for i, ids in enumerate(out.tokens.tolist()):
-        say(f'--- sample {i} (top_p 0.9, {out.nfe[i]} network evaluations)\n'
-            f'{tok.decode(ids[:out.length[i]])}')
+    try:
+        with amp:
+            out = generate(ema_net, n, block_size, steps=block_size, sampler=None, top_p=0.9,
+                           seed=seed)
+        tok = get_tokenizer(**ema_net.tokenizer)
+    except Exception as error:  # a tokenizer that is gone, a full device
+        say(f'warning: no samples ({type(error).__name__}: {error})')
+        return
+    texts = [tok.decode(ids[:n]) for ids, n in zip(out.tokens.tolist(), out.length, strict=True)]
+    for i, text in enumerate(texts):
+        say(f'--- sample {i} (top_p 0.9, {out.nfe[i]} network evaluations)\n{text}')
+    if wandb_project:
+        table = wandb.Table(columns=['step', 'text'], data=[[step, text] for text in texts])
+        wandb.log(dict(samples=table), step=step)
 
 
 def training_state():
@@ -469,7 +627,7 @@ stop_requests = []  # when
 
 def ask_to_stop(number, frame):
     """Finish the step first. One more, later than torchrun passes the first on, ends at once."""
-    stop_requests.append(time.time())
+    stop_requests.append(time.monotonic())
     if stop_requests[-1] - stop_requests[0] > 3:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
@@ -479,19 +637,26 @@ def ask_to_stop(number, frame):
 # the loop
 
 metrics_path = os.path.join(out_dir, 'metrics.jsonl')
-writer = CheckpointWriter(out_dir, device, master, on_new_folder=make_out_dir)
+writer = CheckpointWriter(out_dir, device, master, tokenizer_file)
 if master:
-    make_out_dir()
-    for path in glob.glob(os.path.join(glob.escape(out_dir), '*.unfinished')):
-        os.remove(path)  # what a killed run was writing
+    stale = ['*.unfinished']  # what a killed run was writing
+    if overwrite and init_from != 'resume':
+        stale += ['ckpt*.pt', 'metrics.jsonl', 'tokenizer.json']
+    for pattern in stale:
+        for path in glob.glob(os.path.join(glob.escape(out_dir), pattern)):
+            os.remove(path)
     cut_metrics()
+    if wandb_project:
+        wandb_id = wandb.init(project=wandb_project, name=out_dir, config=constants, id=wandb_id,
+                              resume='allow').id
+    if tensorboard:
+        board = SummaryWriter(out_dir)
     if changed:
         log(iter=step, changed=changed)
-    if wandb_project:
-        wandb.init(project=wandb_project, name=out_dir, config=constants)
+    left_out = f' ({train_rows.left_out:,} longer ones left out)' if train_rows.left_out else ''
     say(f'{net.num_params() / 1e6:.2f}M parameters '
         f'({net.num_params(embedding=False) / 1e6:.2f}M without embedding and head), '
-        f'{len(train_rows):,} rows of {block_size} tokens, '
+        f'{len(train_rows):,} rows of {block_size} tokens{left_out}, '
         f'{len(train_rows) / global_batch_size:,.1f} steps an epoch; {world_size} x {device}, '
         f"{'bfloat16 autocast' if amp._enabled else 'float32'}; "
         f'training to step {max_iters:,} in {out_dir}')
@@ -507,28 +672,30 @@ for name in ('SIGTERM', 'SIGINT', 'SIGUSR1'):  # queues send the first or the la
 
 parameters, ema_parameters = list(net.parameters()), list(ema_net.parameters())
 start = step
-timer, timed_from = time.time(), step
+timer, timed_from = time.monotonic(), step
 skipped = 0          # updates skipped in all,
 bad_steps = 0        # and in a row
 stopping = 0         # whether some process is asked to stop
 typical_norm = None  # a running mean of the gradient norm
 maker = ThreadPoolExecutor(1)  # makes the next batch while this one is trained on
 upcoming = maker.submit(training_batch, step, rank)
-began, waited = time.time(), 0.0
+began, waited = time.monotonic(), 0.0
 while True:
 
     better = False
     if step > start and (step % eval_interval == 0 or step == max_iters):
-        val_loss, val_bpb = evaluate()
+        found = evaluate()
+        val_loss = found['val_loss']
         better = val_loss < best_val_loss  # NaN is never better
         if better:
             best_val_loss = val_loss
         if master:
-            say(f'step {step}: validation {val_loss:.4f} nats/token, {val_bpb:.4f} bits/byte')
-            log(iter=step, val_loss=val_loss, val_bpb=val_bpb)
+            say(f"step {step}: validation {val_loss:.4f} nats/token, {found['val_bpb']:.4f} "
+                'bits/byte')
+            log(iter=step, **found)
             if sample_interval and step % sample_interval == 0:
                 print_samples(1)
-        timer, timed_from = time.time(), step  # evaluations do not count in tokens/s
+        timer, timed_from = time.monotonic(), step  # evaluations do not count in tokens/s
     hopeless = bad_steps >= max_bad_steps
     ending = step >= max_iters or stopping or hopeless
     files = []
@@ -539,9 +706,10 @@ while True:
     if step > start and keep_interval and step % keep_interval == 0:
         files.append(f'ckpt_{step}.pt')
     if files:
+        of_wandb = dict(wandb_id=wandb_id) if wandb_id else {}
         writer.save(training_state(), files, iter=step, tokens_seen=tokens_seen,
                     best_val_loss=best_val_loss, model_config=dataclasses.asdict(net.config),
-                    constants=constants, tokenizer=tokenizer_meta)
+                    constants=constants, tokenizer=tokenizer_meta, **of_wandb)
     if ending:
         break
 
@@ -549,11 +717,11 @@ while True:
     for opt in optimizers:
         for group in opt.param_groups:
             group['lr'] = lr
-    loss = 0.0
+    loss, filled = 0.0, torch.zeros((), device=device)
     for micro in my_micro_batches:
-        waiting_from = time.time()
+        waiting_from = time.monotonic()
         batch = upcoming.result()
-        waited += time.time() - waiting_from
+        waited += time.monotonic() - waiting_from
         last = micro == my_micro_batches[-1]
         following = (step + 1, rank) if last else (step, micro + world_size)
         upcoming = maker.submit(training_batch, *following)
@@ -561,24 +729,29 @@ while True:
         synchronised = last or world_size == 1 or shard
         with contextlib.nullcontext() if synchronised else loss_module.no_sync():
             with amp:
-                micro_loss = mean_loss(loss_module(batch), batch) / len(my_micro_batches)
+                micro_loss, part = mean_loss(loss_module(batch), batch)
+                micro_loss = micro_loss / len(my_micro_batches)
             micro_loss.backward()
         loss += micro_loss.detach()
+        filled += part
     gradients = [p.grad for p in parameters if p.grad is not None]
     grad_norm = nn.utils.get_total_norm(gradients)
     if shard:
         grad_norm = grad_norm.full_tensor()
     bad = ~torch.isfinite(loss + grad_norm)
-    status = torch.stack([loss.float(), bad.float(),
+    status = torch.stack([loss.float(), filled / len(my_micro_batches), bad.float(),
                           torch.full_like(loss, bool(stop_requests), dtype=torch.float32)])
     if world_size > 1:  # all processes skip, and stop, together
         status[0] /= world_size
         dist.all_reduce(status, op=dist.ReduceOp.SUM)
-    loss, bad, stopping = status.tolist()  # note: this waits for the device
-    grad_norm = float(grad_norm)
+    loss, filled, bad, stopping = status.tolist()  # note: this waits for the device
+    scale = world_size / (filled or world_size)  # to the mean over what the whole step scores
+    loss, grad_norm = loss * scale, float(grad_norm) * scale
     if not bad:
         if 0 < grad_clip < grad_norm:
-            torch._foreach_mul_(gradients, grad_clip / grad_norm)
+            scale *= grad_clip / grad_norm
+        if scale != 1:
+            torch._foreach_mul_(gradients, scale)
         for opt in optimizers:
             opt.step()
         with torch.no_grad():
@@ -610,28 +783,36 @@ while True:
             typical_norm = 0.98 * typical_norm + 0.02 * grad_norm
 
     if step % log_interval == 0 or step == start + 1:
-        seconds = (time.time() - timer) / (step - timed_from)
-        timer, timed_from = time.time(), step
+        seconds = (time.monotonic() - timer) / (step - timed_from)
+        timer, timed_from = time.monotonic(), step
         if master and not bad:
-            rate = global_batch_size * block_size / seconds
+            length = min(block_size, longest_row_of(step - 1))
+            rate = global_batch_size * length / seconds
             mfu = ''
             if peak:
                 projected = global_batch_size * block_size // (1 if causal else 2)  # the masked
                 used = net.train_flops(global_batch_size, block_size, projected) / seconds
                 mfu = f', MFU {used / peak / world_size:.1%}'
-            left = datetime.timedelta(seconds=round(seconds * (max_iters - step)))
+            left = min(seconds * (max_iters - step), 1e13)  # timedelta overflows
+            left = datetime.timedelta(seconds=round(left))
             say(f'step {step}: loss {loss:.3f}, lr {lr:.2e}, grad norm {grad_norm:.2f}, '
                 f'{rate:,.0f} tokens/s{mfu}, {left} left')
             log(iter=step, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=rate)
 
 if master and step > start:
-    say(f'the loop waited for its batches {waited / (time.time() - began):.2%} of the time')
+    say(f'the loop waited for its batches {waited / (time.monotonic() - began):.2%} of the time')
 saved = writer.wait() or writer.retry()
 if master and stopping and saved and step < max_iters:
     say(f'stopped by a signal after step {step}: '
         'go on with the same command and --init_from=resume')
 if master and sample_at_end and step >= max_iters:
     print_samples(4)
+if master:
+    with contextlib.suppress(OSError):
+        os.remove(lock.name)
+    lock.close()
+    if tensorboard:
+        board.close()
 if world_size > 1:
     dist.barrier()  # the others wait for the last checkpoint and the samples
     loss_module = micro_loss = None  # gloo's threads end with what DDP holds, or exiting may abort

@@ -24,15 +24,19 @@ dropout = 0.1
 objective = 'd3pm'  # its reconstruction term included
 T = 1000
 subs_masking = False  # the net may give the mask itself a probability
+time_sampling = 'per_process'  # each micro-batch stratified alone
+loss_norm = 'micro'  # sentences of all lengths: each micro-batch counts alike
 
 learning_rate = 3e-4
 max_iters = 1_000_000
 lr_schedule = 'constant'
 warmup_iters = 2500
+lr_offset = 0
 weight_decay = 0.0
 grad_clip = 1.0
 ema = 0.9999
 
 eval_interval = 10_000
+eval_iters = 0  # all of val_split
 ckpt_interval = 2500
 keep_interval = 100_000

@@ -28,11 +28,16 @@ dropout = 0.1
 attn_dropout = 0.1
 init = 'xlm'
 objective = 'mlm'
+schedule_parameters = dict(eps=0.0)  # masked with probability t,
+sampling_eps = 0.0  # t uniform in [0, 1),
+time_sampling = 'iid'  # of each row by itself
+loss_norm = 'micro'  # a mean over the masked positions of each micro-batch
 
 learning_rate = 1e-4
 max_iters = 1_000_000
 lr_schedule = 'constant'
 warmup_iters = 2000
+lr_offset = 0
 weight_decay = 0.01  # on matrices
 grad_clip = 1.0
 ema = 0.9999

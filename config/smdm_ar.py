@@ -34,6 +34,7 @@ flops = 1e19  # sets max_iters
 lr_schedule = 'cosine'
 min_lr = 2e-5
 warmup_iters = 100
+lr_offset = 0
 warmup_share = 0.01
 weight_decay = 0.1
 decay_all = True

@@ -15,7 +15,8 @@ packing = 'concat'
 block_size = 2048
 batch_size = 16
 global_batch_size = 256
-ssl_ratio = 0.01  # micro-batches cut to a random length
+ssl_ratio = 0.01  # micro-batches cut to a random length,
+ssl_group = 8  # the same one on all 8 GPUs, which are seeded alike
 
 size = '170M'
 cond_dim = 0
@@ -28,12 +29,17 @@ dropout = 0.0
 init = 'smdm'
 head_mask = False  # the mask is never predicted
 objective = 'subs'
+schedule_parameters = dict(eps=0.0)  # masked with probability p = (1 - sampling_eps) u +
+sampling_eps = 1e-3  # sampling_eps, weight 1/p,
+time_sampling = 'iid'  # u uniform in [0, 1) of each row by itself
+loss_norm = 'micro'  # one that is cut counts like any other
 
 learning_rate = 2e-4
 flops = 1e19  # sets max_iters
 lr_schedule = 'cosine'
 min_lr = 2e-5
 warmup_iters = 100
+lr_offset = 0
 warmup_share = 0.01
 weight_decay = 0.1
 decay_all = True

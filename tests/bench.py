@@ -22,6 +22,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -428,6 +429,7 @@ def corpus():
             return done.stdout
 
         def run_train(*options, **how):
+            shutil.rmtree(os.path.join(folder, 'out'), ignore_errors=True)
             stdout = run(
                 'train.py', '--dataset=corpus', *shape, '--sample_at_end=False', '--eval_iters=1',
                 '--out_dir=out', *options, **how
@@ -527,6 +529,7 @@ def optimizers():
     last = None
     with tempfile.TemporaryDirectory(dir='.') as folder:
         for name, learning_rate in (('adamw', '1e-3'), ('muon', '6e-3')):
+            shutil.rmtree(os.path.join(folder, 'out'), ignore_errors=True)
             done = subprocess.run(
                 [
                     sys.executable,

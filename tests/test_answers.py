@@ -14,11 +14,11 @@ import torch
 
 import eval as measures
 from conftest import ROOT, SHARED
-from data import TokenRows, get_tokenizer, prepare
+from data import TokenRows, get_tokenizer, prepare, vicuna_prompt
 from eval import (
     character_bleu, conditional_nll, continuation_nll, decode_prompts, encode_pair,
     fastchat_answer, greedy_matches, harness_lm, isoflop_optimum, last_match, nelbo, normalized,
-    power_law, prefix_and_target, same_answer, score_pairs, vicuna
+    power_law, prefix_and_target, same_answer, score_pairs
 )
 from model import load_pretrained, per_token_loss
 from test_eval import save_net
@@ -119,7 +119,7 @@ def test_bleu_is_that_of_characters(vectors):
 
 def test_mt_bench_prompts_and_answers(vectors):
     for case in vectors['mt_bench_prompt']:
-        assert vicuna(case['question']) == case['prompt']
+        assert vicuna_prompt(case['question']) == case['prompt']
     for case in vectors['mt_bench_output']:
         assert fastchat_answer(case['decoded']) == case['answer']
 

@@ -2,7 +2,9 @@
 relative is rounding in float32; 1e-3 for the losses at T = 1000, where the release cancels."""
 
 import dataclasses
+import inspect
 import json
+import math
 import os
 
 import pytest
@@ -11,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import SHARED
 from model import (
-    SIZES, DiT, ModelConfig, corrupt, get_schedule, load_pretrained, loglinear, on_grid,
+    SCHEDULES, SIZES, DiT, ModelConfig, corrupt, get_schedule, load_pretrained, loglinear, on_grid,
     per_token_loss, reconstruction_loss, save_pretrained, stratified_times
 )
 
@@ -334,7 +336,7 @@ def test_fine_tuning_and_measuring_published_weights(folder, here, tmp_path, mon
             'train.py', f'--init_from={source}', f'--overrides={overrides}', '--dataset=t58',
             '--tokenizer=tok58', '--block_size=24', '--batch_size=4', '--device=cpu',
             '--global_batch_size=8', '--max_iters=2', '--learning_rate=1e-9', '--dropout=0.0',
-            '--out_dir=out', '--sample_at_end=False', *options
+            '--out_dir=out', '--overwrite=True', '--sample_at_end=False', *options
         )
         assert torch.allclose(ran['net'].wte.weight, load_pretrained(source).wte.weight, atol=1e-6)
 
@@ -416,16 +418,66 @@ def test_schedules_match_the_release(folder):
     assert relative(loglinear.importance_time(t), expected['importance_t_loglinear']) < 2e-5
 
 
-@pytest.mark.parametrize(
-    'name', ['loglinear', 'linear', 'geometric', 'cosine', 'cosinesqr', 'change_of_variables']
-)
+def with_other_parameters(name):
+    """A schedule by its defaults, and with each number that it takes half as large."""
+    yield get_schedule(name)
+    for key, parameter in inspect.signature(SCHEDULES[name]).parameters.items():
+        if isinstance(parameter.default, float):
+            yield get_schedule(name, **{key: parameter.default / 2})
+
+
+@pytest.mark.parametrize('name', SCHEDULES)
 def test_schedules_are_consistent(name):
-    schedule = get_schedule(name)
-    t = torch.linspace(0.05, 0.95, 19, dtype=torch.float64, requires_grad=True)
-    torch.testing.assert_close(
-        torch.autograd.grad(schedule.sigma(t).sum(), t)[0], schedule.dsigma(t).detach()
-    )
-    torch.testing.assert_close(schedule.alpha(t), torch.exp(-schedule.sigma(t)))
+    for schedule in with_other_parameters(name):
+        t = torch.linspace(0.05, 0.95, 19, dtype=torch.float64, requires_grad=True)
+        torch.testing.assert_close(
+            torch.autograd.grad(schedule.sigma(t).sum(), t)[0], schedule.dsigma(t).detach()
+        )
+        torch.testing.assert_close(schedule.alpha(t), torch.exp(-schedule.sigma(t)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('name', SCHEDULES)
+def test_schedules_fall_within_their_limits_and_invert(name):
+    defaults, *others = with_other_parameters(name)
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    for schedule in (defaults, *others):
+        alpha = schedule.alpha(t)
+        assert (alpha.diff() < 0).all() and 0.99 < alpha[0] <= 1 and 0 <= alpha[-1] < 0.7
+        inner = t[1:]  # a net is told the same by the time and by the masks
+        told = schedule.conditioning_at(1 - schedule.alpha(inner))
+        torch.testing.assert_close(told, schedule.conditioning(inner), rtol=1e-6, atol=1e-9)
+        try:
+            low, high = schedule.sigma_range()
+        except ValueError:
+            continue  # none is defined
+        sigma = torch.linspace(low, high, 50, dtype=torch.float64)
+        torch.testing.assert_close(schedule.sigma(schedule.time_of(sigma)), sigma)
+        masked = (1 - schedule.alpha(schedule.importance_time(t))).log()
+        torch.testing.assert_close(masked.diff(), masked.diff().mean().expand(100))
+    for other in others:
+        assert not torch.equal(other.alpha(t), defaults.alpha(t))
+
+
+@pytest.mark.parametrize(
+    'name, parameters, message',
+    [
+        ('loglinear', dict(sigma_max=1.0), "the parameter 'sigma_max' is not known: .* eps"),
+        ('loglinear', dict(eps=1.5), 'must fall'),
+        ('loglinear', dict(eps='a'), 'must fall'),
+        ('linear', dict(sigma_min=8.0), 'must fall'),
+        ('geometric', dict(sigma_min=0), 'must fall'),
+        ('change_of_variables', dict(eps=0.0), 'must fall'),
+        ('cosine', dict(eps=math.nan), 'must fall'),
+    ],
+)
+def test_parameters_that_make_no_noise_are_refused(name, parameters, message):
+    with pytest.raises(ValueError, match=message):
+        get_schedule(name, **parameters)
+
+
+def test_the_released_linear_noise_is_the_default():
+    assert get_schedule('linear') == get_schedule('linear', sigma_min=1e-3, sigma_max=7.0)
 
 
 def test_every_objectives_gradient_is_that_of_its_dense_form(tiny_net):

@@ -234,7 +234,8 @@ def test_a_full_disk_under_the_output_and_a_net_that_is_shared_out(mine):
     # out.txt and metrics.jsonl are full soon
     process = start(*SMALL, '--max_iters=300', shell='ulimit -f 4')
     assert process.wait(60) == 1 and 'Traceback' not in shown()
-    process = start(*SMALL, '--max_iters=3', '--shard=True', processes=2, shell='ulimit -f 20')
+    options = [*SMALL, '--max_iters=3', '--shard=True', '--out_dir=shared']
+    process = start(*options, processes=2, shell='ulimit -f 20')
     assert process.wait(120) == 1 and 'the last checkpoint could not be written' in shown()
 
 

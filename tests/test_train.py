@@ -217,7 +217,7 @@ def test_weight_decay_falls_on_matrices_only_unless_all_is_asked_for(mine, here)
     for decay_all, moved in ((False, False), (True, True)):
         here(
             'train.py', *SMALL, '--weight_decay=0.5', f'--decay_all={decay_all}', '--max_iters=1',
-            '--warmup_iters=0'
+            '--warmup_iters=0', '--overwrite=True'
         )
         model = checkpoint()['model']
         assert (model['blocks.0.norm1.weight'][0].item() != 1.0) == moved

@@ -1,0 +1,38 @@
+# Your own text on a laptop: a few megabytes, in about five minutes on 2 CPU cores.
+#
+#   python train.py config/small.py --dataset=text:corpus.txt
+#   python sample.py --out_dir=out-small --num_samples=4 --top_p=0.95
+#   python eval.py --out_dir=out-small
+#
+# corpus.txt: any text whose documents are separated by blank lines; a .jsonl file with a field
+# "text", or a folder of either, will do as well. The loss is still falling at the end: with more
+# text and time, raise max_iters, then n_layer and n_embd.
+
+out_dir = 'out-small'
+dataset = 'stdlib'  # where no other is given
+tokenizer = 'bpe-2048'  # trained on the text itself, in data/<name of the text>-bpe-2048
+packing = 'concat'
+block_size = 128
+batch_size = 16
+global_batch_size = 32
+
+n_layer = 4
+n_head = 3
+n_embd = 192
+cond_dim = 0
+mlp = 'relu'
+dropout = 0.0
+objective = 'mlm'
+
+optimizer = 'muon'
+learning_rate = 6e-3
+max_iters = 1000
+lr_schedule = 'cosine'
+warmup_iters = 50
+beta2 = 0.99
+ema = 0.99
+
+eval_interval = 200
+eval_iters = 10
+sample_interval = 200  # one sample on the way, after each evaluation
+ckpt_interval = 200
