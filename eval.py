@@ -6,6 +6,8 @@ Measure a trained net, or samples:
     python eval.py --metric=samples --input=samples.jsonl --dataset=stdlib
                                 generative perplexity, entropy, MAUVE, distinct-n, memorisation
     python eval.py config/eval_owt_mlm.py       the xlm experiment's table: samples in 128 ... steps
+    python eval.py config/eval_gsm8k.py         answers to prompts, judged; also eval_reverse.py
+    python eval.py config/eval_smdm_harness.py  tasks of lm-evaluation-harness
     python eval.py --metric=report              results.jsonl -> results.md and plots
 
 Under torchrun the processes share rows and samples; the figures are the same. Every perplexity has
