@@ -2,6 +2,7 @@
 Constants from config files and the command line:
 
     python train.py config/quickstart.py --max_iters=20 --learning_rate=1e-3
+    python sample.py --eta=0.1          a key of the constant sampler_options, which is a dict
 
 A script has its constants at the top, literals with a comment, and calls configure(globals()).
 Files and --key=value are taken in the order given. A config file is Python that assigns constants;
@@ -145,12 +146,16 @@ def run_config(path, values):
         and not (key in values and value is values[key])}
 
 
-def show_constants_and_exit(script, constants):
-    print(f'usage: python {os.path.basename(script)} [config/FILE.py ...] [--key=value ...]\n')
-    keys = {key: f'--{key}={default!r}' for key, (default, _) in constants.items()}
-    width = max(len(text) for text in keys.values())
-    for key, (_, comment) in constants.items():
-        print(f'  {keys[key]:<{width}}  {comment}'.rstrip())
+def show_constants_and_exit(script, constants, inner):
+    print(f'usage: python {os.path.basename(script)} [config/FILE.py ...] [--key=value ...]')
+    groups = {'': constants}
+    for key, (outer, default, comment) in inner.items():
+        groups.setdefault(outer, {})[key] = default, comment
+    width = max(len(f'{key}={default!r}') for key, (default, _) in constants.items())
+    for outer, group in groups.items():
+        print(outer and f'\nkeys of {outer}:')
+        for key, (default, comment) in group.items():
+            print(f"  --{f'{key}={default!r}':<{width}}  {comment}".rstrip())
     sys.exit(0)
 
 
@@ -179,19 +184,34 @@ def one_line_for_bad_input(kind, error, tb):
         sys.__excepthook__(kind, error, tb)
 
 
-def configure(module, argv=None):
+def configure(module, argv=None, **dicts):
     """Override the constants of a script and return them all as a dict. module: its globals().
+    dicts: what the keys of a constant that is a dict are, {key: (default, comment)}; --key=value
+    sets one, unless a constant has its name.
     Raises ValueError or FileNotFoundError; from here on these end the script with one line."""
     sys.excepthook = one_line_for_bad_input
     constants = constants_of(module['__file__'])
+    inner = {key: (outer, *row) for outer, keys in dicts.items() for key, row in keys.items()
+             if key not in constants}
+    known = constants | {key: (None, '') for key in inner}
+
+    def assign(key, value):
+        if key not in inner:
+            module[key] = value
+            return
+        outer = inner[key][0]
+        require(module[outer] is None or isinstance(module[outer], dict),
+                f'{outer}={module[outer]!r}: it must be a dict')
+        module[outer] = (module[outer] or {}) | {key: value}
+
     for argument in sys.argv[1:] if argv is None else argv:
         if argument in ('--help', '-h'):
-            show_constants_and_exit(module['__file__'], constants)
+            show_constants_and_exit(module['__file__'], constants, inner)
         elif argument.startswith('--'):
             key, equals, text = argument[2:].partition('=')
-            default = default_of(key, constants, argument)
+            default = default_of(key, known, argument)
             require(equals, f'{argument}: write --{key}=VALUE, with an equals sign and no space')
-            module[key] = parsed(key, text, default)
+            assign(key, parsed(key, text, default))
         elif not argument.endswith('.py'):
             raise ValueError(
                 f"'{argument}' is neither a config file (*.py) nor of the form --key=value")
@@ -200,7 +220,7 @@ def configure(module, argv=None):
         else:
             assigned = run_config(argument, {key: module[key] for key in constants})
             for key, value in assigned.items():
-                module[key] = checked(key, value, default_of(key, constants, argument))
+                assign(key, checked(key, value, default_of(key, known, argument)))
     for key, (default, comment) in constants.items():
         check_spec(key, module[key], default, comment)
     return {key: module[key] for key in constants}

@@ -36,8 +36,7 @@ from tqdm import tqdm
 
 from configurator import configure, require
 
-dataset = 'stdlib'  # a name in DATASETS; text:PATH (a text file, a .jsonl, or a folder of them); or
-#                     pairs:PATH (a .jsonl with fields "prompt" and "answer", a,b,c, or a folder)
+dataset = 'stdlib'  # a key of DATASETS, or text:PATH or pairs:PATH (a file, or a folder of them)
 tokenizer = 'gpt2'  # gpt2, gpt2-xlm, bytes, text8, bpe-N (trained here), a hub name, a run's folder
 name = None         # the bins go to data/<name>; None: <dataset>-<tokenizer>
 input = None        # a local file or folder of the same form, in place of the hub's
@@ -59,7 +58,8 @@ def splitmix64(x):
 
 
 def key_of(*numbers):
-    """One 63-bit seed from several integers, such as (seed, step, micro-batch)."""
+    """One seed from several integers, taken modulo 2^64, such as (seed, step, micro-batch): 63 bits
+    of a 64-bit hash, so that it is an int64 and every generator takes it."""
     key = 0
     for number in numbers:
         key = splitmix64(key ^ (int(number) & MASK64))
@@ -289,11 +289,12 @@ def tokenizer_of_run(folder):
     if not os.path.isfile(path):
         return get_tokenizer(read_meta(folder)['tokenizer']['name'], folder)
     try:
-        name = torch.load(path, mmap=True, weights_only=True)['tokenizer']['name']
+        meta = torch.load(path, mmap=True, weights_only=True)['tokenizer']
+        name = meta['name']
     except Exception as error:  # whatever a broken file leads to
         why = f'({type(error).__name__}): give --tokenizer by its name'
         raise ValueError(f'{path} does not tell its tokenizer {why}') from None
-    return get_tokenizer(name, folder)
+    return get_tokenizer(name, folder, meta)
 
 
 def get_tokenizer(name, folder=None, meta=None):
@@ -1091,14 +1092,14 @@ def find_or_prepare(dataset, tokenizer=None):
 # masks (n, L) that are not all True
 
 
-def stretches(stream, indices, width):
-    """The index-th `width` tokens of the stream: (n, width) int64."""
-    columns = np.add.outer(indices * width, np.arange(width))
+def stretches(stream, starts, width):
+    """The `width` tokens of the stream from each of starts (n,): (n, width) int64."""
+    columns = np.add.outer(starts, np.arange(width))
     return stream[columns].astype(np.int64)
 
 
-def wrap(stream, indices, block_size, bos_id, eos_id):
-    inner = stretches(stream, indices, block_size - 2)
+def wrap(stream, starts, block_size, bos_id, eos_id):
+    inner = stretches(stream, starts, block_size - 2)
     return np.pad(inner, ((0, 0), (1, 1)), constant_values=((0, 0), (bos_id, eos_id)))
 
 
@@ -1106,8 +1107,9 @@ def pack_wrap(docs, block_size, bos_id, eos_id):
     """Rows (n, block_size) int64 as MDLM packs docs (lists of ids): each is closed by EOS, all are
     joined, a row is BOS, the next block_size - 2 ids, EOS, and the rest is dropped."""
     stream = np.array([i for doc in docs for i in [*doc, eos_id]], dtype=np.int64)
-    indices = np.arange(len(stream) // (block_size - 2))
-    return wrap(stream, indices, block_size, bos_id, eos_id)
+    width = block_size - 2
+    starts = np.arange(len(stream) // width) * width
+    return wrap(stream, starts, block_size, bos_id, eos_id)
 
 
 def padded(sequences, length, pad_id):
@@ -1122,7 +1124,8 @@ def padded(sequences, length, pad_id):
 
 def wrap_rows(rows, indices):
     """BOS, the next L-2 tokens of the stream, EOS."""
-    x0 = wrap(rows.tokens, indices, rows.block_size, rows.tok['bos_id'], rows.tok['eos_id'])
+    starts = rows.starts(indices)
+    x0 = wrap(rows.tokens, starts, rows.block_size, rows.tok['bos_id'], rows.tok['eos_id'])
     document = np.ones(x0.shape, dtype=bool)
     document[:, [0, -1]] = False
     return x0, dict(document=document)
@@ -1130,7 +1133,7 @@ def wrap_rows(rows, indices):
 
 def concat_rows(rows, indices):
     """The next L tokens of the stream."""
-    return stretches(rows.tokens, indices, rows.block_size), {}
+    return stretches(rows.tokens, rows.starts(indices), rows.block_size), {}
 
 
 def bos_rows(rows, indices):
@@ -1201,11 +1204,14 @@ class TokenRows:
     maskable (may be corrupted), scored (counts in the loss), document (a token of the text or its
     EOS, not added by the packing) and attention_mask (may be looked at).
 
-    packing: a key of PACKINGS. pad_to: 'block' or 'batch', see pair_rows. Raises what read_meta
-    raises, and ValueError where the split is missing, shorter than a row, or damaged."""
+    packing: a key of PACKINGS. pad_to: 'block' or 'batch', see pair_rows. grouping: so many
+    documents at a time are cut up, and the rest of each group is dropped (MDLM: 1,000); None: all
+    are one group. Raises what read_meta raises, and ValueError where the split is missing, shorter
+    than a row, or damaged."""
 
     def __init__(
-            self, folder, split, block_size, packing, loss_on_padding=True, pad_to='block'):
+            self, folder, split, block_size, packing, loss_on_padding=True, pad_to='block',
+            grouping=None):
         meta = read_meta(folder)
         splits = meta['splits']
         known = ', '.join(PACKINGS)
@@ -1229,8 +1235,16 @@ class TokenRows:
         self.tokens = np.asarray(np.memmap(f'{self.name}.bin', dtype=dtype, mode='r'))
         self.offsets = np.asarray(np.memmap(f'{self.name}.idx', dtype='<i8', mode='r'))
         self.length = self.counts['documents']
-        if unit == 'stream':
-            self.length = len(self.tokens) // (block_size - added)
+        self.width = block_size - added
+        self.grouped = None
+        if unit == 'stream' and grouping:
+            firsts = self.offsets[:-1:grouping]
+            counts = np.diff(np.append(firsts, self.offsets[-1])) // self.width
+            row = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+            self.grouped = np.repeat(firsts, counts) + row * self.width
+            self.length = len(self.grouped)
+        elif unit == 'stream':
+            self.length = len(self.tokens) // self.width
         self.is_train = split == 'train'
         if packing == 'crop' and self.is_train:  # places; the EOS at the very end is left out
             self.length = max(0, len(self.tokens) - block_size)
@@ -1273,6 +1287,10 @@ class TokenRows:
 
     def __len__(self):
         return self.length
+
+    def starts(self, indices):
+        """Where rows cut from the stream begin in it."""
+        return indices * self.width if self.grouped is None else self.grouped[indices]
 
     def document(self, i):
         """The ids of document i, its EOS included."""

@@ -27,8 +27,9 @@ import json
 import math
 import os
 import platform
-import random
 import re
+import sys
+import textwrap
 import time
 import types
 import uuid
@@ -46,13 +47,14 @@ from data import (
     get_tokenizer, key_of, permute, read_meta, splitmix64, vicuna_prompt)
 from model import (
     OBJECTIVES, DiT, autocast, check_overrides, corrupt_batch, float64, load_pretrained, loglinear,
-    on_grid, per_token_loss, pick_device, reuse_memory, schedule_of, stratified_times)
-from sample import check_sampler, generate, tokenizer_of
+    on_grid, per_token_loss, pick_device, require_known, reuse_memory, schedule_of,
+    stratified_times)
+from sample import check_sampler, flags, generate, tokenizer_of
 
 metric = 'ppl'          # a key of METRICS
 out_dir = 'out'         # where train.py left ckpt.pt
 init_from = None        # another source of weights for load_pretrained; None: out_dir
-overrides = None        # [dict] ModelConfig fields that the source lacks: "{'objective': 'sedd'}"
+overrides = None        # [dict] ModelConfig fields that the source lacks; --n_head=4 sets one
 ema = True              # the averaged weights; False: the last ones
 device = 'auto'         # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'float32'       # 'bfloat16' (autocast) is faster and reads a little differently
@@ -65,6 +67,7 @@ dataset = None          # a folder in data/ or a name of data.py; None: what the
 tokenizer = None        # None: the one the checkpoint names
 split = None            # None: 'test' for lm1b, ag_news and text8, else 'validation'
 packing = None          # a key of data.PACKINGS; None: as trained, else 'wrap'
+grouping = None         # [int >= 1] cut so many documents at a time, drop their rest (MDLM: 1000)
 block_size = None       # [int >= 1] tokens a row; None: the net's
 T = None                # [int >= 0] steps of the bound; 0: continuous time; None: as trained
 estimator = None        # [time | count] see nelbo; None: 'count' where it is defined
@@ -78,16 +81,20 @@ datasets = (
 # samples (samples, table); dataset: what MAUVE and memorisation compare with, '': nothing
 input = None            # samples: a .jsonl file with a "text" field; None: draw them from the net
 judge = 'gpt2-large'    # causal net of generative perplexity: a Hugging Face name or folder
-protocol = 'xlm'        # [xlm | mdlm] texts without special tokens, or with their <|endoftext|>
+judge_dtype = None      # [float32 | bfloat16] None: as the weights' release, else float32
+judge_length = 1024     # [int >= 1] texts are cut to so many tokens of the judge
+protocol = None         # [xlm | mdlm] texts without special tokens, or with their <|endoftext|>,
+                        # batches padded together; None: as the weights' release, else xlm
 featurizer = 'gpt2-large'  # of MAUVE: a gpt2 or bert, Hugging Face name or folder; '': no MAUVE
 num_samples = 16        # [>= 1]
 length = None           # tokens a sample; None: the net's block_size
 steps = 1024
 sampler = None          # a sampler of sample.py; None: by the net's objective
-sampler_options = None  # [dict] its own options
+sampler_options = None  # [dict] its own options; --eta=0.1 sets one
 temperature = 1.0
 top_p = None
 top_k = 0
+draw_dtype = 'float64'  # [float64 | float32] see draw() of sample.py
 table_steps = (128, 256, 512, 1024)  # table: the steps of each column
 samples_dir = None      # samples are kept here, a folder for each steps; None: <out_dir>/samples
 cfg_scale = 0.0         # generation, harness: guidance, as in sample.py
@@ -130,8 +137,9 @@ def require_positive(**counts):
         require(good, f'{name}={value!r}: it must be a whole number of at least 1')
 
 
-def require_known(what, name, choices):
-    require(name in choices, f"{what} '{name}' is not known: choose from {', '.join(choices)}")
+def not_nan(nats):
+    require(not math.isnan(nats), 'the losses are not numbers: the weights are not, or overflow')
+    return nats
 
 
 def exp(nats):
@@ -143,8 +151,7 @@ def ratio_with_error(sums, counts):
     """sum / count over independent rows (n,), and its standard error (the ratio estimator).
     Raises ValueError where a sum is NaN."""
     n = len(sums)
-    ratio = sums.sum() / counts.sum()
-    require(not ratio.isnan(), 'the losses are not numbers: the weights are not, or overflow')
+    ratio = not_nan(sums.sum()) / counts.sum()
     if n == 1:
         return float(ratio), math.nan
     residual = sums - ratio * counts
@@ -191,7 +198,7 @@ def nelbo(
     natural = natural_estimator(net, T)
     estimator = natural if estimator is None else estimator
     require_positive(num_mc=num_mc, batch_size=batch_size, max_rows=max_rows)
-    require_known('estimator', estimator, ('time', 'count'))
+    require_known('estimator ', estimator, ('time', 'count'))
     require(
         estimator in ('time', natural),
         "estimator 'count' is for subs and mlm nets without time conditioning in continuous time")
@@ -216,8 +223,8 @@ def nelbo(
             stratum = torch.from_numpy(permute(index, n, seed)) + j * n
             maskable = clean['maskable'].sum(dim=1)
             t = draw_times(u, stratum, num_mc * n, estimator, T, maskable, sampling_eps)
-            key = key_of(seed, start, j)
-            batch = corrupt_batch(clean, t, net.config, schedule, key, device, exactly=by_count)
+            keys = [key_of(seed, row, j) for row in chosen[index]]
+            batch = corrupt_batch(clean, t, net.config, schedule, keys, device, exactly=by_count)
             loss = per_token_loss(
                 net, batch['x0'], batch['xt'], batch['t'], bound, schedule, T, subs_masking,
                 masked=batch['masked'], attention_mask=batch['attention_mask'],
@@ -225,11 +232,12 @@ def nelbo(
             scored = batch['scored'].cpu()
             document = scored & clean['document']
             parts = (loss * scored, scored, loss * document, document)
-            sums[:, index] += torch.stack([part.double().sum(dim=1) for part in parts]) / num_mc
+            sums[:, index] += torch.stack([part.double().sum(dim=1) for part in parts])
     if dist.is_initialized():
         sums = sums.to(device)
         dist.all_reduce(sums)
         sums = sums.cpu()
+    sums /= num_mc                                        # exact for counts
 
     nats, nats_se = ratio_with_error(sums[0], sums[1])
     document_nats, document_se = ratio_with_error(sums[2], sums[3])
@@ -287,6 +295,8 @@ def prefix_and_target(net, prefix, target, cfg_scale):
         require(good, f'{name}: ids (n,) below {config.vocab_size}, not the mask, are needed')
         pair.append(ids)
     P, n = map(len, pair)
+    begins = P > 0 or not config.causal
+    require(begins, 'a causal net begins with a token: give a prefix, such as its BOS')
     most = config.block_size
     found = f'prefix and target have {P} and {n} tokens'
     require(n > 0, f'{found}: at least one target token is needed')
@@ -311,12 +321,12 @@ def chain_rule_masks(n):
     return column >= column[:, None], column == column[:, None], torch.ones(n)
 
 
-def monte_carlo_masks(n, num_mc, seed):
+def monte_carlo_masks(n, num_mc, seed, eps):
     """Row i hides each token with probability t_i, and weighs it by 1/t_i (MDLM, equation 10).
     Of num_mc rows those that are the same become one, and those that hide nothing none."""
     generator = torch.Generator().manual_seed(key_of(seed))
     u = torch.rand((), generator=generator)
-    t = stratified_times(u, torch.arange(num_mc), num_mc, eps=0)
+    t = stratified_times(u, torch.arange(num_mc), num_mc, eps)
     hidden = torch.rand(num_mc, n, generator=generator) < t[:, None]
     some = hidden.any(dim=1)
     hidden, same = hidden[some].unique(dim=0, return_inverse=True)
@@ -435,31 +445,35 @@ def reached_greedily(
     return agrees
 
 
-def masks_of(net, method, num_mc, seed):
+def masks_of(net, method, num_mc=None, seed=0, eps=None):
     """What conditional_nll takes: 'chain_rule' or 'monte_carlo', of a causal net its own."""
-    require_known('method', method, ('chain_rule', 'monte_carlo'))
+    num_mc = net.constants.get('mc_draws', 128) if num_mc is None else num_mc
+    eps = net.constants.get('mc_eps', 1e-3) if eps is None else eps
+    require_known('method ', method, ('chain_rule', 'monte_carlo'))
     require_positive(num_mc=num_mc)
     if net.config.causal:
         return causal_masks
     if method == 'chain_rule':
         return chain_rule_masks
-    return functools.partial(monte_carlo_masks, num_mc=num_mc, seed=seed)
+    return functools.partial(monte_carlo_masks, num_mc=num_mc, seed=seed, eps=eps)
 
 
 def continuation_nll(
-    net, prefix, target, method='chain_rule', cfg_scale=0.0, num_mc=128, padding=False,
-    batch_size=16, seed=0, schedule=loglinear,
+    net, prefix, target, method='chain_rule', cfg_scale=0.0, num_mc=None, padding=False,
+    batch_size=16, seed=0, schedule=loglinear, eps=None,
 ):
     """-log p(target | prefix) in nats, summed over the target; ids (P,), (n,) -> float.
 
     'chain_rule': the target from left to right, each token given those before it with all after it
-    masked (SMDM), one row a token. 'monte_carlo': the bound, over num_mc low-discrepancy times, the
-    prefix always seen. 'ar' nets: exactly. cfg_scale: of guided_log_probs. padding: with masks to
+    masked (SMDM), one row a token. 'monte_carlo': the bound, over num_mc low-discrepancy times in
+    [eps, 1], the prefix always seen; None: as SMDM's release (1024, 0) for its weights, else 128
+    and 1e-3. 'ar' nets: exactly. cfg_scale: of guided_log_probs. padding: with masks to
     block_size, as SMDM evaluates. Raises ValueError for what does not fit the net."""
     require_positive(batch_size=batch_size)
-    masks = masks_of(net, method, num_mc, seed)
+    masks = masks_of(net, method, num_mc, seed, eps)
     pairs = [prefix_and_target(net, prefix, target, cfg_scale)]
-    return conditional_nll(net, pairs, masks, cfg_scale, padding, batch_size, schedule)[0].item()
+    nats, _ = conditional_nll(net, pairs, masks, cfg_scale, padding, batch_size, schedule)
+    return not_nan(nats.item())
 
 
 def greedy_matches(net, prefix, target, cfg_scale=0.0, padding=False):
@@ -486,8 +500,14 @@ def one_line(what):
         raise ValueError(f'{what} cannot be loaded ({reason})') from None
 
 
+ENGLISH = (
+    'The city council met on Monday to talk about the price of water, and the mayor said that she '
+    'would not raise it before the end of the year. Most of the people who came were glad of that.')
+
+
 def load_judge(name, device='cpu'):
-    """(causal language model, its tokenizer) of a Hugging Face name or folder, else ValueError."""
+    """(causal language model, its tokenizer) of a Hugging Face name or folder, else ValueError.
+    Warns where English is no likelier to it than the same tokens backwards: it is not trained."""
     import transformers
     transformers.utils.logging.disable_progress_bar()
     with one_line(f"the judge '{name}'"):
@@ -501,6 +521,14 @@ def load_judge(name, device='cpu'):
         first, second = model(x).logits[:, 0]
     causal = torch.allclose(first, second, atol=1e-4)
     require(causal, f"the judge '{name}' looks ahead: a causal language model is needed")
+    ids = tok(ENGLISH, add_special_tokens=False)['input_ids'][:32]
+    ids = torch.tensor([ids], device=device)
+    with torch.no_grad():
+        forward, backward = [model(x, labels=x).loss.item() for x in (ids, ids.flip(1))]
+    if not forward < backward - 0.5:
+        print(
+            f"warning: the judge '{name}' gives English {forward:.2f} nats/token and the same "
+            f'tokens backwards {backward:.2f}: is it trained?', file=sys.stderr)
     return model, tok
 
 
@@ -534,16 +562,17 @@ PROTOCOLS = {'mdlm': mdlm_protocol, 'xlm': xlm_protocol}
 @torch.no_grad()
 def generative_perplexity(
     texts, judge='gpt2-large', protocol='mdlm', batch_size=8, max_length=1024, device='cpu',
-    progress=False,
+    progress=False, judge_dtype='float32', generated_batch=None,
 ):
     """The perplexity of texts (str) under a causal judge: a name, a folder, or (model, tokenizer).
 
     Texts are cut to max_length tokens. Scored is what the protocol says but for the first token;
-    texts without a scored token are skipped. 'xlm' expects texts as without_special leaves them.
+    texts without a scored token are skipped. 'xlm' expects texts as without_special leaves them;
+    'mdlm' pads generated_batch texts together (None: all). judge_dtype: of the autocast.
     -> dict of gen_ppl (nats pooled over tokens), gen_ppl_se (texts being independent), gen_ppl_mean
     (mean over texts), entropy (nats, of a text's tokens, averaged), entropy_se, tokens, texts,
     skipped, protocol; the same for every batch_size. Raises ValueError if no text can be scored."""
-    require_known('protocol', protocol, PROTOCOLS)
+    require_known('protocol ', protocol, PROTOCOLS)
     strings = not isinstance(texts, str) and all(isinstance(text, str) for text in texts)
     require(strings, 'texts: a list of str is needed')
     model, tok = load_judge(judge, device) if isinstance(judge, str) else judge
@@ -555,7 +584,10 @@ def generative_perplexity(
         max_length = min(max_length, getattr(model.config, key, None) or max_length)
     rows = tok(texts, add_special_tokens=False)['input_ids'] if texts else []
     rows = [ids[:max_length] for ids in rows]
-    rows, scored, entropies = PROTOCOLS[protocol](rows, tok.eos_token_id)
+    n = generated_batch or max(1, len(rows))
+    batches = [rows[i:i + n] for i in range(0, len(rows), n)] or [[]]
+    parts = [PROTOCOLS[protocol](batch, tok.eos_token_id) for batch in batches]
+    rows, scored, entropies = (list(itertools.chain(*part)) for part in zip(*parts, strict=True))
     kept = [i for i in range(len(rows)) if scored[i][1:].any()]
     require(kept, f'of {len(texts)} texts none has a token that can be scored')
     nats, counts = torch.zeros(2, len(rows), dtype=torch.float64)
@@ -571,7 +603,8 @@ def generative_perplexity(
             attention_mask[row, :L] = 1
             loss_mask[row, :L] = torch.from_numpy(scored[i])
         ids, loss_mask = ids.to(device), loss_mask[:, 1:]
-        logits = model(ids, attention_mask=attention_mask.to(device)).logits[:, :-1]
+        with autocast(device, judge_dtype):
+            logits = model(ids, attention_mask=attention_mask.to(device)).logits[:, :-1]
         pairs = zip(logits, ids[:, 1:], strict=True)
         nll = [F.cross_entropy(row.float(), goal, reduction='none') for row, goal in pairs]
         nats[chunk] = (torch.stack(nll).cpu().double() * loss_mask).sum(dim=1)
@@ -595,23 +628,23 @@ def without_special(text, tok=None):
 
 
 def mauve(texts, references, featurizer='gpt2-large', max_length=256, device='cpu'):
-    """MAUVE (Pillutla et al. 2021, arXiv 2102.01454) as the xlm experiment computes it: texts and
-    references stripped, of at least 8 characters, references shuffled with seed 42 and as many as
-    texts, 256 tokens, its own seed 25 -> dict of mauve, mauve_texts, mauve_skipped."""
-    kept = [text.strip() for text in texts if len(text.strip()) >= 8]
+    """MAUVE (Pillutla et al. 2021, arXiv 2102.01454) as the xlm experiment computes it: all texts
+    that are not empty, as many of the references, the first of at least 8 characters, all stripped,
+    256 tokens, its own seed 25 -> dict of mauve, mauve_texts, mauve_skipped."""
+    kept = [text.strip() for text in texts if text.strip()]
     references = [text.strip() for text in references if len(text.strip()) >= 8]
     n = len(kept)
-    found = f'{n} texts and {len(references)} references of at least 8 characters'
+    found = f'{n} texts, not empty, and {len(references)} references of at least 8 characters'
     require(min(n, len(references)) >= 2, f'MAUVE: {found} are too few')
     require(n <= len(references), f'MAUVE takes as many references as texts: there are {found}')
-    random.Random(42).shuffle(references)
     device = torch.device(device)
     device_id = (device.index or 0) if device.type == 'cuda' else -1
     with one_line(f"MAUVE with the featurizer '{featurizer}'"):
         from mauve import compute_mauve
         result = compute_mauve(
             p_text=references[:n], q_text=kept, featurize_model_name=featurizer, seed=25,
-            max_text_length=max_length, num_buckets='auto', device_id=device_id, verbose=False)
+            max_text_length=max_length, num_buckets='auto', device_id=device_id, batch_size=8,
+            verbose=False)
     return dict(mauve=float(result.mauve), mauve_texts=n, mauve_skipped=len(texts) - n)
 
 
@@ -674,23 +707,39 @@ def verbatim_shares(columns, path, dtype, n=20, chunk=2 ** 22):
 # samples
 
 
-def read_samples(path):
-    """(texts, ids or None for each) of a .jsonl file with a "text" field."""
+def read_rows(path):
+    """The objects of a .jsonl file with a "text" field."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f'input={path}: there is no such file')
-    texts, ids = [], []
+    rows = []
     with open(path, encoding='utf-8') as f:
         for number, line in enumerate(f, 1):
             try:
                 row = json.loads(line)
                 row['text'].encode()                      # a string of whole characters
-                texts.append(row['text'])
-                ids.append(row.get('ids'))
+                rows.append(row)
             except (ValueError, KeyError, TypeError, AttributeError):
                 message = f'{path}, line {number}: not a JSON object with a "text" that is a string'
                 raise ValueError(message) from None
-    require(texts, f'{path} holds no text')
-    return texts, ids
+    require(rows, f'{path} holds no text')
+    return rows
+
+
+def read_samples(path):
+    """(texts, ids or None for each) of a .jsonl file with a "text" field."""
+    rows = read_rows(path)
+    return [row['text'] for row in rows], [row.get('ids') for row in rows]
+
+
+def how_drawn(settings):
+    """What a list of settings has in common, of those that are shown beside the measures."""
+    if not all(isinstance(each, dict) for each in settings):
+        return {}
+    shown = ('steps', 'sampler', 'top_p', 'temperature', 'batch_size')
+    common = {key: settings[0].get(key) for key in shown}
+    return {
+        key: value for key, value in common.items()
+        if value is not None and all(each.get(key) == value for each in settings)}
 
 
 def read_drawn(folder, settings):
@@ -729,11 +778,10 @@ def kept_rows(folder, n, batch_size, settings, make):
     title = f'sampling {os.path.basename(folder)}'
     for batch in tqdm(batches[rank::world_size], desc=title, disable=rank > 0):
         rows = make(batch)
+        lines = [json.dumps(dict(row=i) | row | dict(settings=settings)) + '\n'
+                 for i, row in zip(batch, rows, strict=True)]
         path = os.path.join(folder, f'{batch[0]:06}-{batch[-1]:06}.jsonl')
-        with open(path + '.unfinished', 'w', encoding='utf-8') as f:
-            for i, row in zip(batch, rows, strict=True):
-                f.write(json.dumps(dict(row=i) | row | dict(settings=settings)) + '\n')
-        os.replace(path + '.unfinished', path)
+        write_whole(path, ''.join(lines))
     if dist.is_initialized():
         dist.barrier()
     rows = read_drawn(folder, settings)
@@ -754,11 +802,25 @@ def draw_samples(net, folder, n, settings, **options):
     return [row['text'] for row in rows], [row['ids'] for row in rows]
 
 
-def reference_texts(folder, split, tok, n, seed=42):
-    """n documents of a split, spread over it (fewer where it has fewer)."""
+def streamed(total, buffer_size, seed=42):
+    """The order in which datasets, before its version 5, streams `total` rows of one file through a
+    shuffle buffer."""
+    rng, buffer = np.random.default_rng(seed), list(range(min(total, buffer_size)))
+    for start in range(buffer_size, total, 1000):
+        draws = rng.integers(0, buffer_size, size=1000).tolist()
+        for i, row in zip(draws, range(start, total), strict=False):
+            yield buffer[i]
+            buffer[i] = row
+    rng.shuffle(buffer)
+    yield from buffer
+
+
+def reference_texts(folder, split, tok, n, num_texts=1):
+    """n documents of a split (fewer where it has fewer), those and in the order that xlm compares
+    num_texts texts with."""
     rows = TokenRows(folder, split, 1, 'concat')
     offsets, total = rows.offsets, len(rows.offsets) - 1
-    chosen = permute(np.arange(min(n, total)), total, seed)
+    chosen = itertools.islice(streamed(total, max(10_000, 20 * num_texts)), n)
     return [tok.decode(rows.tokens[offsets[i]:offsets[i + 1] - 1].tolist()) for i in chosen]
 
 
@@ -775,13 +837,32 @@ def weights_hash(net):
     return digest.hexdigest()[:16]
 
 
+def write_whole(path, text):
+    """The file has its name only when it is whole. Raises OSError, which names it."""
+    unfinished = path + '.unfinished'
+    try:
+        with open(unfinished, 'w', encoding='utf-8') as f:
+            f.write(text)
+        os.replace(unfinished, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(unfinished)
+        raise OSError(f'{path} cannot be written ({error.strerror})') from None
+
+
 def record(path, **line):
     """Append a result, with what made it, to a .jsonl file."""
     line = json.loads(json.dumps(line), parse_constant=lambda name: None)  # NaN: null
     now = datetime.datetime.now().isoformat(timespec='seconds')
     line |= dict(time=now, torch=torch.__version__, python=platform.python_version())
-    with open(path, 'a', encoding='utf-8') as f:
-        f.write(json.dumps(line) + '\n')
+    size = os.path.getsize(path) if os.path.exists(path) else 0
+    try:
+        with open(path, 'a', encoding='utf-8') as f:
+            f.write(json.dumps(line) + '\n')
+    except OSError as error:
+        os.truncate(path, size)
+        why = f'{path} cannot be written ({error.strerror})'
+        raise OSError(f"{why}; what it lacks: {json.dumps(line['result'])}") from None
 
 
 def cell(value, error):
@@ -802,29 +883,39 @@ def table(rows):
 
 
 def plot(rows, x, ys, path):
-    """A panel for each of ys against x, in it a line for each way to draw samples."""
-    with one_line('matplotlib, which plots (pip install matplotlib),'):
-        import matplotlib
-        matplotlib.use('Agg')
-        from matplotlib import pyplot
+    """A panel for each of ys that was measured against x, in it a line for each way to draw samples
+    -> whether there is one. Raises ImportError without matplotlib."""
+    ys = [y for y in ys if any(row.get(x) and row.get(y) is not None for row in rows)]
+    if not ys:
+        return False
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+    keys = ('source', 'sampler', 'top_p', 'temperature', 'judge', 'protocol')
+    keys = [key for key in keys if len({row.get(key) for row in rows}) > 1]
     lines = collections.defaultdict(list)
     for row in rows:
-        keys = ('source', 'sampler', 'top_p', 'temperature', 'judge', 'protocol')
-        lines[', '.join(str(row[key]) for key in keys if row.get(key) is not None)].append(row)
-    figure, axes = pyplot.subplots(1, len(ys), figsize=(4 * len(ys), 3.2), squeeze=False)
+        lines[', '.join(f'{key} {row[key]}' for key in keys if key in row)].append(row)
+    width = 4 * len(ys)
+    figure, axes = pyplot.subplots(
+        1, len(ys), figsize=(width, 3.2), squeeze=False, layout='constrained')
     for axis, y in zip(axes[0], ys, strict=True):
         for label, line in lines.items():
             line = [row for row in line if row.get(x) and row.get(y) is not None]
-            points = sorted({(row[x], row[y], row.get(y + '_se') or 0) for row in line})
-            if points:
-                axis.errorbar(*zip(*points, strict=True), marker='o', capsize=2, label=label)
+            points = {(row[x], row[y], row.get(x + '_se') or 0, row.get(y + '_se') or 0)
+                      for row in line}
+            xs, values, x_errors, errors = np.array(sorted(points)).reshape(-1, 4).T
+            axis.errorbar(xs, values, errors, x_errors, marker='o', capsize=3, label=label)
         scale = 'log' if x == 'steps' else 'linear'
         axis.set(xlabel=x, ylabel=y.replace('_', ' '), xscale=scale)
         axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=8)
-    figure.tight_layout()
+    if keys:
+        handles, labels = axes[0][0].get_legend_handles_labels()
+        labels = [textwrap.fill(label, 14 * width) for label in labels]
+        figure.legend(handles, labels, loc='outside lower center', fontsize=8)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+    return True
 
 
 def report(path):
@@ -838,6 +929,8 @@ def report(path):
             try:
                 row = json.loads(line)
                 made_by = dict(seed=row['settings']['seed'], weights=row['weights'])
+                if row.get('released'):
+                    made_by['settings'] = row['released']
                 kinds[row['metric']].append(dict(source=row['source']) | row['result'] | made_by)
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f'{path}, line {number}: not a result of eval.py') from None
@@ -845,12 +938,14 @@ def report(path):
     text = '\n\n'.join(f'## {kind}\n\n{table(rows)}' for kind, rows in kinds.items())
     drawn = [row for row in kinds['table'] + kinds['samples'] if row.get('gen_ppl')]
     stem = os.path.splitext(path)[0]
-    for x, ys in (('steps', ('gen_ppl', 'entropy', 'mauve')), ('entropy', ('gen_ppl',))):
-        if drawn:
-            plot(drawn, x, ys, f'{stem}-{x}.png')
-            text += f'\n\n![{x}]({os.path.basename(stem)}-{x}.png)'
-    with open(stem + '.md', 'w', encoding='utf-8') as f:
-        f.write(text + '\n')
+    write_whole(stem + '.md', text + '\n')                # whatever becomes of the plots
+    try:
+        for x, ys in (('steps', ('gen_ppl', 'entropy', 'mauve')), ('entropy', ('gen_ppl',))):
+            if plot(drawn, x, ys, f'{stem}-{x}.png'):
+                text += f'\n\n![{x}]({os.path.basename(stem)}-{x}.png)'
+    except ImportError:
+        text += '\n\nNo plots: they need matplotlib (pip install matplotlib).'
+    write_whole(stem + '.md', text + '\n')
     return text
 
 
@@ -881,6 +976,7 @@ class Run:
             return
         settings = {key: value for key, value in vars(self.c).items() if value is not None}
         made_of = dict(metric=self.c.metric, source=self.source, result=result)
+        made_of |= dict(released=settings.pop('released', None))
         record(self.c.results, **made_of, weights=self.weights, settings=settings)
 
 
@@ -926,7 +1022,8 @@ def likelihood(run, name, folder):
         block_size += 1                                   # the first token is not predicted
     padding = run.trained('loss_on_padding', True) and not (net.config.causal and packing == 'pair')
     rows = TokenRows(
-        folder, split, block_size, packing, padding, run.trained('pad_to', 'block'))
+        folder, split, block_size, packing, padding, run.trained('pad_to', 'block'),
+        c.grouping)
     if max_tokens:
         rows.length = min(rows.length, max_tokens // block_size)
         require(rows.length, f'max_tokens={max_tokens} are less than a row of {block_size}')
@@ -985,9 +1082,10 @@ def measure_zero_shot(c):
 
 
 def load_references(run, num_texts):
-    """What samples are compared with: a folder of data, its tokenizer and, for MAUVE, documents of
-    it; Nones where no data are named, or the net's are not on this machine."""
-    c, name, texts = run.c, run.trained('dataset'), None
+    """What samples are compared with: a folder of data, its tokenizer and, for MAUVE, a function
+    n -> documents to compare n texts with; Nones where no data are named, or the net's are not on
+    this machine."""
+    c, name = run.c, run.trained('dataset')
     if not name:
         return None, None, None
     try:
@@ -998,15 +1096,20 @@ def load_references(run, num_texts):
         print(f'no MAUVE and no memorisation: {error}')
         return None, None, None
     tok = get_tokenizer(read_meta(folder)['tokenizer']['name'], folder)
-    if c.featurizer:
-        load_featurizer(c.featurizer)
-        texts = reference_texts(folder, split_of(folder, c), tok, 2 * num_texts + 100)
-        usable = sum(len(text.strip()) >= 8 for text in texts)
-        require(
-            2 <= num_texts <= usable,
-            f'MAUVE takes as many references as texts, at least 2: {folder} has {usable} of 8 '
-            f'characters for {num_texts} texts; --featurizer= leaves it out')
-    return folder, tok, texts
+    if not c.featurizer:
+        return folder, tok, None
+    load_featurizer(c.featurizer)
+    split = split_of(folder, c)
+
+    def references(n):
+        return reference_texts(folder, split, tok, 2 * n + 100, n)
+
+    usable = sum(len(text.strip()) >= 8 for text in references(num_texts))
+    require(
+        2 <= num_texts <= usable,
+        f'MAUVE takes as many references as texts, at least 2: {folder} has {usable} of 8 '
+        f'characters for {num_texts} texts; --featurizer= leaves it out')
+    return folder, tok, references
 
 
 def load_measures(run, num_texts):
@@ -1017,14 +1120,23 @@ def load_measures(run, num_texts):
     return load_judge(run.c.judge, run.device), load_references(run, num_texts)
 
 
+def sampler_of(run):
+    return run.c.sampler or OBJECTIVES[run.net.config.objective].sampler
+
+
 def draw(run, steps):
     """num_samples texts of the net in so many steps, kept in samples_dir."""
     c, config = run.c, run.net.config
+    own = dict(c.sampler_options or {})
+    if sampler_of(run) == 'ar' and run.trained('protocol') == 'mdlm':
+        own.setdefault('eos_id', -1)                      # to full length, as released
     shared = dict(
         length=config.block_size if c.length is None else c.length, sampler=c.sampler,
         temperature=c.temperature, top_p=c.top_p, top_k=c.top_k, seed=c.seed)
-    options = shared | dict(steps=steps, batch_size=c.batch_size) | (c.sampler_options or {})
-    settings = shared | dict(sampler_options=c.sampler_options, dtype=c.dtype, weights=run.weights)
+    if c.draw_dtype != 'float64':
+        shared |= dict(draw_dtype=c.draw_dtype)
+    options = shared | dict(steps=steps, batch_size=c.batch_size) | own
+    settings = shared | dict(sampler_options=own or None, dtype=c.dtype, weights=run.weights)
     settings |= dict(model=dataclasses.asdict(config), steps=steps)
     home = run.source if os.path.isdir(run.source) else c.out_dir
     folder = os.path.join(c.samples_dir or os.path.join(home, 'samples'), str(steps))
@@ -1032,13 +1144,14 @@ def draw(run, steps):
         return draw_samples(run.net, folder, c.num_samples, settings, **options)[0]
 
 
-def quality(run, columns, measures, steps):
-    """All that is measured of each of columns, lists of texts, drawn in so many steps -> dicts, in
-    the first process."""
+def quality(run, columns, measures, drawn):
+    """All that is measured of each of columns, lists of texts -> dicts, in the first process.
+    drawn: for each, a dict of how (see how_drawn)."""
     if measures is None:
         return []
     c, judge, (folder, reference_tok, references) = run.c, *measures
     tok, verbatim, results = judge[1], None, []
+    protocol, judge_dtype = run.trained('protocol', 'xlm'), run.trained('judge_dtype', 'float32')
     plain = [[without_special(text, tok) for text in texts] for texts in columns]
     meta = read_meta(folder) if folder else dict(splits=())
     if 'train' in meta['splits']:
@@ -1046,17 +1159,19 @@ def quality(run, columns, measures, steps):
         dtype = np.dtype(meta['dtype']).newbyteorder('<')
         verbatim = verbatim_shares(ids, os.path.join(folder, 'train.bin'), dtype)
     for i, texts in enumerate(plain):
-        judged = texts if c.protocol == 'xlm' else columns[i]
-        result = dict(judge=c.judge) | generative_perplexity(
-            judged, judge, c.protocol, min(c.batch_size, 8), progress=True)
+        result = drawn[i] | dict(judge=c.judge, judge_dtype=judge_dtype)
+        generated_batch = result.pop('batch_size', None)
+        result |= generative_perplexity(
+            texts if protocol == 'xlm' else columns[i], judge, protocol, min(c.batch_size, 8),
+            c.judge_length, progress=True, judge_dtype=judge_dtype, generated_batch=generated_batch)
         ids = tok(texts, add_special_tokens=False, verbose=False)['input_ids']
         result |= {f'distinct_{n}': distinct(ids, n) for n in (1, 2, 3)}
         if verbatim:
             result['verbatim_20'] = verbatim[i]
         if references:
-            result |= mauve(texts, references, c.featurizer, device=run.device)
-        how = dict(steps=steps[i], sampler=c.sampler, top_p=c.top_p, temperature=c.temperature)
-        run.record((how if run.net else {}) | result)
+            n = sum(bool(text.strip()) for text in texts)
+            result |= mauve(texts, references(n), c.featurizer, device=run.device)
+        run.record(result)
         results.append(result)
     return results
 
@@ -1064,27 +1179,45 @@ def quality(run, columns, measures, steps):
 def measure_samples(c):
     """The quality of the texts of a file, or of samples of the net."""
     run = load(c)
-    texts = None if run.net else read_samples(run.source)[0]
-    measures = load_measures(run, len(texts) if texts else c.num_samples)
-    rows = quality(run, [texts or draw(run, c.steps)], measures, [c.steps])
-    return rows, table(rows)
+    rows = [] if run.net else read_rows(run.source)
+    measures = load_measures(run, len(rows) or c.num_samples)
+    texts = [row['text'] for row in rows] or draw(run, c.steps)
+    settings = [row.get('settings') for row in rows]
+    drawn = how_drawn(settings or [vars(c) | dict(sampler=sampler_of(run))])
+    found = quality(run, [texts], measures, [drawn])
+    return found, table(found)
 
 
 def measure_table(c):
     """The quality of samples of the net in each number of table_steps."""
     run = load(c)
+    if c.released and ranks()[0] == 0:
+        steps = f'{c.table_steps[0]} … {c.table_steps[-1]}'
+        judge = run.trained('judge_dtype', 'float32')
+        print(f'sampler {sampler_of(run)}, {c.dtype}, judge {judge}, T {steps}', flush=True)
     measures = load_measures(run, c.num_samples)
     columns = [draw(run, steps) for steps in c.table_steps]  # all, before other processes leave
     shown = (
         'gen_ppl', 'gen_ppl_se', 'gen_ppl_mean', 'entropy', 'entropy_se', 'mauve', 'mauve_texts',
         'distinct_2', 'verbatim_20', 'texts', 'skipped')
     rows = []
-    for i, result in enumerate(quality(run, columns, measures, c.table_steps)):
+    own = vars(c) | dict(sampler=sampler_of(run))
+    drawn = [how_drawn([own | dict(steps=steps)]) for steps in c.table_steps]
+    for i, result in enumerate(quality(run, columns, measures, drawn)):
         steps = c.table_steps[i]
         row = dict(steps=steps) | {key: result[key] for key in shown if key in result}
         known = (c.published or {}).items()
         rows.append(row | {f'{key} published': values.get(steps) for key, values in known})
     return rows, table(rows)
+
+
+def against_release(constants, in_config):
+    """What differs from the config of a published table, which is as released."""
+    ours = ('metric', 'out_dir', 'device', 'seed', 'results', 'samples_dir', 'batch_size')
+    changed = [
+        f'{key}={value!r} (released: {in_config[key]!r})' for key, value in constants.items()
+        if key not in ours and value != in_config[key]]
+    return 'not as released: ' + ', '.join(changed) if changed else 'as released'
 
 
 def show_report(c):
@@ -1242,21 +1375,21 @@ def decode_prompts(net, tok, prompts, passes, length, seed, first_row, **options
 def judge_answers(run, name, path, prompts, targets, drawn):
     """The table's row of a task. What was said to each prompt goes to a .jsonl file at path."""
     c, right, bleu = run.c, [], []
-    with open(path + '.unfinished', 'w', encoding='utf-8') as f:
-        for prompt, target, row in zip(prompts, targets, drawn, strict=True):
-            item = dict(prompt=prompt, generation=row['text'])
-            if target is not None:
-                said = row['text']
-                if c.answer_pattern:
-                    said = last_match(c.answer_pattern, said)
-                    target = last_match(c.answer_pattern, target, target)
-                right.append(MATCHES[c.match](said, target))
-                item |= dict(answer=target, verdict=right[-1])
-            if target is not None and c.bleu:
-                bleu.append(character_bleu(row['text'], target))
-                item |= dict(bleu=bleu[-1])
-            f.write(json.dumps(item) + '\n')
-    os.replace(path + '.unfinished', path)
+    lines = []
+    for prompt, target, row in zip(prompts, targets, drawn, strict=True):
+        item = dict(prompt=prompt, generation=row['text'])
+        if target is not None:
+            said = row['text']
+            if c.answer_pattern:
+                said = last_match(c.answer_pattern, said)
+                target = last_match(c.answer_pattern, target, target)
+            right.append(MATCHES[c.match](said, target))
+            item |= dict(answer=target, verdict=right[-1])
+        if target is not None and c.bleu:
+            bleu.append(character_bleu(row['text'], target))
+            item |= dict(bleu=bleu[-1])
+        lines.append(json.dumps(item) + '\n')
+    write_whole(path, ''.join(lines))
     n, result = len(prompts), dict(task=name, items=len(prompts))
     if right:
         p = sum(right) / n
@@ -1279,16 +1412,13 @@ def write_fastchat(path, tok, rows, drawn):
             question_id=row['question_id'], answer_id=uuid.uuid4().hex[:22], model_id=model,
             choices=[choice], tstamp=time.time())
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    with open(path + '.unfinished', 'w', encoding='utf-8') as f:
-        for _, line in sorted(lines.items()):
-            f.write(json.dumps(line) + '\n')
-    os.replace(path + '.unfinished', path)
+    write_whole(path, ''.join(json.dumps(line) + '\n' for _, line in sorted(lines.items())))
 
 
 def measure_generation(c):
     """The answers of the net to the prompts of files, judged."""
     require(c.input, "--metric=generation needs --input=FILE.jsonl, or {'a name': 'FILE.jsonl'}")
-    require_known('match', c.match, MATCHES)
+    require_known('match=', c.match, MATCHES)
     if c.answer_pattern:
         try:
             re.compile(c.answer_pattern)
@@ -1481,7 +1611,7 @@ def measure_harness(c):
         near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
         require(name in known, f"task '{name}' is not known to lm-eval; the nearest is '{near}'")
         for key in own:
-            require_known(f'the option of {name}', key, HARNESS_OPTIONS)
+            require_known(f'the option of {name} ', key, HARNESS_OPTIONS)
     run, rows = load(c), []
     constants = {key: getattr(c, key) for key in HARNESS_OPTIONS}
     for name, own in tasks.items():
@@ -1659,9 +1789,11 @@ METRICS = {
 # -----------------------------------------------------------------------------
 
 if __name__ == '__main__':
-    constants = configure(globals())
+    configs = [argument for argument in sys.argv[1:] if argument.endswith('.py')]
+    in_config = configure(dict(globals()), configs, **flags())
+    constants = configure(globals(), **flags())
     check_overrides(overrides)
-    require_known('metric', metric, METRICS)
+    require_known('metric ', metric, METRICS)
     folder = os.path.dirname(results) or '.'
     require(os.path.isdir(folder), f'results={results}: there is no folder {folder}')
     whole = table_steps and all(type(n) is int and n >= 1 for n in table_steps)
@@ -1671,8 +1803,9 @@ if __name__ == '__main__':
     own = {*constants, 'first_row', 'schedule'}.isdisjoint(sampler_options or ())
     require(own, f'sampler_options={sampler_options}: only options that belong to one sampler')
 
-    result, text = METRICS[metric](types.SimpleNamespace(**constants))
+    released = against_release(constants, in_config) if configs and published else None
+    result, text = METRICS[metric](types.SimpleNamespace(**constants, released=released))
     if ranks()[0] == 0:
-        print(text)
+        print('\n'.join([text, *([released] if released else [])]))
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -257,8 +257,7 @@ class DiT(nn.Module):
         position = torch.arange(x.size(1), device=x.device)
         attn_mask = None
         if cache is not None and cache.position is not None:
-            position = cache.position[:, None].to(x.device)
-            attn_mask = cache.seen(x.device)
+            position, attn_mask = cache.begin(x.device)
         elif attention_mask is not None and not config.causal:  # padding is on the right
             attn_mask = attention_mask[:, None, None, :]
         rotary = rotary_table(position, config.n_embd // config.n_head, config.rotary_bf16)
@@ -319,6 +318,15 @@ class KVCache:
         self.kept = {}
         self.slots = slice(None)
         self.position = None
+        self.at = None  # (row, position) on the device
+
+    def begin(self, device):
+        """-> positions (rows, 1) on the device, and attn_mask (rows, 1, 1, reach) bool; None: all
+        True. Copied once for all blocks."""
+        self.at = torch.arange(self.rows, device=device), sent(self.position, device)
+        seen = torch.arange(int(self.position.max()) + 1) <= self.position[:, None]
+        attn_mask = None if seen.all() else sent(seen, device)[:, None, None]
+        return self.at[1][:, None], attn_mask
 
     def extend(self, block, k, v):
         """Store k and v (n, H, P or 1, C/H); return those to look at."""
@@ -328,19 +336,14 @@ class KVCache:
         if self.position is None:
             kv[:, self.slots, :, :k.size(2)] = torch.stack((k, v))
             return k, v
-        row, position = torch.arange(self.rows, device=k.device), self.position.to(k.device)
+        row, position = self.at
         kv[:, row, :, position] = torch.cat((k, v), dim=2).transpose(1, 2)
         return kv[:, :, :, :int(self.position.max()) + 1].unbind()
 
-    def seen(self, device):
-        """attn_mask (rows, 1, 1, reach) bool; None: all True."""
-        seen = torch.arange(int(self.position.max()) + 1) <= self.position[:, None]
-        return None if seen.all() else seen[:, None, None].to(device)
-
     def keep(self, slots):
-        """Drop all rows but these."""
+        """Drop all rows but these (n,), on the device."""
         self.rows = len(slots)
-        self.kept = {block: kv[:, slots.to(kv.device)] for block, kv in self.kept.items()}
+        self.kept = {block: kv[:, slots] for block, kv in self.kept.items()}
 
 
 # named sizes, in train.py's constants: n_layer, n_head, n_embd
@@ -575,7 +578,8 @@ def corrupt_exactly(x0, t, mask_id, generator, maskable):
 
 def corrupt_batch(
         batch, t, config, schedule, key, device, visible=False, exactly=False, drop_prompt=False):
-    """A batch of data.TokenRows at the times t (B,), with xt drawn from the seed `key`.
+    """A batch of data.TokenRows at the times t (B,), with xt drawn from the seed `key`, or
+    each row from one of a list.
 
     Returns tensors on device: x0, xt, t, scored, attention_mask (None: all True) and masked (N,),
     flat indices of the positions with a loss, found on the CPU to not wait for a GPU.
@@ -590,11 +594,16 @@ def corrupt_batch(
         scored = scored.clone()
         scored[:, 0] = False
     else:
-        generator = torch.Generator().manual_seed(key)
-        if exactly:
-            xt = corrupt_exactly(x0, t, config.mask_id, generator, maskable)
-        else:
-            xt = corrupt(x0, t, config.mask_id, schedule, generator, maskable)
+        keys = [key] if isinstance(key, int) else key
+        parts = []
+        for rows, k in zip(torch.arange(len(x0)).chunk(len(keys)), keys, strict=True):
+            generator = torch.Generator().manual_seed(k)
+            given = x0[rows], t[rows], config.mask_id
+            if exactly:
+                parts.append(corrupt_exactly(*given, generator, maskable[rows]))
+            else:
+                parts.append(corrupt(*given, schedule, generator, maskable[rows]))
+        xt = torch.cat(parts)
         if drop_prompt:
             xt = xt.masked_fill(~maskable, config.mask_id)
         has_loss = scored if visible else (xt == config.mask_id) & scored
@@ -602,12 +611,14 @@ def corrupt_batch(
 
     noised = dict(x0=x0, xt=xt, t=t, masked=masked, scored=scored)
     noised['attention_mask'] = None if attention_mask.all() else attention_mask
+    return {name: tensor if tensor is None else sent(tensor, device)
+            for name, tensor in noised.items()}
+
+
+def sent(tensor, device):
+    """A tensor of the CPU on the device, without waiting for a GPU."""
     on_gpu = device.type == 'cuda'
-    for name, tensor in noised.items():
-        if tensor is not None:
-            tensor = tensor.pin_memory() if on_gpu else tensor
-            noised[name] = tensor.to(device, non_blocking=on_gpu)
-    return noised
+    return (tensor.pin_memory() if on_gpu else tensor).to(device, non_blocking=on_gpu)
 
 
 def stratified_times(u, index, n, eps=1e-3):
@@ -716,7 +727,7 @@ class Objective:
 
 OBJECTIVES = {
     'subs': Objective(subs, 'x0', 'ancestral', 'subs', 'optional', ('importance',)),
-    'mlm': Objective(mlm, 'x0', 'ancestral', 'subs'),
+    'mlm': Objective(mlm, 'x0', 'fixed', 'subs'),
     'd3pm': Objective(
         d3pm, 'x0 or mask', 'ancestral', 'd3pm', 'required', ('subs_masking',),
         has_reconstruction=True),
@@ -838,6 +849,7 @@ class Family:
     assumed: dict     # fields where neither tensors nor config.json say
     described: dict   # config.json: theirs -> a field of ours, or a constant
     tokenizers: dict  # vocab_size -> name
+    constants: dict   # how its data, prompts and measures are made, where a user does not say
     inv_freq: str | None = None  # name of the rotary frequencies, where the files hold them
     heads_interleaved: bool = False
 
@@ -878,6 +890,7 @@ FAMILIES['mdlm'] = Family(  # and its AR baseline, which is the same without con
         n_blocks='n_layer', n_heads='n_head', dropout='dropout',
         time_conditioning='time_conditioning', return_dict=False, torch_dtype='float32'),
     tokenizers={50258: 'gpt2'},
+    constants=dict(packing='wrap', protocol='mdlm'),
     inv_freq='backbone.rotary_emb.inv_freq')
 
 FAMILIES['xlm'] = Family(  # the last ids are <|pad|> <|unk|> <|mask|> <|sep|>
@@ -900,6 +913,7 @@ FAMILIES['xlm'] = Family(  # the last ids are <|pad|> <|unk|> <|mask|> <|sep|>
         n_head=lambda fields: 12 if fields['n_embd'] == 768 else None),
     described=dict(zip(FIELDS, FIELDS, strict=True)),
     tokenizers={50263: 'gpt2-xlm'},
+    constants=dict(packing='pad', protocol='xlm', judge_dtype='bfloat16'),
     inv_freq='encoder.{i}.rotary_emb.inv_freq')
 
 FAMILIES['smdm'] = Family(  # the head has no row for the mask; AR nets have no mask
@@ -926,7 +940,16 @@ FAMILIES['smdm'] = Family(  # the head has no row for the mask; AR nets have no 
         objective=lambda fields: 'ar' if fields['causal'] else 'subs'),
     described=dict(zip(FIELDS, FIELDS, strict=True)),
     tokenizers={},
+    constants=dict(packing='concat', prompt_bos=True, mc_eps=0.0, mc_draws=1024),
     heads_interleaved=True)
+
+FAMILIES['native'] = Family(  # ours, for nets that no other layout fits
+    names={name: name for name in ('wte', 'sigma_map', 'blocks', 'norm_f', 'lm_head', 'adaLN_f')},
+    settings={},
+    assumed=dict(n_head=None),
+    described=dict(zip(FIELDS, FIELDS, strict=True)),
+    tokenizers={},
+    constants={})
 
 
 def renamed(name, pairs):
@@ -1332,14 +1355,15 @@ def check_overrides(overrides):
             f"{', '.join(FIELDS)}")
 
 
-def load_pretrained(source, ema=True, device='cpu', **overrides):
+def load_pretrained(source, ema=True, device='cpu', trainable=False, **overrides):
     """A net in eval mode from source: a ckpt.pt of train.py (or the out_dir that holds one), a
     folder with model.safetensors (and config.json), a lone .safetensors, a Lightning .ckpt, or a
     Hugging Face id[@revision][:file]. The family is told by the names of the tensors.
 
-    ema: the averaged weights where a file has both. overrides: fields of ModelConfig that the file
-    cannot tell. Sets net.tokenizer (arguments of data.get_tokenizer, None: unknown), net.constants
-    (of the run that made a ckpt.pt) and net.extra (tensors that are no parameters).
+    ema: the averaged weights where a file has both. trainable: its parameters take gradients.
+    overrides: fields of ModelConfig that the file cannot tell. Sets net.tokenizer (arguments of
+    data.get_tokenizer, None: unknown), net.constants (of the run that made the weights, or of the
+    published family) and net.extra (tensors that are no parameters).
     Raises FileNotFoundError or ValueError."""
     path = find_source(source)
     published = path.endswith(('.safetensors', '.ckpt'))
@@ -1354,7 +1378,7 @@ def load_pretrained(source, ema=True, device='cpu', **overrides):
         net.tokenizer = dict(
             name=name, folder=os.path.dirname(path), meta=checkpoint['tokenizer'])
         net.constants = checkpoint['constants']
-        return net.to(device).eval()
+        return net.to(device).eval().requires_grad_(trainable)
     if not os.path.exists(path):
         raise FileNotFoundError(f'{source} is not there')
     tensors, described = read_published(path, ema)
@@ -1366,7 +1390,9 @@ def load_pretrained(source, ema=True, device='cpu', **overrides):
     require('blocks.0.mlp_in.weight' in tensors, f'{source} lacks blocks.0.mlp_in.weight')
     fields = fields_of(family, tensors, next(iter(extra.values()), None), described)
     untold = described.get('nanomdm', {})  # by save_pretrained
-    require(isinstance(untold, dict), f"{source} has no dict 'nanomdm' in its config.json")
+    good = isinstance(untold, dict) and isinstance(untold.get('constants', {}), dict)
+    require(good, f"{source} has no dict 'nanomdm' in its config.json")
+    constants, tokenizer = untold.pop('constants', family.constants), untold.pop('tokenizer', None)
     fields |= untold
     n_head = overrides.get('n_head', fields['n_head'])
     for name in tensors:  # one by one: no second copy of the file in memory
@@ -1376,20 +1402,20 @@ def load_pretrained(source, ema=True, device='cpu', **overrides):
             tensor = interleave_heads(tensor, n_head, inverse=True)
         tensors[name] = tensor
     net = build(fields, overrides, tensors, source)
-    net.extra = extra
-    if net.config.vocab_size in family.tokenizers:
+    net.extra, net.constants = extra, dict(constants)
+    if tokenizer:
+        net.tokenizer = dict(name=str(tokenizer), folder=path)
+    elif net.config.vocab_size in family.tokenizers:
         net.tokenizer = dict(name=family.tokenizers[net.config.vocab_size])
-    return net.to(device).eval()
+    return net.to(device).eval().requires_grad_(trainable)
 
 
 def save_pretrained(net, folder):
-    """Write config.json and model.safetensors as the released code of the net's family loads them.
-    Raises ValueError where the net is of no published family."""
+    """Write config.json and model.safetensors as the released code of the net's family loads them,
+    or with our own names where the net is of no published family."""
     config = dataclasses.asdict(net.config)
-    family = next((family for family in FAMILIES.values()
-                   if settings_of(family, config).items() <= config.items()), None)
-    require(family, 'a net with these settings is of no published family (MDLM, its AR baseline, '
-            'xlm, SMDM): its ckpt.pt is its only form')
+    family = next(family for family in FAMILIES.values()
+                  if settings_of(family, config).items() <= config.items())
     tensors = {}
     for name, tensor in net.state_dict().items():
         if family.heads_interleaved and name.endswith('attn_qkv.weight'):
@@ -1406,9 +1432,17 @@ def save_pretrained(net, folder):
     told = dataclasses.asdict(ModelConfig()) | fields_of(
         family, net.state_dict(), next(iter(extra.values()), None), described)
     untold = {key: value for key, value in config.items() if told[key] != value}
+    if net.constants not in ({}, family.constants):
+        untold['constants'] = net.constants
+    os.makedirs(folder, exist_ok=True)
+    if net.tokenizer and net.tokenizer['name'] != family.tokenizers.get(net.config.vocab_size):
+        untold['tokenizer'] = net.tokenizer['name']
+        trained = os.path.join(net.tokenizer.get('folder') or '', 'tokenizer.json')
+        copy = os.path.join(folder, 'tokenizer.json')
+        if os.path.isfile(trained) and os.path.abspath(trained) != os.path.abspath(copy):
+            shutil.copyfile(trained, copy)
     if untold:
         described['nanomdm'] = untold
-    os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, 'model.safetensors')
     save_file(tensors | extra, path + '.unfinished', metadata=dict(format='pt'))
     os.chmod(path + '.unfinished', 0o644)  # safetensors writes for its owner alone

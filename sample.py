@@ -16,6 +16,7 @@ MDLM: Sahoo et al. 2024, arXiv 2406.07524; SEDD: Lou et al. 2023, 2310.16834; SM
 2410.18514; LLaDA: Nie et al. 2025, 2502.09992; ReMDM: Wang et al. 2025, 2503.00307; first hitting:
 Zheng et al. 2024, 2409.02908.
 """
+import contextlib
 import inspect
 import json
 import math
@@ -38,6 +39,7 @@ from configurator import require
 from data import get_tokenizer, key_of, splitmix64
 from model import (
     OBJECTIVES,
+    FIELDS,
     KVCache,
     autocast,
     check_overrides,
@@ -47,13 +49,14 @@ from model import (
     pick_device,
     reuse_memory,
     schedule_of,
+    sent,
 )
 
 out_dir = 'out'         # where train.py left ckpt.pt
 init_from = None        # another source of weights for load_pretrained; None: out_dir
-overrides = None        # ModelConfig fields the source cannot tell, "{'objective': 'sedd', ...}"
+overrides = None        # [dict] ModelConfig fields the source cannot tell; --n_head=4 sets one
 ema = True              # the averaged weights; False: the last ones
-tokenizer = None        # None: the one the checkpoint names
+tokenizer = None        # None: the one the checkpoint names; 'none': ids alone
 device = 'auto'         # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto'          # [auto | float32 | bfloat16] auto: bfloat16 where the device is fast at it
 compile = False         # compile the trunk, with CUDA graphs: for many steps of few rows (not ar)
@@ -67,19 +70,10 @@ temperature = 1.0       # 0: the most probable token
 top_p = None            # keep tokens of cumulative probability <= top_p; None: 1.0, remdm 0.9
 top_k = 0               # keep the k most probable tokens; 0: all
 cfg_scale = 0.0         # guidance: un + (1 + cfg_scale) (cond - un), un with the prompt masked
-prompt = ''             # text that samples begin with; FILE:prompts.txt: one a line; -: from stdin
-template = ''           # text to fill in at <|mask|> or <|mask:20|>; FILE: and - as above
-confidence = None       # fixed: 'uniform' (default), 'top_prob', 'prob_diff', 'entropy'
-confidence_temperature = None  # fixed: draw positions by softmax(score / this); default 0: the top
-threshold = None        # fixed: unmask while the summed lack of confidence is under this
-block_length = None     # low_confidence: tokens a block; default: one block
-stride = None           # semi_ar: tokens a window advances by; default: half of block_size
-strategy = None         # remdm: 'cap' (default), 'rescale', 'conf', 'loop'
-eta = None              # remdm: default 0.008 for cap, 0.015 for rescale, 0.02 for loop
-t_on = None             # remdm, loop: the time at which remasking begins; default 0.55
-t_off = None            # remdm, loop: the time at which it ends; default 0.05
-alpha_on = None         # remdm, loop: the share of visible tokens in between; default 0.9
-eos_id = None           # ar: the id that ends a row, -1: none; default: the tokenizer's
+prompt = ''             # text to begin with; FILE:prompts.txt: one a line; -: stdin; IDS:5,6,7: ids
+template = ''           # text to fill in at <|mask|> or <|mask:20|>; as above, open ids being -1
+draw_dtype = 'float64'  # [float64 | float32] of draws; float32: as released, see draw()
+sampler_options = None  # [dict] its own options; --eta=0.1 sets one
 out = None              # write the samples to this .jsonl file instead of the terminal
 watch = False           # show the first sample in the terminal as it fills in
 trace = None            # write a page that plays the sampling to this .html file
@@ -97,7 +91,8 @@ class Samples:
 def generate(
     net, num_samples, length, steps, sampler='ancestral', prompt=None, cfg_scale=0.0,
     temperature=1.0, top_p=None, top_k=0, seed=0, first_row=0, batch_size=16, schedule=None,
-    template=None, progress=False, on_change=None, compile=False, **options,
+    template=None, progress=False, on_change=None, compile=False, draw_dtype='float64',
+    on_finish=None, **options,
 ):
     """Draw num_samples rows -> Samples. The options not named here are as the constants above say.
 
@@ -106,7 +101,8 @@ def generate(
     the row, open where it holds -1 or the mask. schedule None: the one the net was trained with.
     on_change(rows, cols, ids, confidence, steps), each (N,) on the CPU, hears of positions that are
     unmasked, with the net's probability of the tokens, or masked again (id -1); and first of the
-    whole start, as step -1. Raises ValueError where an option is impossible."""
+    whole start, as step -1. on_finish(row, ids, nfe) hears of each row when it is finished.
+    Raises ValueError where an option is impossible, or memory does not suffice."""
     config = net.config
     if sampler is None:
         sampler = OBJECTIVES[config.objective].sampler
@@ -116,7 +112,7 @@ def generate(
     check_numbers(
         sampler, num_samples=num_samples, steps=steps, top_k=top_k, seed=seed, top_p=top_p,
         batch_size=batch_size, first_row=first_row, temperature=temperature, cfg_scale=cfg_scale,
-        compile=compile)
+        compile=compile, draw_dtype=draw_dtype)
     if schedule is None:
         schedule = schedule_of(net.constants)
     bos_id = None
@@ -126,18 +122,21 @@ def generate(
         options.setdefault('eos_id', tok.eos_id)
     longest = 2 ** 24 if sampler == 'semi_ar' else config.block_size
 
+    check_memory(num_samples, config.block_size if length is None else length, steps)
     x, is_open, lengths = lay_out(net, num_samples, length, prompt, template, bos_id, longest)
     keys = np.array([key_of(seed, first_row + i) for i in range(num_samples)], dtype=np.uint64)
-    draw_options = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+    draw_options = dict(
+        temperature=temperature, top_k=top_k, top_p=top_p, dtype=getattr(torch, draw_dtype))
     b = Batch(
         net, x, is_open, lengths, keys, batch_size, schedule, cfg_scale, draw_options, on_change,
-        compile, progress)
-    SAMPLERS[sampler](b, steps, **options)
+        on_finish, compile, progress)
+    try:
+        SAMPLERS[sampler](b, steps, **options)
+    finally:
+        b.bar.close()
 
     assert not b.masked.any()
-    require(
-        not b.saw_non_finite,
-        'non-finite logits: what the net gives, with these options, are not numbers')
+    b.require_finite()
     inside = torch.arange(x.size(1)) < b.length[:, None]
     if not inside.all():
         b.x = torch.where(inside.to(b.device), b.x, padding_of(net))
@@ -161,7 +160,22 @@ def sampler_for(*predicts):
 
 
 def own_options(name):
-    return list(inspect.signature(SAMPLERS[name]).parameters)[2:]
+    """option -> its default, of a sampler's signature."""
+    parameters = list(inspect.signature(SAMPLERS[name]).parameters.values())[2:]
+    return {parameter.name: parameter.default for parameter in parameters}
+
+
+def flags():
+    """What configure() takes besides the constants: --n_head=4 for a key of overrides, --eta=0.1
+    for one of sampler_options, which has the comment behind it in the signature."""
+    options = {}
+    for name, function in SAMPLERS.items():
+        source = inspect.getsource(function)
+        for option, default in own_options(name).items():
+            comment = re.search(rf'^ +{option}=.*?# *(.*)', source, re.M)
+            options[option] = default, f'{name}: {comment[1] if comment else "its own option"}'
+    fields = {field: (None, 'a field of ModelConfig') for field in FIELDS}
+    return dict(overrides=fields, sampler_options=options)
 
 
 def grid(begin, end, num_steps):
@@ -180,13 +194,17 @@ def plan_steps(b, mask_prob):
 
 
 def most_confident(scores, count):
-    """The `count` (A,) highest of each row of scores (A, L) -> (A, L) bool."""
+    """The `count` (A,) highest of each row of scores (A, L) -> (A, L) bool; the first of equals.
+    What a net gives goes through b.rounded(scores) before."""
     rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     return rank < count[:, None]
 
 
 @sampler_for('x0', 'x0 or mask')
-def ancestral(b, num_steps, subs_masking=None):
+def ancestral(
+    b, num_steps,
+    subs_masking=None,  # for d3pm nets; None: as it was trained
+):
     """MDLM's ancestral sampler (equation 7; its `ddpm` and `ddpm_cache`) on the times 1 -> 0. A net
     that never predicts the mask unmasks at steps that do not depend on the tokens. A d3pm net gives
     the mask a probability p_m and unmasks with probability
@@ -233,7 +251,12 @@ def analytic(b, num_steps):
 
 
 @sampler_for('x0')
-def fixed(b, num_steps, confidence='uniform', confidence_temperature=0.0, threshold=None):
+def fixed(
+    b, num_steps,
+    confidence='uniform',        # or 'top_prob', 'prob_diff', 'entropy'
+    confidence_temperature=0.0,  # draw positions by softmax(score / this); 0: the top; xlm: 1.0
+    threshold=None,              # unmask while the summed lack of confidence is under this
+):
     """xlm's predictor: each step unmasks floor(masked / steps left) positions, the last the rest:
     any ('uniform'), the most confident ones by a key of CONFIDENCE, or with a
     confidence_temperature those drawn without replacement by softmax(score / temperature).
@@ -250,13 +273,16 @@ def fixed(b, num_steps, confidence='uniform', confidence_temperature=0.0, thresh
         if threshold is not None:
             scores = b.score(b.masked[rows], score)
             last = (step == num_steps - 1)[:, None]
-            b.unmask(last | under_threshold(highest - scores, float(threshold)))
+            order = b.rounded(scores, highest).argsort(dim=1, descending=True, stable=True)
+            b.unmask(last | under_threshold(highest - scores, order, float(threshold)))
             continue
         count = b.num_masked[rows] // (num_steps - step)
         scores = b.score(b.masked[rows] & (count > 0)[:, None], score)
         if confidence_temperature:
             gumbel = -torch.log(-torch.log1p(-b.uniforms(rows, step)))
             scores = scores / float(confidence_temperature) + gumbel
+        else:
+            scores = b.rounded(scores, highest)
         b.unmask(most_confident(scores, count))
 
 
@@ -276,43 +302,48 @@ def plan_counts(b, num_steps):
     return plan
 
 
-def under_threshold(lack, threshold):
-    """Of each row of lack (A, L), inf where nothing is to be chosen, the smallest while they sum to
-    less than the threshold without the largest, at least one -> (A, L) bool."""
-    ordered, order = lack.sort(dim=1)
+def under_threshold(lack, order, threshold):
+    """Of each row of lack (A, L), inf where nothing is to be chosen, the first in order (A, L)
+    while they sum to less than the threshold without the last, at least one -> (A, L) bool."""
+    ordered = lack.gather(1, order)
     under = ordered.cumsum(dim=1) - ordered < threshold
     under[:, 0] = True
     return torch.zeros_like(under).scatter_(1, order, under) & lack.isfinite()
 
 
 @sampler_for('x0')
-def greedy(b, num_steps, pooled=False):
+def greedy(
+    b, num_steps,
+    across_rows=False,  # True: the most confident of batch_size rows at once, as released
+):
     """SMDM's greedy sampler (appendix) on the times 1 -> 1e-5: from t to s
     int(masked (1 - s/t)) of the most confident are unmasked, at the last step the rest. Its power
-    form of Gumbel noise is a draw at the temperature.
-    pooled: as SMDM decodes GSM8K, these are of all rows together, and guidance hides as many
-    columns of every row as the longest prompt has: the results depend on the batch."""
+    form of Gumbel noise is a draw at the temperature. across_rows: a row depends on those beside
+    it, which begin and end together."""
+    require(type(across_rows) is bool, f'across_rows={across_rows!r}: it must be True or False')
     times = torch.linspace(1, 1e-5, num_steps + 1)  # in float32 as released: it decides the counts
     fraction = 1 - times[1:] / times[:-1]
     mask_prob = 1 - b.schedule.alpha(times.double())
-    if pooled:
-        require(not len(b.queue), 'pooled=True: all rows at once, batch_size is too small')
+    if across_rows:  # where other prompts are longer, guidance hides what has been drawn, too
         b.hidden_by_guidance |= torch.arange(b.x.size(1)) < b.prompt_length.max()
-    for rows, step in b.steps(mask_prob):
+    for rows, step in b.steps(mask_prob, to_the_end=across_rows):
         masked = b.num_masked[rows]
-        if pooled:
+        if across_rows:
             masked = masked.sum().expand(len(rows))
         count = torch.where(step == num_steps - 1, masked, (masked * fraction[step]).long())
         scores = b.draw(b.masked[rows] & (count > 0)[:, None])
-        if pooled:
-            chosen = most_confident(scores.view(1, -1), count[:1]).view(scores.shape)
+        if across_rows:
+            best = most_confident(b.rounded(scores.view(1, -1)), count[:1])
         else:
-            chosen = most_confident(scores, count)
-        b.unmask(chosen)
+            best = most_confident(b.rounded(scores), count)
+        b.unmask(best.view_as(scores))
 
 
 @sampler_for('x0')
-def low_confidence(b, num_steps, block_length=None):
+def low_confidence(
+    b, num_steps,
+    block_length=None,  # tokens a block; None: one block
+):
     """LLaDA's low-confidence remasking: after the prompt, blocks from left to right, num_steps /
     blocks steps each. A step unmasks masked // steps of the positions masked at the beginning of
     its block, and one more in the first masked % steps."""
@@ -323,12 +354,12 @@ def low_confidence(b, num_steps, block_length=None):
     require(
         is_whole(block_length) and block_length >= 1,
         f'block_length={block_length}: it must be a whole number of at least 1')
+    block_length = min(block_length, width)
     blocks = ((b.length - begin + block_length - 1) // block_length).clamp(min=1)  # (n,)
     uneven = next(iter(blocks[num_steps % blocks > 0].tolist()), None)
     require(
         uneven is None,
         f'steps={num_steps} cannot be shared evenly by {uneven} blocks of {block_length}')
-    block_length = min(block_length, width)
     steps_each = num_steps // blocks
     at_first = torch.zeros_like(begin)  # masks at the beginning of the block
     col = torch.arange(width)
@@ -339,11 +370,14 @@ def low_confidence(b, num_steps, block_length=None):
         at_first[rows] = torch.where(step % each == 0, masked.sum(dim=1), at_first[rows])
         count = at_first[rows] // each + (step % each < at_first[rows] % each)
         scores = b.draw(masked & (count > 0)[:, None])
-        b.unmask(most_confident(scores, count))
+        b.unmask(most_confident(b.rounded(scores), count))
 
 
 @sampler_for('x0')
-def semi_ar(b, num_steps, stride=None):
+def semi_ar(
+    b, num_steps,
+    stride=None,  # tokens a window advances by; None: half of block_size
+):
     """MDLM's semi-autoregressive sampler: windows of block_size that advance by `stride`, each
     sampled by `ancestral` in num_steps steps given what the last one left. Rows of any length."""
     width = b.net.config.block_size
@@ -355,6 +389,7 @@ def semi_ar(b, num_steps, stride=None):
     # the window that unmasks each position
     window = ((torch.arange(b.x.size(1)) - width + stride) // stride).clamp(min=0)
     windows = int(window[-1]) + 1
+    check_memory(*b.x.shape, num_steps * windows)
     start = (torch.arange(windows) * stride).repeat_interleave(num_steps)
     mask_prob = 1 - b.schedule.alpha(grid(1, 0, num_steps))
     plan = plan_steps(b, mask_prob) + window * num_steps
@@ -362,7 +397,14 @@ def semi_ar(b, num_steps, stride=None):
 
 
 @sampler_for('x0')
-def remdm(b, num_steps, strategy='cap', eta=None, t_on=0.55, t_off=0.05, alpha_on=0.9):
+def remdm(
+    b, num_steps,
+    strategy='cap',  # or 'rescale', 'conf', 'loop'
+    eta=None,        # None: 0.008 for cap, 0.015 for rescale, 1 for conf, 0.02 for loop
+    t_on=0.55,       # loop: the time at which remasking begins
+    t_off=0.05,      # loop: the time at which it ends
+    alpha_on=0.9,    # loop: the share of visible tokens in between
+):
     """ReMDM (equation 6): from t to s a visible token is masked again with probability sigma, a
     masked one unmasked with (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t); sigma is at most
     (1 - alpha_s) / alpha_t. strategy: 'cap', sigma = min(eta, that); 'rescale', eta times that;
@@ -414,10 +456,15 @@ def first_hitting(b, num_steps):
 
 
 @sampler_for('next token')
-def ar(b, num_steps, eos_id=None):
+def ar(
+    b, num_steps,
+    eos_id=None,  # the id that ends a row; None: the tokenizer's; -1: none
+):
     """Token after token from a causal net with a key/value cache. A row ends with the first eos_id
     it draws (None or -1: at its length). num_steps plays no part."""
-    require(type(eos_id) in (int, type(None)), f'eos_id={eos_id!r}: it must be an id, or -1')
+    V = b.net.config.vocab_size
+    is_id = eos_id is None or type(eos_id) is int and -1 <= eos_id < V
+    require(is_id, f'eos_id={eos_id!r}: it must be an id below {V}, or -1')
     require(
         (b.prompt_length > 0).all(),
         'a causal net begins with a token: give a prompt (or a net that names its tokenizer)')
@@ -438,16 +485,21 @@ def ar(b, num_steps, eos_id=None):
 # drawing tokens, and how confident the net is of them
 
 
-def draw(logits, u, mask_id, temperature=1.0, top_k=0, top_p=1.0):
+def draw(logits, u, mask_id, temperature=1.0, top_k=0, top_p=1.0, dtype=torch.float64):
     """One token for each row of logits (N, V), by inverse CDF of the uniforms u (N,) float64 in
     [0, 1) -> ids (N,), -1 where the logits are not finite, and the probabilities (N,) with which
     they were drawn. In this order: mask excluded, temperature, top_k, top_p. top_p keeps the tokens
-    whose cumulative probability is at most top_p, and always the first, as xlm and ReMDM do."""
+    whose cumulative probability is at most top_p, and always the first, as xlm and ReMDM do.
+
+    dtype float32: MDLM's released arithmetic, argmax p / (1e-10 - log(u + 1e-10)) with a float32
+    uniform a token. No such uniform lies above 1 - 2^-24, so that improbable tokens are drawn too
+    seldom: generative perplexity and entropy come out lower, as at a lower temperature (Zheng et
+    al. 2024)."""
     logits = without_mask(logits.to(u.device), mask_id)
     if temperature == 0:
         highest, ids = logits.max(dim=-1)
         return torch.where(highest.isnan(), -1, ids), torch.ones_like(u)
-    logits = logits.double()
+    logits = logits.to(dtype)
     if temperature != 1:
         logits = logits / temperature
     probs = torch.softmax(logits, dim=-1)  # (N, V)
@@ -458,14 +510,30 @@ def draw(logits, u, mask_id, temperature=1.0, top_k=0, top_p=1.0):
         if top_p < 1:
             crossed = ordered.cumsum(dim=-1) > top_p * ordered.sum(dim=-1, keepdim=True)
             crossed[:, 0] = False
-            ordered[crossed] = 0
+            ordered.masked_fill_(crossed, 0)
         probs = torch.zeros_like(probs).scatter_(1, order, ordered)
+    if dtype == torch.float32:
+        noise = 1e-10 - (float32_uniforms(u, probs.size(1)) + 1e-10).log()
+        ids = (probs / noise).argmax(dim=-1)
+        drawn = probs.gather(1, ids[:, None]).squeeze(1) / probs.sum(dim=-1)
+        return torch.where(drawn.isnan(), -1, ids), drawn.double()
     cdf = probs.cumsum(dim=-1)
     ids = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).squeeze(1)
     last = probs.size(1) - 1 - (probs.flip(1) > 0).int().argmax(dim=-1)
     ids = torch.minimum(ids, last)  # u -> 1 may round up to the end
     drawn = probs.gather(1, ids[:, None]).squeeze(1) / cdf[:, -1]
     return torch.where(cdf[:, -1].isnan(), -1, ids), drawn
+
+
+def float32_uniforms(u, n):
+    """n float32 uniforms, multiples of 2^-24 below 1, of each of u (N,) float64 -> (N, n): a hash
+    (splitmix64 in int64, which wraps) of the bits of u."""
+    x = u.contiguous().view(torch.int64)[:, None] * 0x2545F4914F6CDD1D
+    x = x + torch.arange(n, device=u.device) * -0x61C8864680B583EB
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        x ^= x >> shift & (1 << 64 - shift) - 1
+        x *= factor
+    return (x >> 40 & 0xFFFFFF).float() * 2 ** -24
 
 
 def without_mask(logits, mask_id):
@@ -568,7 +636,7 @@ class Batch:
 
     def __init__(
         self, net, x, is_open, length, keys, batch_size, schedule, cfg_scale, draw_options,
-        on_change=None, compile=False, progress=False,
+        on_change=None, on_finish=None, compile=False, progress=False,
     ):
         n = len(x)
         self.net = net
@@ -577,8 +645,14 @@ class Batch:
         self.cfg_scale = cfg_scale
         self.draw_options = draw_options
         self.on_change = on_change
+        self.on_finish = on_finish
         self.device = next(net.parameters()).device
-        self.draw_device = 'cpu' if self.device.type == 'mps' else self.device  # MPS has no float64
+        self.draw_device = self.device
+        if self.device.type == 'mps':  # it has no float64
+            self.draw_device = torch.device('cpu')
+        narrow = next(net.parameters()).element_size() == 2
+        amp = torch.is_autocast_enabled(self.device.type)
+        self.grid = 0.25 if narrow or amp else 2 ** -12  # of log odds, see `rounded`
         self.x = x.to(self.device)
         self.is_open = is_open
         self.hidden_by_guidance = ~is_open
@@ -596,8 +670,8 @@ class Batch:
         self.saw_non_finite = torch.zeros((), dtype=torch.bool, device=self.draw_device)
         self.asked = None  # in a step that has asked the net: row, col, h, ids drawn or None
         queue = self.num_masked.nonzero().squeeze(1)
-        self.rows = queue[:batch_size]
-        self.queue = queue[batch_size:]
+        self.rows = queue[:min(batch_size, n)]
+        self.queue = queue[len(self.rows):]
         self.slots = torch.arange(len(self.rows))  # the place of each row in the step before
         self.entered = torch.ones(len(self.rows), dtype=torch.bool)
         self.run_trunk = self.compile_trunk() if compile else net.trunk
@@ -607,6 +681,7 @@ class Batch:
             rows, cols = (torch.arange(x.size(1)) < length[:, None]).nonzero(as_tuple=True)
             ids = torch.where(is_open, -1, x)[rows, cols]
             on_change(rows, cols, ids, torch.ones(len(rows)), torch.full_like(rows, -1))
+        self.report((self.num_masked == 0).nonzero().squeeze(1))
 
     # what samplers use
 
@@ -637,7 +712,6 @@ class Batch:
             self.bar.update(masked - int(self.num_masked.sum()))
             self.step[rows] += 1
             self.refill(self.step[rows] == last if to_the_end else self.num_masked[rows] == 0)
-        self.bar.close()
 
     def follow(self, plan, mask_prob, start=None):
         """Unmask every position at its step of the plan (n, L)."""
@@ -647,7 +721,7 @@ class Batch:
     def score(self, candidates, function):
         """Ask the net about the candidates (A, L) bool: function(logits (N, V)) -> (N,), as a table
         (A, L) float64, -inf elsewhere. Rows without candidates are not evaluated."""
-        def scores(logits, rows, cols):
+        def scores(logits):
             if self.predicts == 'x0':
                 without_mask(logits, self.net.config.mask_id)
             return (function(logits),)
@@ -656,10 +730,21 @@ class Batch:
     def draw(self, candidates):
         """Draw a token at each candidate (A, L) bool, for `unmask` to put there -> the table (A, L)
         of the probabilities that the net gives them, whatever the temperature; -inf elsewhere."""
-        def probs_and_ids(logits, rows, cols):
-            ids, _ = self.draw_from(logits, rows, cols)
+        def probs_and_ids(logits, u):
+            ids, _ = self.draw_from(logits, u)
             return probability(logits, ids), ids
-        return self.ask(candidates, probs_and_ids)
+        return self.ask(candidates, probs_and_ids, draws=True)
+
+    def rounded(self, scores, highest=1.0):
+        """Scores (A, L) up to `highest`, for a choice among them: on a grid of log odds (of the log
+        of the distance to 0, where that is the highest) that is coarser than the net's rounding and
+        begins at each row's best. Equal logits are equal whatever stands beside the row."""
+        far = (highest - scores).clamp(min=1e-300).log()
+        if highest:
+            far -= scores.clamp(min=1e-12).log()
+        far.nan_to_num_(nan=-1000, posinf=torch.inf)  # NaN is chosen first: it ends the sampling
+        steps = (far - far.amin(dim=1, keepdim=True)) / self.grid
+        return -steps.round().nan_to_num_(nan=torch.inf, posinf=torch.inf)
 
     def unmask(self, chosen, h=None):
         """Put tokens at the chosen positions (A, L) bool that are masked, and were asked about if
@@ -667,20 +752,25 @@ class Batch:
         h: the net's hidden states (N, 1, n_embd) there, if known."""
         chosen = chosen & self.masked[self.rows]
         row, col, h, ids = self.asked or (*chosen.nonzero(as_tuple=True), h, None)
-        kept = chosen[row, col]
-        if not kept.any():
+        kept = chosen[row, col].nonzero().squeeze(1)
+        if not len(kept):
             return
         rows = self.rows[row[kept]]
         cols = col[kept]
-        h = self.hidden_states(rows, cols) if h is None else h[kept.to(h.device)]
+        at = self.place(rows, cols)
+        u = self.uniforms_of_tokens(rows, cols) if ids is None else None
+        if h is None:
+            h = self.hidden_states(rows, cols)
+        elif len(kept) < len(row):
+            kept = sent(kept, self.device)
+            h = h[kept]
+            ids = None if ids is None else ids[kept.to(ids.device)]
         if ids is None:
-            ids, probs = self.from_logits(h, self.draw_from, rows, cols)
+            ids, probs = self.from_logits(h, self.draw_from, u)
             if self.drawn_prob is not None:
                 self.drawn_prob[rows, cols] = probs.cpu()
-        else:
-            ids = ids[kept.to(ids.device)]
         self.saw_non_finite |= (ids < 0).any()
-        self.put(rows, cols, ids.clamp(min=0).to(self.device), masked=False)
+        self.put(rows, cols, at, ids.clamp(min=0).to(self.device), masked=False)
         self.reveal_step[rows, cols] = self.step[rows]
         if self.on_change:
             confidence, = self.from_logits(h, self.prob_of, ids)
@@ -690,7 +780,8 @@ class Batch:
         """Mask the chosen positions (A, L) bool again."""
         row, cols = chosen.nonzero(as_tuple=True)
         rows = self.rows[row]
-        self.put(rows, cols, self.net.config.mask_id, masked=True)
+        at = self.place(rows, cols)
+        self.put(rows, cols, at, torch.full_like(at, self.net.config.mask_id), masked=True)
         if self.on_change and len(rows):
             nothing = torch.full_like(rows, -1)
             self.on_change(rows, cols, nothing, torch.zeros(len(rows)), self.step[rows])
@@ -702,7 +793,7 @@ class Batch:
         self.masked[rows] = False
 
     def tokens(self, rows, cols):
-        return self.x[rows.to(self.device), cols.to(self.device)]
+        return self.x.view(-1)[self.place(rows, cols)]
 
     def uniforms(self, rows, step=0):
         """Uniforms (A, L) float64 that decide when, of all positions of rows (A,)."""
@@ -718,14 +809,20 @@ class Batch:
 
     # how it is done
 
-    def put(self, rows, cols, ids, masked):
-        self.x[rows.to(self.device), cols.to(self.device)] = ids
+    def place(self, rows, cols):
+        """Where (rows, cols) stand in x, on the device. Made before the net is called: a copy that
+        waits for nothing, as that of all else a step needs."""
+        return sent(rows * self.x.size(1) + cols, self.device)
+
+    def put(self, rows, cols, at, ids, masked):
+        self.x.view(-1)[at] = ids
         self.masked[rows, cols] = masked
         change = rows.bincount(minlength=len(self.num_masked))
         self.num_masked += change if masked else -change
 
     def refill(self, finished):
         """Rows that are finished (A,) leave; the next in the queue take their places."""
+        self.report(self.rows[finished])
         places = finished.nonzero().squeeze(1)[:len(self.queue)]
         entered = torch.zeros_like(finished).index_fill(0, places, True)
         rows = self.rows.index_copy(0, places, self.queue[:len(places)])
@@ -734,22 +831,37 @@ class Batch:
         self.rows = rows[self.slots]
         self.entered = entered[self.slots]
 
-    def ask(self, candidates, function):
-        """The table (A, L) of scores by function(logits, rows, cols) -> (scores,) or (scores, ids);
-        hidden states and ids are kept for `unmask`."""
+    def report(self, rows):
+        if self.on_finish and len(rows):
+            self.require_finite()
+            every = self.x[sent(rows, self.device)].tolist()
+            for i, ids in zip(rows.tolist(), every, strict=True):
+                self.on_finish(i, ids[:self.length[i]], self.nfe[i].item())
+
+    def require_finite(self):
+        require(
+            not self.saw_non_finite,
+            'non-finite logits: what the net gives, with these options, are not numbers')
+
+    def ask(self, candidates, function, draws=False):
+        """The table (A, L) of scores by function(logits) -> (scores,), or, where it draws, by
+        function(logits, u) -> (scores, ids); hidden states and ids are kept for `unmask`."""
         table = torch.full(candidates.shape, -torch.inf, dtype=torch.float64)
         row, col = candidates.nonzero(as_tuple=True)
         self.asked = row, col, None, None
         if len(row):
             rows = self.rows[row]
+            columns = [self.uniforms_of_tokens(rows, col)] if draws else []
             h = self.hidden_states(rows, col)
-            scores, *ids = self.from_logits(h, function, rows, col)
+            scores, *ids = self.from_logits(h, function, *columns)
             table[row, col] = scores.double().cpu()
             self.asked = row, col, h, ids[0] if ids else None
         return table
 
-    def draw_from(self, logits, rows, cols):
-        u = self.hashed(rows, cols, self.step[rows], 1).to(logits.device)
+    def uniforms_of_tokens(self, rows, cols):
+        return sent(self.hashed(rows, cols, self.step[rows], 1), self.draw_device)
+
+    def draw_from(self, logits, u):
         return draw(logits, u, self.net.config.mask_id, **self.draw_options)
 
     def prob_of(self, logits, ids):
@@ -773,34 +885,37 @@ class Batch:
         attention_mask = window < self.length[active][:, None]
         window = window.clamp(max=self.x.size(1) - 1)
         given = self.hidden_by_guidance[active[:, None], window] & attention_mask
-        sigma = torch.zeros(len(active))
-        if config.time_conditioning:
-            sigma = self.schedule.conditioning_at(self.mask_prob[active]).float()
         guided = (given.any(dim=1) & bool(self.cfg_scale)).nonzero().squeeze(1)
         self.nfe[active] += 1
         self.nfe[active[guided]] += 1
 
-        x = self.tokens(active[:, None], window)
+        A = len(active)
+        source = torch.cat((torch.arange(A), guided))  # of each row that the net sees
         index = row[:, None]
         if len(guided):
-            hidden = given[guided].to(self.device)
-            x = torch.cat((x, x[guided.to(self.device)].masked_fill(hidden, config.mask_id)))
-            sigma = torch.cat((sigma, sigma[guided]))
-            attention_mask = torch.cat((attention_mask, attention_mask[guided]))
-            partner = torch.arange(len(active))  # a row without anything given is its own
-            partner[guided] = len(active) + torch.arange(len(guided))
+            partner = torch.arange(A)  # a row without anything given is its own
+            partner[guided] = A + torch.arange(len(guided))
             index = torch.stack((row, partner[row]), dim=1)  # (N, 2)
-        h = self.run_in_chunks(x, sigma, attention_mask)
-        return h[index.to(self.device), (cols - start[row])[:, None].to(self.device)]
+        index = sent(index * width + (cols - start[row])[:, None], self.device)
+        sigma = torch.zeros(len(source), device=self.device)
+        if config.time_conditioning:
+            mask_prob = self.mask_prob[active[source]]
+            sigma = sent(self.schedule.conditioning_at(mask_prob).float(), self.device)
+        x = self.tokens(active[source, None], window[source])
+        if len(guided):
+            hidden = given[source]
+            hidden[:A] = False
+            x = x.masked_fill(sent(hidden, self.device), config.mask_id)
+        everywhere = attention_mask.all()
+        attention_mask = None if everywhere else sent(attention_mask[source], self.device)
+        return self.run_in_chunks(x, sigma, attention_mask).flatten(0, 1)[index]
 
     def run_in_chunks(self, x, sigma, attention_mask):
         """The trunk over x (B, W); on a CPU a few rows at a time, to stay in its cache."""
         size = max(1, 1024 // x.size(1)) if self.device.type == 'cpu' else len(x)
-        sigma = sigma.to(self.device)
-        everywhere = attention_mask.all()
         parts = []
         for i in range(0, len(x), size):
-            mask = None if everywhere else attention_mask[i:i + size].to(self.device)
+            mask = None if attention_mask is None else attention_mask[i:i + size]
             parts.append(self.run_trunk(x[i:i + size], sigma[i:i + size], mask))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -811,7 +926,7 @@ class Batch:
 
         def run(x, sigma, attention_mask):
             size = 2 ** math.ceil(math.log2(len(x)))
-            repeat = torch.arange(size).clamp(max=len(x) - 1).to(self.device)
+            repeat = torch.arange(size, device=self.device).clamp(max=len(x) - 1)
             mask = None if attention_mask is None else attention_mask[repeat]
             return compiled(x[repeat], sigma[repeat], mask)[:len(x)].clone()
         return run
@@ -819,14 +934,14 @@ class Batch:
     def hidden_with_cache(self, cache, col):
         """A causal net's h (A, 1, n_embd) for position col (A,) of the rows in work."""
         if len(self.slots) < cache.rows:
-            cache.keep(self.slots)
+            cache.keep(sent(self.slots, self.device))
         fresh = self.entered & (self.prompt_length[self.rows] > 1)
         if fresh.any():  # all of the prompt but its last token
             rows = self.rows[fresh]
-            cache.slots = fresh.nonzero().squeeze(1).to(self.device)
+            cache.slots = sent(fresh.nonzero().squeeze(1), self.device)
             cache.position = None
             longest = int(self.prompt_length[rows].max()) - 1
-            self.net.trunk(self.x[rows.to(self.device), :longest], cache=cache)
+            self.net.trunk(self.x[sent(rows, self.device), :longest], cache=cache)
             self.nfe[rows] += 1
         cache.position = col - 1
         self.nfe[self.rows] += 1
@@ -881,11 +996,16 @@ def check_sampler(objective, name, options):
 def check_numbers(sampler, **values):
     for name in ('num_samples', 'steps', 'top_k', 'batch_size', 'seed', 'first_row'):
         require(is_whole(values[name]), f'{name}={values[name]!r}: it must be a whole number')
+    dtypes = ('float64', 'float32')
+    require(values['draw_dtype'] in dtypes,
+            f"draw_dtype='{values['draw_dtype']}' is not known: choose from {', '.join(dtypes)}")
     for name, least, most, needed in (
         ('num_samples', 1, 10 ** 8, 'at least 1, and at most 100 million'),
         ('batch_size', 1, math.inf, 'at least 1'),
         ('steps', 1, 10 ** 8, 'at least 1, and at most 100 million'),
-        ('top_k', 0, math.inf, '0 (all tokens) or more'),
+        ('seed', -2 ** 63, 2 ** 64 - 1, 'in -2^63 ... 2^64 - 1'),
+        ('first_row', 0, 2 ** 62, '0 or more, and at most 2^62'),
+        ('top_k', 0, 2 ** 62, '0 (all tokens) or more, and at most 2^62'),
         ('temperature', 0, sys.float_info.max, '0 or more, and finite'),
         ('top_p', 5e-324, 1, 'above 0 and at most 1'),
         ('cfg_scale', -1, sys.float_info.max, '-1 or more, and finite'),
@@ -899,6 +1019,28 @@ def check_numbers(sampler, **values):
                 f"cfg_scale={values['cfg_scale']}: it must be 0 for sampler 'ar'")
 
 
+def free_memory():
+    """Bytes that are free, or None where the machine does not tell (Linux does)."""
+    try:
+        with open('/proc/meminfo') as f:
+            return 1024 * int(re.search(r'MemAvailable: *(\d+)', f.read())[1])
+    except (OSError, TypeError):
+        return None
+
+
+def check_memory(num_samples, length, steps):
+    """Refuse what does not fit, before anything is drawn. length: a number, or of each row."""
+    lengths = plain(length)
+    lengths = lengths if isinstance(lengths, (list, tuple)) else [lengths]
+    longest = max(filter(is_whole, lengths), default=0)  # read_lengths refuses what is not whole
+    need = num_samples * longest * 100 + steps * 64  # bytes, about
+    free = free_memory()
+    require(free is None or need < free,
+            f'num_samples={num_samples} of {longest} tokens in {steps} steps need about '
+            f'{need / 1e9:.1f} GB of memory, where {(free or 0) / 1e9:.1f} GB are free: draw fewer '
+            'at a time, each time with another seed, or in fewer steps')
+
+
 def check_fixed(confidence, confidence_temperature, threshold):
     known = ['uniform', *CONFIDENCE]
     require(confidence in known,
@@ -907,9 +1049,9 @@ def check_fixed(confidence, confidence_temperature, threshold):
             f'confidence_temperature={confidence_temperature}: it must be 0 or more, and finite')
     require(threshold is None or is_number(threshold) and 0 < threshold < math.inf,
             f'threshold={threshold}: it must be above 0')
-    options = (threshold is not None) + bool(confidence_temperature)
-    require(options < (1 if confidence == 'uniform' else 2), 'threshold, or else '
-            "confidence_temperature, goes with confidence 'top_prob', 'prob_diff' or 'entropy'")
+    require(threshold is None or confidence != 'uniform' and not confidence_temperature,
+            "threshold goes with confidence 'top_prob', 'prob_diff' or 'entropy', and without "
+            'confidence_temperature')
 
 
 def check_remdm(etas, strategy, eta, t_on, t_off, alpha_on):
@@ -950,15 +1092,18 @@ def plain(value):
 
 def text_to_ids(net, name, text, longest):
     """Text of a prompt or a template (`name`) -> ids, -1 where the template is open."""
-    require(net.tokenizer, f'the source of the weights names no tokenizer: give the {name} as ids')
+    require(net.tokenizer, f'the source of the weights names no tokenizer: give the {name} as ids '
+            '(IDS:5,6,7 on the command line), or name the one it was trained with')
     require(not re.search('[\ud800-\udfff]', text), f'{name}={text!r}: it is not valid UTF-8 text')
     tok = get_tokenizer(**net.tokenizer)
     pieces = [text]
     if name == 'template':  # text, number, text, number, ..., text
         pieces = re.split(r'<\|mask(?::(\d{1,8}))?\|>', text)
-        require(not any('<|mask' in piece for piece in pieces[::2]),
-                f'{name}={text!r}: open tokens are written <|mask|> or <|mask:20|>')
-    ids = []
+        others = re.search(r'<\|?mask\b|\[mask\]', ' '.join(pieces[::2]), re.I)
+        good = len(pieces) > 1 and not others
+        require(good, f'{name}={text!r}: open tokens are written <|mask|> or <|mask:20|>, and at '
+                'least one is needed')
+    ids = [tok.bos_id] if net.constants.get('prompt_bos') else []  # as SMDM's tokenizer does
     for i, piece in enumerate(pieces):
         if i % 2 == 0:
             ids += tok.encode(piece) if piece else []
@@ -1226,20 +1371,68 @@ def write_page(path, samples, settings):
     """A page that needs nothing else. samples: for each row {given: [text, null where open],
     events: [[step, position, text or null: masked again, confidence]]}; settings: a line."""
     data = json.dumps(dict(samples=samples, settings=settings))
-    write_whole(path, PAGE.replace('DATA', data.replace('<', '\\u003c')))  # no text ends the script
+    page = PAGE.replace('DATA', data.replace('<', '\\u003c'))  # no text ends the script
+    try:
+        with open(path + '.unfinished', 'w', encoding='utf-8') as f:
+            f.write(page)
+        os.replace(path + '.unfinished', path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(path + '.unfinished')
+        raise OSError(f'{path} cannot be written ({error.strerror})') from None
 
 
-def write_whole(path, text):
-    with open(path + '.unfinished', 'w', encoding='utf-8') as f:
-        f.write(text)
-    os.replace(path + '.unfinished', path)
+class Results:
+    """Writes one result of each row to a .jsonl file, in their order, each as soon as those before
+    it are there. Until all are the file is called path.unfinished."""
+
+    def __init__(self, path):
+        self.path = path
+        self.f = None
+        self.waiting = {}
+        self.written = 0
+
+    def add(self, i, result):
+        self.waiting[i] = result
+        while self.written in self.waiting:
+            line = json.dumps(self.waiting.pop(self.written)) + '\n'
+            self.write(line.encode())
+            self.written += 1
+
+    def write(self, data):
+        try:
+            if not self.f:
+                self.f = open(self.path + '.unfinished', 'wb', buffering=0)
+            begin = self.f.tell()
+            while data:
+                data = data[self.f.write(data):]
+        except OSError as error:
+            kept = ''
+            if self.written:
+                self.f.truncate(begin)
+                kept = f'; {self.written} finished samples are kept in {self.path}.unfinished'
+            elif self.f:
+                os.remove(self.path + '.unfinished')
+            raise OSError(f'{self.path} cannot be written ({error.strerror}){kept}') from None
+
+    def end(self):
+        self.f.close()
+        os.replace(self.path + '.unfinished', self.path)
 
 
 # -----------------------------------------------------------------------------
 
 
 def read_texts(name, text):
-    """[text], or the lines of a file (FILE:path) or of stdin (-); [] where there is nothing."""
+    """[text], or the lines of a file (FILE:path) or of stdin (-), or [ids] (IDS:5,6,7); [] where
+    there is nothing."""
+    require(not os.path.isfile(text), f'{name}={text} is the name of a file: FILE:{text} takes its '
+            'lines (and - lines from stdin, whatever they are)')
+    if text.startswith('IDS:'):
+        ids = text[4:].split(',')
+        require(all(re.fullmatch(r' *-?\d{1,18} *', i) for i in ids),
+                f'{name}={text}: ids are written as in IDS:5,6,7')
+        return [[int(i) for i in ids]]
     if text == '-':
         data = sys.stdin.buffer.read()
     elif text.startswith('FILE:'):
@@ -1268,7 +1461,7 @@ def check_output(name, path):
 
 if __name__ == '__main__':
     from configurator import configure
-    constants = configure(globals())
+    constants = configure(globals(), **flags())
     check_overrides(overrides)
     out = out and str(out)
     trace = trace and str(trace)
@@ -1277,51 +1470,65 @@ if __name__ == '__main__':
     if trace:
         check_output('trace', trace)
     require(not out or out != trace, f'out and trace are both {out}: give two names')
+    require(not trace or trace.endswith('.html'), f'trace={trace}: it is a page: NAME.html')
     texts = dict(prompt=read_texts('prompt', prompt), template=read_texts('template', template))
     repeats = num_samples
+    check_memory(repeats * max(map(len, texts.values())), 1, 0)
     for name, lines in texts.items():
         num_samples = max(num_samples, repeats * len(lines))
         texts[name] = [line for line in lines for _ in range(repeats)]
+    if cfg_scale and not any(texts.values()):
+        print(f'warning: cfg_scale={cfg_scale} does nothing without a prompt or a template',
+              file=sys.stderr)
     device = pick_device(device)
     if device.type == 'cpu':
         reuse_memory()
 
     source = init_from or os.path.join(out_dir, 'ckpt.pt')
     net = load_pretrained(str(source), ema, device, **(overrides or {}))
-    if tokenizer:
+    constants['sampler'] = sampler or OBJECTIVES[net.config.objective].sampler
+    if tokenizer == 'none':
+        net.tokenizer = None
+    elif tokenizer:
         net.tokenizer = (net.tokenizer or {}) | dict(name=str(tokenizer))
     tok = None
     if net.tokenizer:
-        tok = tokenizer_of(net)
-    set_here = {name: value for name, value in constants.items() if value is not None}
-    options = {name: set_here[name] for key in SAMPLERS for name in own_options(key)
-               if name in set_here}
+        try:
+            tok = tokenizer_of(net)
+        except (ValueError, OSError) as error:
+            raise ValueError(f'{error}; --tokenizer=none does without: ids alone') from None
     spell = partial(spelling, tok)
     show = Terminal(spell) if watch else None
     events = Events(num_samples, show) if watch or trace else None
+    results = {}
+    file = Results(out) if out else None
+
+    def on_finish(i, ids, nfe):
+        text = tok and tok.decode([i for i in ids if i != tok.pad_id or i == tok.eos_id])
+        results[i] = dict(ids=ids, text=text, nfe=nfe, settings=constants)
+        if file:
+            file.add(i, results[i])
+
     with autocast(device, dtype):
         samples = generate(
             net, num_samples, length, steps, sampler, cfg_scale=cfg_scale, temperature=temperature,
             top_p=top_p, top_k=top_k, seed=seed, batch_size=batch_size, progress=not watch,
-            on_change=events, compile=compile, **texts, **options)
+            on_change=events, compile=compile, draw_dtype=draw_dtype, on_finish=on_finish, **texts,
+            **(sampler_options or {}))
 
-    results = []
-    for ids, n, nfe in zip(samples.tokens, samples.length, samples.nfe.tolist(), strict=True):
-        ids = ids[:n].tolist()
-        text = tok and tok.decode([i for i in ids if i != tok.pad_id or i == tok.eos_id])
-        results.append(dict(ids=ids, text=text, nfe=nfe, settings=constants))
+    if file:
+        file.end()
+        print(f'{num_samples} samples written to {out}')
     if watch:
         show(events.of_row[0], end=True)
     if trace:
-        settings = ', '.join(f'{name}={value!r}' for name, value in set_here.items())
-        pages = [page_of(result['ids'], row, spell)
-                 for result, row in zip(results, events.of_row, strict=True)]
+        settings = ', '.join(
+            f'{name}={value!r}' for name, value in constants.items() if value is not None)
+        pages = [page_of(results[i]['ids'], row, spell)
+                 for i, row in enumerate(events.of_row)]
         write_page(trace, pages, settings)
         print(f'{num_samples} samples written to {trace}: open it in a browser')
-    if out:
-        write_whole(out, ''.join(json.dumps(result) + '\n' for result in results))
-        print(f'{num_samples} samples written to {out}')
-    else:
-        for i, result in list(enumerate(results))[watch:]:  # the first has been watched
+    if not out:
+        for i, result in sorted(results.items())[watch:]:  # the first has been watched
             print(f"--- sample {i} ({result['nfe']} network evaluations)")
             print(result['ids'] if result['text'] is None else result['text'])

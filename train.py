@@ -227,7 +227,7 @@ def warn_of_unused(config, source):
 
 def pretrained_net():
     fields = {key: shape[key] for key in ('dropout', 'attn_dropout', 'block_size', 'objective')}
-    net = load_pretrained(init_from, **fields | (overrides or {}))
+    net = load_pretrained(init_from, trainable=True, **fields | (overrides or {}))
     warn_of_unused(dataclasses.asdict(net.config), init_from)
     check_objective(objective, T, subs_masking, importance, net.config.causal)
     theirs = dict(vocab_size=net.config.vocab_size, mask_id=net.config.mask_id)

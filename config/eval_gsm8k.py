@@ -18,7 +18,7 @@ match = 'number'  # compared as strings after GSM8K's normalization, as released
 
 passes = 2
 sampler = 'greedy'
-sampler_options = dict(pooled=True)  # the results depend on the batch
+sampler_options = dict(across_rows=True)  # the results depend on the batch
 steps = 256
 length = 256  # prompt included, of each pass
 cfg_scale = 0.1

@@ -6,20 +6,23 @@
 #
 # It can be stopped and started again: samples that are on disk are not drawn again.
 # For another net: --init_from=out --samples_dir=...
+# What is changed on the command line is named beside the table: this file is the released protocol.
 
 metric = 'table'
 init_from = 'dhruveshpatel/mlm-owt@step-800000'
 samples_dir = 'samples-owt-mlm'
 dataset = 'owt-gpt2-1024-split'  # the references of MAUVE, and what is looked for word for word
-dtype = 'bfloat16'
+dtype = 'float32'
 
 num_samples = 1000
 batch_size = 32
 length = 1024
 table_steps = (128, 256, 512, 1024)
 sampler = 'fixed'  # uniform positions
+sampler_options = dict(confidence_temperature=1.0)  # xlm's default, of use with a --confidence
 top_p = 0.95
 judge = 'gpt2-large'
+judge_dtype = 'bfloat16'  # autocast
 protocol = 'xlm'
 featurizer = 'gpt2-large'
 

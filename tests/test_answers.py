@@ -78,7 +78,7 @@ def test_gsm8k_is_decoded_as_one_pool_in_two_passes(vectors):
     for case in vectors['gsm8k_decode']:
         options = dict(
             length=case['length'], steps=case['steps'], cfg_scale=case['cfg_scale'],
-            sampler='greedy', temperature=0.0, pooled=True, seed=0, first_row=0, batch_size=3,
+            sampler='greedy', temperature=0.0, across_rows=True, seed=0, first_row=0, batch_size=3,
         )
         prompts = [f'Question: {question}' for question in case['questions']]
         done = decode_prompts(net, tok, prompts, 1, **options)
@@ -88,14 +88,6 @@ def test_gsm8k_is_decoded_as_one_pool_in_two_passes(vectors):
         done = decode_prompts(net, tok, prompts, 2, **options)
         assert [ids for ids, text in done] == case['second_pass']
         assert [text for ids, text in done] == case['answers']
-
-
-def test_gsm8k_decoding_needs_its_whole_batch():
-    with pytest.raises(ValueError, match='pooled=True'):
-        decode_prompts(
-            smdm(), toy_tokenizer(), ['a', 'b'], 1, length=8, steps=2, sampler='greedy',
-            pooled=True, seed=0, first_row=0, batch_size=1,
-        )
 
 
 # --- reversal, MT-bench

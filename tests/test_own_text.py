@@ -139,6 +139,10 @@ def test_new_text_is_prepared_with_the_ids_of_a_net_and_the_net_is_fine_tuned_on
     assert find_or_prepare('text:new.txt', 'out') == 'data/new-out'
     shutil.rmtree('data/new')
     assert get_tokenizer('data/old-bpe-262').meta() == theirs
+    prepare('text:' + write('other.txt', 'another text, ' * 99), 'bpe-262')
+    shutil.copy('data/other-bpe-262/tokenizer.json', 'out')  # not the net's
+    error = refused('data.py', '--dataset=text:new.txt', '--tokenizer=out', '--name=new')
+    assert 'the net was trained with' in error and error.count('\n') == 1
     with open('out/ckpt.pt', 'r+b') as f:
         f.truncate(100)
     error = refused('data.py', '--dataset=text:new.txt', '--tokenizer=out', '--name=new')

@@ -596,6 +596,28 @@ def test_rows_of_different_lengths_are_as_they_would_be_alone(tiny_net, sampler,
         assert together.nfe[i] == alone.nfe[0]
 
 
+@pytest.mark.parametrize(
+    'sampler, options',
+    [
+        ('greedy', dict(temperature=0.0)),
+        ('low_confidence', dict(temperature=0.0)),
+        ('fixed', dict(confidence='top_prob')),
+        ('fixed', dict(confidence='prob_diff')),
+        ('fixed', dict(confidence='entropy', threshold=0.5)),
+    ],
+)
+def test_ties_are_not_decided_by_rounding(tiny_net, sampler, options):
+    # in float32. At the start all of a row is masked, and every position equally confident
+    for seed in range(3):
+        net = tiny_net(seed, scale=0.5, n_embd=32, vocab_size=97, mask_id=96)
+        alone = generate(net, 20, 9, 9, sampler, **options)
+        beside = generate(net, 21, [9] * 20 + [16], 9, sampler, batch_size=21, **options)
+        assert torch.equal(alone.reveal_step, beside.reveal_step[:20, :9])
+        assert torch.equal(alone.tokens, beside.tokens[:20, :9])
+        first = alone.reveal_step.amin(dim=1)
+        assert (alone.reveal_step[:, 0] == first).all()  # from left to right
+
+
 @pytest.mark.parametrize('sampler, options', CALLS)
 def test_templates_are_kept_bit_for_bit(tiny_net, sampler, options):
     net, template = tiny_net(), torch.tensor([[10, 1, 10, 10, 2, 3, 10], [0, 10, 10, 4, 10, 10, 5]])
