@@ -97,7 +97,7 @@ class Tokenizer:
     BOS and padding are EOS. sha256: of the file of a tokenizer trained here."""
 
     def __init__(self, name, encode_batch, decode_ids, base_size, eos_id=None, bos_id=None,
-                 pad_id=None, mask_id=None, named=(), sha256=None):
+                 pad_id=None, mask_id=None, named=(), sha256=None, special_ids=()):
         self.name = name
         self.encode_batch = encode_batch
         self.decode_ids = decode_ids
@@ -108,6 +108,8 @@ class Tokenizer:
         self.mask_id = self.add('<|mask|>') if mask_id is None else mask_id
         self.bos_id = self.eos_id if bos_id is None else bos_id
         self.pad_id = self.eos_id if pad_id is None else pad_id
+        ours = self.bos_id, self.eos_id, self.pad_id, self.mask_id
+        self.special_ids = {*special_ids, *self.named, *ours}  # no part of a text
 
     def add(self, text):
         self.named[self.vocab_size] = text
@@ -231,7 +233,7 @@ def hugging_face_tokenizer(name):
         name, encode_batch, base.decode, len(base),
         eos_id=base.sep_token_id if base.eos_token_id is None else base.eos_token_id,
         bos_id=base.cls_token_id if base.bos_token_id is None else base.bos_token_id,
-        pad_id=base.pad_token_id, mask_id=base.mask_token_id)
+        pad_id=base.pad_token_id, mask_id=base.mask_token_id, special_ids=base.all_special_ids)
 
 
 def bytes_tokenizer(name):
@@ -470,13 +472,13 @@ def read_text8(input=None, streaming=True, benchmark=None, length=256):
 
 def read_hub(repository, splits=('train',), validation_last=0, column='text', keep=None,
              revision=None, config=None, files=None, benchmark=None, keep_newline=False,
-             input=None, streaming=True):
+             most=None, input=None, streaming=True):
     """A Hugging Face dataset, or its local copy: a folder `input`, or a file.
 
     splits: those of the hub, or a dict from the hub's names to ours. validation_last: so many
     documents at the end of the only split are validation; 0: a hash chooses. keep: a test of rows.
-    files: the pattern of a split's files. benchmark: the split that MDLM measures on, and what a
-    file holds, a row a line (keep_newline: with its newline)."""
+    most: documents of a split, at most. files: the pattern of a split's files. benchmark: the split
+    that is measured, and what a file holds, a row a line (keep_newline: with its newline)."""
     if input and benchmark and os.path.isfile(input):
         read_text = partial(read_lines, keep_newline=keep_newline)
         for _, *rest in read_files(input, read_text, partial(read_jsonl, column=column)):
@@ -501,7 +503,7 @@ def read_hub(repository, splits=('train',), validation_last=0, column='text', ke
             ours = split
         elif validation_last:
             ours = 'train'
-        for i, row in enumerate(rows):
+        for i, row in enumerate(itertools.islice(rows, most)):
             text = row.get(column)
             problem = f"row {i} of '{split}' has no text in its column '{column}'"
             require(isinstance(text, str), f'{source}: {problem}')
@@ -637,6 +639,9 @@ def read_reverse(path):
 
 # A dataset is an entry: name -> reader(input=None, streaming=True)
 
+fineweb = partial(
+    read_hub, 'HuggingFaceFW/fineweb', splits={'train': 'validation'}, most=500_000,
+    benchmark='validation')
 benchmark_of_hub = partial(read_hub, splits=('train', 'validation', 'test'), benchmark='validation')
 wikitext = partial(benchmark_of_hub, 'Salesforce/wikitext', keep_newline=True)
 papers = partial(
@@ -667,6 +672,8 @@ DATASETS = {
         read_hub, 'fancyzhx/ag_news', splits=('train', 'test'), benchmark='test'),
     'scientific_papers_pubmed': partial(papers, files='pubmed/*{split}/*.parquet'),
     'scientific_papers_arxiv': partial(papers, files='arxiv/*{split}/*.parquet'),
+    'fineweb-2024-10': partial(fineweb, config='CC-MAIN-2024-10'),  # SMDM's temporal shift
+    'fineweb-2024-18': partial(fineweb, config='CC-MAIN-2024-18'),
     'text8': partial(read_text8, benchmark='test'),
     'text8-crop': partial(read_text8, benchmark='test', length=None),  # goes with packing 'crop'
     # SMDM's fine-tuning
@@ -683,6 +690,10 @@ BENCHMARKS = {
     name: reader.keywords['benchmark'] for name, reader in DATASETS.items()
     if isinstance(reader, partial) and 'benchmark' in reader.keywords}
 
+# how a dataset is measured where the constants of eval.py do not say
+MEASURED_AS = {
+    name: dict(packing='bos', max_tokens=100 * 1024 * 2048) for name in DATASETS
+    if name.startswith('fineweb')}
 
 def is_local(dataset):
     return dataset == 'stdlib' or dataset.startswith(('text:', 'pairs:'))
@@ -1125,6 +1136,15 @@ def concat_rows(rows, indices):
     return stretches(rows.tokens, rows.starts(indices), rows.block_size), {}
 
 
+def bos_rows(rows, indices):
+    """The next L tokens of the stream in which each document begins with BOS and has no EOS."""
+    columns = np.add.outer(indices * rows.block_size, np.arange(rows.block_size))
+    x0 = rows.tokens[columns - 1].astype(np.int64)  # BOS stands where the EOS before it stood
+    begins = rows.offsets[np.searchsorted(rows.offsets, columns)] == columns
+    x0[begins] = rows.tok['bos_id']
+    return x0, {}
+
+
 def crop_rows(rows, indices):
     """L tokens from any place of the training stream on: the permutation that picks a row picks the
     place. Other splits are as with concat_rows."""
@@ -1171,6 +1191,7 @@ def pair_rows(rows, indices):
 PACKINGS = {  # name -> its function, what it cuts up, and the tokens that it adds to a row
     'wrap': (wrap_rows, 'stream', 2),
     'concat': (concat_rows, 'stream', 0),
+    'bos': (bos_rows, 'stream', 0),
     'crop': (crop_rows, 'stream', 0),
     'pad': (pad_rows, 'documents', 0),
     'sentence': (sentence_rows, 'documents', 2),

@@ -6,6 +6,8 @@ Measure a trained net, or samples:
     python eval.py --metric=samples --input=samples.jsonl --dataset=stdlib
                                 generative perplexity, entropy, MAUVE, distinct-n, memorisation
     python eval.py config/eval_owt_mlm.py       the xlm experiment's table: samples in 128 ... steps
+    python eval.py config/eval_gsm8k.py         answers to prompts, judged; also eval_reverse.py
+    python eval.py config/eval_smdm_harness.py  tasks of lm-evaluation-harness
     python eval.py --metric=report              results.jsonl -> results.md and plots
 
 Under torchrun the processes share rows and samples; the figures are the same. Every perplexity has
@@ -16,6 +18,8 @@ import collections
 import contextlib
 import dataclasses
 import datetime
+import difflib
+import functools
 import glob
 import hashlib
 import itertools
@@ -23,9 +27,13 @@ import json
 import math
 import os
 import platform
+import re
 import sys
 import textwrap
+import time
 import types
+import uuid
+import warnings
 
 import numpy as np
 import torch
@@ -35,15 +43,15 @@ from tqdm import tqdm
 
 from configurator import configure, require
 from data import (
-    BENCHMARKS, DATASETS, GPT2_XLM, TokenRows, Tokenizer, find_or_prepare, get_tokenizer, key_of,
-    permute, read_meta, splitmix64)
+    BENCHMARKS, DATASETS, GPT2_XLM, MEASURED_AS, TokenRows, Tokenizer, find_or_prepare,
+    get_tokenizer, key_of, permute, read_meta, splitmix64, vicuna_prompt)
 from model import (
     OBJECTIVES, DiT, autocast, check_overrides, corrupt_batch, float64, likelihood_of,
     load_pretrained, loglinear, on_grid, options_of, per_token_loss, pick_device, ratio_with_error,
     require_known, reuse_memory, row_sums, schedule_of, stratified_times)
-from sample import flags, generate, tokenizer_of
+from sample import check_sampler, flags, generate, tokenizer_of
 
-metric = 'ppl'          # ppl, zero_shot, samples, table or report
+metric = 'ppl'          # a key of METRICS
 out_dir = 'out'         # where train.py left ckpt.pt
 init_from = None        # another source of weights for load_pretrained; None: out_dir
 overrides = None        # [dict] ModelConfig fields that the source lacks; --n_head=4 sets one
@@ -63,8 +71,9 @@ grouping = None         # [int >= 1] cut so many documents at a time, drop their
 block_size = None       # [int >= 1] tokens a row; None: the net's
 T = None                # [int >= 0] steps of the bound; 0: continuous time; None: as trained
 estimator = None        # [time | count] see nelbo; None: 'count' where it is defined
-num_mc = 4              # [>= 1] times, or counts, drawn for each row
+num_mc = 4              # [>= 1] times, or counts, drawn for each row (harness: SMDM has 1024)
 max_rows = None         # [int >= 1] evaluate so many rows, spread over the split; None: all
+max_tokens = None       # [int >= 1] evaluate the first tokens of the split; None: all, or as usual
 datasets = (
     'ptb', 'wikitext2', 'lm1b', 'lambada', 'ag_news', 'scientific_papers_pubmed',
     'scientific_papers_arxiv')  # of zero_shot
@@ -88,6 +97,28 @@ top_k = 0
 draw_dtype = 'float64'  # [float64 | float32] see draw() of sample.py
 table_steps = (128, 256, 512, 1024)  # table: the steps of each column
 samples_dir = None      # samples are kept here, a folder for each steps; None: <out_dir>/samples
+cfg_scale = 0.0         # generation, harness: guidance, as in sample.py
+
+# generation: the net's answers to the prompts of `input`, a .jsonl file or {'name': FILE, ...}
+prompt_template = '{prompt}'  # with fields of a row; 'vicuna': of MT-bench's questions
+target_template = '{answer}'  # the right answer; '': answers are not judged
+passes = 1              # [int >= 1] decode so often, each time from the text of the last (GSM8K: 2)
+answer_pattern = None   # regular expression: the last match, or its group, is the answer
+match = 'exact'         # [exact | contains | number | latex] answer against target, see MATCHES
+bleu = False            # BLEU over characters besides (needs nltk)
+answer_file = None      # write FastChat's answer file too, DATA/model_answer/MODEL.jsonl
+
+# harness: tasks of lm-eval
+tasks = None            # 'arc_easy,hellaswag', or a dict: task -> its own of the next constants
+task_folder = None      # of YAML files in lm-eval's form, in place of its own tasks
+num_fewshot = None      # [int >= 0] None: as the task says
+method = 'chain_rule'   # [chain_rule | monte_carlo] of the likelihood; ar nets: exact
+greedy = True           # [bool] tell which targets are what the net gives greedily
+padding = False         # [bool] fill rows with masks up to block_size
+
+# shift and scaling: several nets
+nets = ()               # sources of weights; datasets: where the likelihood is compared
+runs = None             # out_dirs of finished runs, or a pattern such as 'out-scaling-*'
 published = None        # [dict] to compare: zero_shot {'ptb': 95.26}, table {'gen_ppl': {128: 78}}
 
 
@@ -206,24 +237,30 @@ def nelbo(
 # likelihood of a continuation
 
 
-def guided_log_probs(net, x, position, prompt_length, cfg_scale, schedule):
+def guided_log_probs(
+    net, x, position, prompt_length, cfg_scale, schedule=loglinear, attention_mask=None,
+):
     """log p at the N positions (row, col) of x (B, L) -> (N, V) float32, the mask excluded; guided
-    away from the net with the prompt masked (SMDM: Nie et al. 2024, arXiv 2410.18514)."""
-    mask_id = net.config.mask_id
-    mask_prob = float64(x == mask_id).mean(dim=1)
-    sigma = schedule.conditioning_at(mask_prob).float()
-    logits = net.head(net.trunk(x, sigma)[position])
+    away from the net with the prompts, prompt_length (B,), masked (SMDM: Nie et al. 2024, arXiv
+    2410.18514)."""
+    mask_id, column = net.config.mask_id, torch.arange(x.size(1), device=x.device)
+    masked = x == (-1 if mask_id is None else mask_id)
+    if attention_mask is not None:
+        masked &= attention_mask
+    length = x.size(1) if attention_mask is None else attention_mask.sum(dim=1)
+    sigma = schedule.conditioning_at(float64(masked).sum(dim=1) / length).float()
+    logits = net.head(net.trunk(x, sigma, attention_mask)[position])
     if cfg_scale:
-        x = x.clone()
-        x[:, :prompt_length] = mask_id
-        unconditional = net.head(net.trunk(x, sigma)[position])
+        x = torch.where(column < prompt_length[:, None], mask_id, x)
+        unconditional = net.head(net.trunk(x, sigma, attention_mask)[position])
         logits = unconditional + (1 + cfg_scale) * (logits - unconditional)
-    logits[:, mask_id] = -torch.inf
+    if mask_id is not None:
+        logits[:, mask_id] = -torch.inf
     return logits.log_softmax(dim=-1)
 
 
 def prefix_and_target(net, prefix, target, cfg_scale):
-    """Both as tensors (P,), (n,) on the net's device. Raises ValueError for what does not fit."""
+    """Both as tensors (P,), (n,). Raises ValueError for what does not fit the net."""
     config = net.config
     good = OBJECTIVES[config.objective].predicts in ('x0', 'next token')
     require(good, f'conditional likelihoods: for subs, mlm and ar nets, not {config.objective}')
@@ -233,7 +270,7 @@ def prefix_and_target(net, prefix, target, cfg_scale):
     require(not guided, f'cfg_scale={cfg_scale}: a causal net does not know a masked prompt')
     pair = []
     for name, ids in (('prefix', prefix), ('target', target)):
-        ids = torch.as_tensor(ids, dtype=torch.int64).to(next(net.parameters()).device)
+        ids = torch.as_tensor(ids, dtype=torch.int64, device='cpu')
         good = (ids >= 0) & (ids < config.vocab_size)
         if config.mask_id is not None:
             good &= ids != config.mask_id
@@ -247,31 +284,163 @@ def prefix_and_target(net, prefix, target, cfg_scale):
     found = f'prefix and target have {P} and {n} tokens'
     require(n > 0, f'{found}: at least one target token is needed')
     require(P + n <= most, f'{found}: they may have at most {most} in all')
+    begins = P > 0 or not config.causal
+    require(begins, 'a causal net begins with a token: give a prefix, such as its BOS')
     return pair
 
 
-def chain_rule_masks(P, n, L):
-    """Row i hides all from token i of the target on, and scores this token.
-    -> hidden, scored (n, L) bool, weight (n,)"""
-    column = torch.arange(L)
-    first = P + torch.arange(n)[:, None]
-    return column >= first, column == first, torch.ones(n)
+# Which of the n tokens of a target each of R rows hides, and which it scores, (R, n) bool; and the
+# weights of the rows (R,)
 
 
-def monte_carlo_masks(P, n, L, num_mc, eps, seed):
-    """Row i hides each token of the target with probability t_i, and weighs it by 1/t_i (MDLM,
-    equation 10). -> as above, num_mc rows"""
+def causal_masks(n):
+    """A causal net scores all in one row, and hides nothing."""
+    return torch.zeros(1, n, dtype=torch.bool), torch.ones(1, n, dtype=torch.bool), torch.ones(1)
+
+
+def chain_rule_masks(n):
+    """Row i hides all from token i on, and scores this token."""
+    column = torch.arange(n)
+    return column >= column[:, None], column == column[:, None], torch.ones(n)
+
+
+def monte_carlo_masks(n, num_mc, seed, eps):
+    """Row i hides each token with probability t_i, and weighs it by 1/t_i (MDLM, equation 10).
+    Of num_mc rows those that are the same become one, and those that hide nothing none."""
     generator = torch.Generator().manual_seed(key_of(seed))
     u = torch.rand((), generator=generator)
     t = stratified_times(u, torch.arange(num_mc), num_mc, eps)
-    scored = torch.zeros(num_mc, L, dtype=torch.bool)
-    scored[:, P:P + n] = torch.rand(num_mc, n, generator=generator) < t[:, None]
-    hidden = scored.clone()
-    hidden[:, P + n:] = True                              # the padding
-    return hidden, scored, 1 / (num_mc * t)
+    hidden = torch.rand(num_mc, n, generator=generator) < t[:, None]
+    some = hidden.any(dim=1)
+    hidden, same = hidden[some].unique(dim=0, return_inverse=True)
+    weight = torch.zeros(len(hidden)).index_add_(0, same, 1 / (num_mc * t[some]))
+    return hidden, hidden, weight
+
+
+def row_batches(pairs, masks, batch_size):
+    """The rows of all pairs, the shortest first, so many at a time -> lists of (index of the pair,
+    hidden, scored, weight)."""
+    batch, room = [], batch_size
+    for i in sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i]))):
+        parts = masks(len(pairs[i][1]))
+        while len(parts[0]):
+            batch.append((i, *(part[:room] for part in parts)))
+            taken = len(batch[-1][1])
+            parts = [part[taken:] for part in parts]
+            room -= taken
+            if not room:
+                yield batch
+                batch, room = [], batch_size
+    if batch:
+        yield batch
+
+
+def width_of(net, longest, padding=False):
+    """The columns of a batch: a multiple of 8, which is faster (on a CPU 32 take less than 27), or
+    with padding all that the net takes."""
+    block_size = net.config.block_size
+    return block_size if padding else min(-(-longest // 8) * 8, block_size)
 
 
 @torch.no_grad()
+def conditional_nll(
+    net, pairs, masks, cfg_scale=0.0, padding=False, batch_size=16, schedule=loglinear,
+):
+    """Of pairs of prefix_and_target: -log p(target | prefix) by masks(n), as above -> nats (k,)
+    float64; and whether the target may be what the net gives greedily, (k,) bool: of a causal net
+    it is, of others the first step agrees, which the row that hides all of the target tells."""
+    mask_id, causal, device = net.config.mask_id, net.config.causal, next(net.parameters()).device
+    nats = torch.zeros(len(pairs), dtype=torch.float64)
+    greedy = torch.ones(len(pairs), dtype=torch.bool)
+    for batch in row_batches(pairs, masks, batch_size):
+        longest = max(sum(map(len, pairs[i])) for i, *_ in batch)
+        width = width_of(net, longest, padding and not causal)
+        rows = []
+        for i, hidden, scored, weight in batch:
+            ids, P, R = torch.cat(pairs[i]), len(pairs[i][0]), len(hidden)
+            behind = width - len(ids)
+            rows.append((
+                F.pad(ids, (0, behind)).expand(R, -1), F.pad(hidden, (P, behind)),
+                F.pad(scored, (P, behind)), hidden.all(dim=1), weight,
+                *torch.tensor([[i, P, len(ids)]] * R).T))
+        columns = map(torch.cat, zip(*rows, strict=True))
+        x0, hidden, scored, first, weight, index, P, length = columns
+        inside = torch.arange(width) < length[:, None]
+        row, col = (scored | hidden & first[:, None]).nonzero(as_tuple=True)
+        counts = scored[row, col]
+        goal = x0[row, col].to(device)
+        if causal:
+            x, attention_mask, col = x0, None, col - 1
+        else:
+            x = torch.where(hidden | ~inside, mask_id, x0)
+            attention_mask = None if padding or inside.all() else inside.to(device)
+        log_p = guided_log_probs(
+            net, x.to(device), (row.to(device), col.to(device)), P.to(device), cfg_scale, schedule,
+            attention_mask)
+        highest, best = log_p.max(dim=1)
+        agrees = (best == goal).cpu()
+        if not causal:                                    # only the most confident of a row decides
+            scores = torch.full(x0.shape, -torch.inf)
+            scores[row, col] = torch.where(first[row], highest.cpu(), -torch.inf)
+            agrees |= ~first[row] | (scores.argmax(dim=1)[row] != col)
+        greedy[index[row[~agrees]]] = False
+        log_p = log_p.gather(1, goal[:, None]).squeeze(1).cpu().double()
+        nats.index_add_(0, index[row], -log_p * weight[row].double() * counts)
+    return nats, greedy
+
+
+@torch.no_grad()
+def reached_greedily(
+    net, pairs, cfg_scale=0.0, padding=False, batch_size=16, schedule=loglinear,
+):
+    """Of pairs of prefix_and_target: does a diffusion net give the target if it unmasks the most
+    confident position with its most probable token, one a step? -> (k,) bool"""
+    mask_id, device = net.config.mask_id, next(net.parameters()).device
+    agrees = torch.ones(len(pairs), dtype=torch.bool)
+    queue = collections.deque(sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i]))))
+    work, rows = [], []                                   # indices, and rows with masks left
+    while queue or work:
+        while queue and len(work) < batch_size:
+            work.append(queue.popleft())
+            prefix, target = pairs[work[-1]]
+            rows.append(torch.cat((prefix, torch.full_like(target, mask_id))))
+        P = torch.tensor([len(pairs[i][0]) for i in work])
+        length = torch.tensor([len(row) for row in rows])
+        width = width_of(net, int(length.max()), padding)
+        x = torch.stack([F.pad(row, (0, width - len(row)), value=mask_id) for row in rows])
+        inside = torch.arange(x.size(1)) < length[:, None]
+        attention_mask = None if padding or inside.all() else inside.to(device)
+        row, col = ((x == mask_id) & inside).nonzero(as_tuple=True)
+        log_p = guided_log_probs(
+            net, x.to(device), (row.to(device), col.to(device)), P.to(device), cfg_scale, schedule,
+            attention_mask)
+        highest, ids = (part.cpu() for part in log_p.max(dim=1))
+        scores = torch.full(x.shape, -torch.inf)
+        scores[row, col] = highest
+        x[row, col] = ids
+        going_on = []
+        for k, col in enumerate(scores.argmax(dim=1).tolist()):
+            rows[k][col] = x[k, col]
+            agrees[work[k]] = x[k, col] == pairs[work[k]][1][col - P[k]]
+            going_on.append(bool(agrees[work[k]] and (rows[k] == mask_id).any()))
+        work = list(itertools.compress(work, going_on))
+        rows = list(itertools.compress(rows, going_on))
+    return agrees
+
+
+def masks_of(net, method, num_mc=None, seed=0, eps=None):
+    """What conditional_nll takes: 'chain_rule' or 'monte_carlo', of a causal net its own."""
+    num_mc = net.constants.get('mc_draws', 128) if num_mc is None else num_mc
+    eps = net.constants.get('mc_eps', 1e-3) if eps is None else eps
+    require_known('method ', method, ('chain_rule', 'monte_carlo'))
+    require_positive(num_mc=num_mc)
+    if net.config.causal:
+        return causal_masks
+    if method == 'chain_rule':
+        return chain_rule_masks
+    return functools.partial(monte_carlo_masks, num_mc=num_mc, seed=seed, eps=eps)
+
+
 def continuation_nll(
     net, prefix, target, method='chain_rule', cfg_scale=0.0, num_mc=None, padding=False,
     batch_size=16, seed=0, schedule=loglinear, eps=None,
@@ -283,43 +452,21 @@ def continuation_nll(
     [eps, 1], the prefix always seen; None: as SMDM's release (1024, 0) for its weights, else 128
     and 1e-3. 'ar' nets: exactly. cfg_scale: of guided_log_probs. padding: with masks to
     block_size, as SMDM evaluates. Raises ValueError for what does not fit the net."""
-    num_mc = net.constants.get('mc_draws', 128) if num_mc is None else num_mc
-    eps = net.constants.get('mc_eps', 1e-3) if eps is None else eps
-    prefix, target = prefix_and_target(net, prefix, target, cfg_scale)
-    P, n, mask_id = len(prefix), len(target), net.config.mask_id
-    require_known('method ', method, ('chain_rule', 'monte_carlo'))
-    require_positive(num_mc=num_mc, batch_size=batch_size)
-
-    row = torch.cat((prefix, target))
-    if net.config.causal:
-        h = net.trunk(row[None, :-1])[0, P - 1:]
-        return not_nan(float64(net.nll(h, target, mask_id)).sum().item())
-    if padding:
-        row = F.pad(row, (0, net.config.block_size - len(row)), value=mask_id)
-    if method == 'chain_rule':
-        hidden, scored, weight = chain_rule_masks(P, n, len(row))
-    else:
-        hidden, scored, weight = monte_carlo_masks(P, n, len(row), num_mc, eps, seed)
-    total = 0.0
-    for i in range(0, len(hidden), batch_size):
-        chunk = slice(i, i + batch_size)
-        x = torch.where(hidden[chunk].to(row.device), mask_id, row)
-        position = scored[chunk].to(row.device).nonzero(as_tuple=True)
-        log_p = guided_log_probs(net, x, position, P, cfg_scale, schedule)
-        log_p = log_p.gather(1, row[position[1]][:, None]).squeeze(1).cpu().double()
-        total -= (log_p * weight[chunk].double()[position[0].cpu()]).sum().item()
-    return not_nan(total)
+    require_positive(batch_size=batch_size)
+    masks = masks_of(net, method, num_mc, seed, eps)
+    pairs = [prefix_and_target(net, prefix, target, cfg_scale)]
+    nats, _ = conditional_nll(net, pairs, masks, cfg_scale, padding, batch_size, schedule)
+    return not_nan(nats.item())
 
 
-def greedy_matches(net, prefix, target, cfg_scale=0.0):
+def greedy_matches(net, prefix, target, cfg_scale=0.0, padding=False):
     """Does unmasking the most confident position with its most probable token, one a step, give
-    target? ids (P,), (n,) -> bool. Raises as continuation_nll."""
-    prefix, target = prefix_and_target(net, prefix, target, cfg_scale)
-    P, n = len(prefix), len(target)
-    options = dict(sampler='ar', eos_id=-1) if net.config.causal else dict(sampler='low_confidence')
-    options |= dict(prompt=prefix.tolist(), cfg_scale=cfg_scale, temperature=0.0)
-    out = generate(net, 1, P + n, n, **options)
-    return torch.equal(out.tokens[0, P:], target.cpu())
+    target? Of a causal net: from left to right. ids (P,), (n,) -> bool. Raises as
+    continuation_nll."""
+    pairs = [prefix_and_target(net, prefix, target, cfg_scale)]
+    if net.config.causal:
+        return bool(conditional_nll(net, pairs, causal_masks)[1])
+    return bool(reached_greedily(net, pairs, cfg_scale, padding))
 
 
 # -----------------------------------------------------------------------------
@@ -598,12 +745,11 @@ def read_drawn(folder, settings):
     return rows
 
 
-def draw_samples(net, folder, n, settings, **options):
-    """n samples of the net by sample.generate(**options), kept in folder -> (texts, ids).
-    Those already there are not drawn again; torch.distributed shares the rest. Raises ValueError
-    where the folder holds samples drawn with other settings (a dict)."""
+def kept_rows(folder, n, batch_size, settings, make):
+    """Rows 0 ... n - 1 (dicts) by make(list of row numbers), kept in folder. Those already there
+    are not made again; torch.distributed shares the rest. Raises ValueError where the folder holds
+    rows made with other settings (a dict)."""
     rank, world_size = ranks()
-    tok, batch_size = get_tokenizer(**net.tokenizer), options['batch_size']
     os.makedirs(folder, exist_ok=True)
     settings = json.loads(json.dumps(settings))           # as they will be read
     done = read_drawn(folder, settings)
@@ -615,18 +761,29 @@ def draw_samples(net, folder, n, settings, **options):
         dist.barrier()                                    # all have read before one writes
     title = f'sampling {os.path.basename(folder)}'
     for batch in tqdm(batches[rank::world_size], desc=title, disable=rank > 0):
-        out = generate(net, len(batch), first_row=batch[0], **options)
-        lines = []
-        for k, i in enumerate(batch):
-            ids = out.tokens[k, :out.length[k]].tolist()
-            row = dict(row=i, ids=ids, text=tok.decode(ids), nfe=out.nfe[k].item())
-            lines.append(json.dumps(row | dict(settings=settings)) + '\n')
+        rows = make(batch)
+        lines = [json.dumps(dict(row=i) | row | dict(settings=settings)) + '\n'
+                 for i, row in zip(batch, rows, strict=True)]
         path = os.path.join(folder, f'{batch[0]:06}-{batch[-1]:06}.jsonl')
         write_whole(path, ''.join(lines))
     if dist.is_initialized():
         dist.barrier()
     rows = read_drawn(folder, settings)
-    return [rows[i]['text'] for i in range(n)], [rows[i]['ids'] for i in range(n)]
+    return [rows[i] for i in range(n)]
+
+
+def draw_samples(net, folder, n, settings, **options):
+    """n samples of the net by sample.generate(**options), kept in folder -> (texts, ids)."""
+    tok = get_tokenizer(**net.tokenizer)
+
+    def make(batch):
+        out = generate(net, len(batch), first_row=batch[0], **options)
+        rows = [row[:length].tolist() for row, length in zip(out.tokens, out.length, strict=True)]
+        return [dict(ids=ids, text=tok.decode(ids), nfe=nfe)
+                for ids, nfe in zip(rows, out.nfe.tolist(), strict=True)]
+
+    rows = kept_rows(folder, n, options['batch_size'], settings, make)
+    return [row['text'] for row in rows], [row['ids'] for row in rows]
 
 
 def streamed(total, buffer_size, seed=42):
@@ -824,7 +981,7 @@ def load(c):
     if c.tokenizer or net.tokenizer is None:
         net.tokenizer = (net.tokenizer or {}) | dict(name=str(c.tokenizer or 'gpt2'))
     tok = tokenizer_of(net)
-    if distributed:
+    if distributed and not dist.is_initialized():
         hours = datetime.timedelta(hours=4)
         if device.type == 'cuda':
             torch.cuda.set_device(device)
@@ -841,7 +998,9 @@ def split_of(folder, c):
 def likelihood(run, name, folder):
     """nelbo of the data in a folder, which the result calls by name."""
     c, net, split = run.c, run.net, split_of(folder, run.c)
-    packing = run.trained('packing', 'wrap')
+    usual = MEASURED_AS.get(read_meta(folder)['source']['dataset'], {})
+    packing = c.packing or usual.get('packing') or run.trained('packing', 'wrap')
+    max_tokens = c.max_tokens or usual.get('max_tokens')
     block_size = net.config.block_size if c.block_size is None else c.block_size
     if net.config.causal and packing in ('concat', 'crop'):
         block_size += 1                                   # the first token is not predicted
@@ -849,6 +1008,9 @@ def likelihood(run, name, folder):
     rows = TokenRows(
         folder, split, block_size, packing, padding, run.trained('pad_to', 'block'),
         c.grouping)
+    if max_tokens:
+        rows.length = min(rows.length, max_tokens // block_size)
+        require(rows.length, f'max_tokens={max_tokens} are less than a row of {block_size}')
     ours, theirs = run.tok.meta(), rows.meta['tokenizer']
     require(ours == theirs, f'the net has ids of the tokenizer {ours}, the data those of {theirs}')
     schedule, T = schedule_of(net.constants), run.trained('T', 0)
@@ -1052,9 +1214,565 @@ def show_report(c):
     raise SystemExit
 
 
+# -----------------------------------------------------------------------------
+# prompts and answers: a task is a file of rows, templates, a sampler, and how answers are judged
+
+
+def encode(tok, text):
+    """The ids of a text that begins a row."""
+    return [tok.bos_id, *tok.encode(text)]
+
+
+def plain_text(tok, ids):
+    return tok.decode([i for i in ids if i not in tok.special_ids])
+
+
+def fastchat_answer(text):
+    """What MT-bench's judge sees of a text that was decoded with its special tokens."""
+    for special in ('<s>', '</s>', '<unk>'):
+        text = text.replace(special, '')
+    return text.strip()
+
+
+def read_tasks(path, prompt_template, target_template):
+    """(rows, prompts, targets) of a .jsonl file; the templates name the fields of its rows.
+    Targets are None where there is no template."""
+    require(os.path.isfile(path), f'input={path}: there is no such file')
+    rows, texts = [], []
+    with open(path, encoding='utf-8-sig') as f:
+        for number, line in enumerate(f, 1):
+            try:
+                row = json.loads(line)
+                if prompt_template == 'vicuna':
+                    prompt = vicuna_prompt(row['turns'][0])
+                else:
+                    prompt = prompt_template.format(**row)
+                target = target_template.format(**row) if target_template else None
+            except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+                why = f'{type(error).__name__}: {error}'
+                raise ValueError(
+                    f'{path}, line {number}: not a JSON object with the fields of the templates '
+                    f'{prompt_template!r} and {target_template!r} ({why})') from None
+            rows.append(row)
+            texts.append((prompt, target))
+    require(rows, f'{path} holds no row')
+    return rows, *zip(*texts, strict=True)
+
+
+def last_match(pattern, text, otherwise=''):
+    """The group of the last match of a pattern, or all of it where it has no group."""
+    found = otherwise
+    for match in re.finditer(pattern, text):
+        found = match[min(1, match.re.groups)] or ''
+    return found
+
+
+# what GSM8K's evaluation deletes from an answer, in this order
+UNITS = (
+    'square', 'ways', 'integers', 'dollars', 'mph', 'inches', 'ft', 'hours', 'km', 'units',
+    r'\ldots', 'sue', 'points', 'feet', 'minutes', 'digits', 'cents', 'degrees', 'cm', 'gm',
+    'pounds', 'meters', 'meals', 'edges', 'students', 'childrentickets', 'multiples', r'\text{s}',
+    r'\text{.}', '\\text{\ns}', r'\text{}^2', r'\text{}^3', '\\text{\n}', r'\text{}',
+    r'\mathrm{th}', r'^\circ', r'^{\circ}', r'\;', r',\!', '{,}', '"', r'\dots')
+REPLACED = (
+    ('an ', ''), ('a ', ''), ('.$', '$'), (r'\$', ''), ('\\ ', ''), (r'\%', '%'), (' ', ''),
+    ('mbox', 'text'), (r',\text{and}', ','), (r'\text{and}', ','), (r'\text{m}', r'\text{}'),
+    *((unit, '') for unit in UNITS))
+UNWRAPPED = (
+    (r'.*?\$(.*?)\$.*', r'$\1$'), (r'\\text\{(.*?)\}', r'\1'), (r'\\textbf\{(.*?)\}', r'\1'),
+    (r'\\overline\{(.*?)\}', r'\1'), (r'\\boxed\{(.*)\}', r'\1'),
+    (r'frac([^{])(.)', r'frac{\1}{\2}'), (r'sqrt([^{])', r'sqrt{\1}'), (r'\$', ''))
+
+
+def normalized(answer):
+    """A number or formula as GSM8K's evaluation compares it (Lewkowycz et al. 2022, Minerva,
+    appendix D.1)."""
+    answer = answer.rpartition('=')[2]
+    for old, new in REPLACED:
+        answer = answer.replace(old, new)
+    for pattern, new in UNWRAPPED:
+        answer = re.sub(pattern, new, answer)
+    if answer.replace(',', '').isdigit():
+        answer = answer.replace(',', '')
+    return answer
+
+
+def same_number(prediction, target):
+    return normalized(prediction) == normalized(target)
+
+
+def same_formula(prediction, target):
+    """The same, but what sympy reads as LaTeX is compared by value."""
+    with one_line("match='latex' (pip install sympy antlr4-python3-runtime==4.11)"):
+        import sympy
+        from sympy.parsing.latex import parse_latex
+        parse_latex('1')
+    prediction, target = normalized(prediction), normalized(target)
+    try:
+        difference = parse_latex(prediction) - parse_latex(target)
+    except Exception:  # antlr's and sympy's own
+        return prediction == target
+    try:
+        return bool(sympy.simplify(difference) == 0)
+    except Exception:
+        return False
+
+
+MATCHES = {
+    'exact': lambda prediction, target: prediction.strip() == target.strip(),
+    'contains': lambda prediction, target: target.strip().lower() in prediction.strip().lower(),
+    'number': same_number,
+    'latex': same_formula,
+}
+
+
+def same_answer(generation, target, pattern='#### (.*)$', match='number'):
+    """GSM8K's verdict on a whole generation: what the last match of the pattern holds against the
+    target, both normalized. As the released environment decides, which compares strings, as it
+    has no LaTeX parser; match='latex' as it would with one."""
+    return MATCHES[match](last_match(pattern, generation), target)
+
+
+def character_bleu(prediction, target):
+    """BLEU-4 over characters, stripped and in lower case, as SMDM's release measures it."""
+    with one_line('nltk, which computes BLEU (pip install nltk),'):
+        from nltk.translate.bleu_score import sentence_bleu
+    with warnings.catch_warnings(action='ignore'):        # an order without a match
+        return float(sentence_bleu([target.strip().lower()], prediction.strip().lower()))
+
+
+def decode_prompts(net, tok, prompts, passes, length, seed, first_row, **options):
+    """What the net makes of prompts in `length` tokens, prompt included -> ids of each, its prompt
+    left out, and the text. After more than one pass, of which each goes on from the whole text of
+    the one before, encoded again: ids and text of the whole. A prompt that is too long: 'ERROR'."""
+    texts, results = list(prompts), [([], 'ERROR')] * len(prompts)
+    for k in range(passes):
+        ids = [encode(tok, text) for text in texts]
+        fit = [i for i, row in enumerate(ids) if len(row) <= length and (k == 0 or results[i][0])]
+        if not fit:
+            break
+        out = generate(
+            net, len(fit), length, prompt=[ids[i] for i in fit], seed=seed + k,
+            first_row=first_row, **options)
+        for i, row, n in zip(fit, out.tokens.tolist(), out.length.tolist(), strict=True):
+            made = row[0 if passes > 1 else len(ids[i]):n]
+            texts[i] = plain_text(tok, made)
+            results[i] = made, texts[i]
+    return results
+
+
+def judge_answers(run, name, path, prompts, targets, drawn):
+    """The table's row of a task. What was said to each prompt goes to a .jsonl file at path."""
+    c, right, bleu = run.c, [], []
+    lines = []
+    for prompt, target, row in zip(prompts, targets, drawn, strict=True):
+        item = dict(prompt=prompt, generation=row['text'])
+        if target is not None:
+            said = row['text']
+            if c.answer_pattern:
+                said = last_match(c.answer_pattern, said)
+                target = last_match(c.answer_pattern, target, target)
+            right.append(MATCHES[c.match](said, target))
+            item |= dict(answer=target, verdict=right[-1])
+        if target is not None and c.bleu:
+            bleu.append(character_bleu(row['text'], target))
+            item |= dict(bleu=bleu[-1])
+        lines.append(json.dumps(item) + '\n')
+    write_whole(path, ''.join(lines))
+    n, result = len(prompts), dict(task=name, items=len(prompts))
+    if right:
+        p = sum(right) / n
+        result |= dict(correct=sum(right), accuracy=p, accuracy_se=math.sqrt(p * (1 - p) / n))
+    if bleu:
+        spread = float(np.std(bleu, ddof=1)) if n > 1 else math.nan
+        result |= dict(bleu=float(np.mean(bleu)), bleu_se=spread / math.sqrt(n))
+    return result | dict(too_long=sum(row['text'] == 'ERROR' for row in drawn))
+
+
+def write_fastchat(path, tok, rows, drawn):
+    """Answers to the first turns, as FastChat's judge reads them; it knows a model by the name of
+    the file."""
+    model = os.path.splitext(os.path.basename(path))[0]
+    lines = {}
+    for row, made in zip(rows, drawn, strict=True):
+        said = fastchat_answer(tok.decode(made['ids'])) if made['ids'] else made['text']
+        choice = dict(index=0, turns=[said, ''])
+        lines[row['question_id']] = dict(
+            question_id=row['question_id'], answer_id=uuid.uuid4().hex[:22], model_id=model,
+            choices=[choice], tstamp=time.time())
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    write_whole(path, ''.join(json.dumps(line) + '\n' for _, line in sorted(lines.items())))
+
+
+def measure_generation(c):
+    """The answers of the net to the prompts of files, judged."""
+    require(c.input, "--metric=generation needs --input=FILE.jsonl, or {'a name': 'FILE.jsonl'}")
+    require_known('match=', c.match, MATCHES)
+    if c.answer_pattern:
+        try:
+            re.compile(c.answer_pattern)
+        except re.error as error:
+            why = f'it is no regular expression ({error})'
+            raise ValueError(f'answer_pattern={c.answer_pattern!r}: {why}') from None
+    if c.bleu:
+        character_bleu('a', 'a')                          # is nltk there?
+    if c.match == 'latex':
+        same_formula('1', '1')
+    named = {os.path.splitext(os.path.basename(str(c.input)))[0]: c.input}
+    files = c.input if isinstance(c.input, dict) else named
+    read = {
+        name: read_tasks(str(path), c.prompt_template, c.target_template)
+        for name, path in files.items()}
+    run, results = load(c), []
+    require(run.net.tokenizer, 'the net names no tokenizer: give --tokenizer=NAME')
+    length = run.net.config.block_size if c.length is None else c.length
+    home = run.source if os.path.isdir(run.source) else c.out_dir
+    home = c.samples_dir or os.path.join(home, 'answers')
+    shared = dict(
+        length=length, sampler=c.sampler, steps=c.steps, temperature=c.temperature, top_p=c.top_p,
+        top_k=c.top_k, cfg_scale=c.cfg_scale, seed=c.seed, batch_size=c.batch_size)
+    for name, (rows, prompts, targets) in read.items():
+        prompts, targets, rows = prompts[:c.max_rows], targets[:c.max_rows], rows[:c.max_rows]
+        said = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
+        settings = shared | dict(
+            sampler_options=c.sampler_options, dtype=c.dtype, weights=run.weights,
+            passes=c.passes, prompts=said, model=dataclasses.asdict(run.net.config))
+
+        def make(batch, prompts=prompts):
+            some = [prompts[i] for i in batch]
+            made = decode_prompts(
+                run.net, run.tok, some, c.passes, first_row=batch[0],
+                **shared | (c.sampler_options or {}))
+            return [dict(ids=ids, text=text) for ids, text in made]
+
+        folder = os.path.join(home, re.sub(r'[^\w.-]+', '_', name))
+        with autocast(run.device, c.dtype):
+            drawn = kept_rows(folder, len(prompts), c.batch_size, settings, make)
+        if ranks()[0] > 0:
+            continue
+        result = judge_answers(run, name, folder + '.jsonl', prompts, targets, drawn)
+        if c.answer_file:
+            write_fastchat(c.answer_file, run.tok, rows, drawn)
+        run.record(result)
+        results.append(result)
+    return results, table(results)
+
+
+# -----------------------------------------------------------------------------
+# lm-evaluation-harness
+
+
+def encode_pair(tok, context, continuation):
+    """Ids of both, as SMDM's release: white space at the end of the context goes to the front of
+    the continuation, and what follows the context's ids in those of the whole is the target."""
+    stripped = context.rstrip()
+    prefix = encode(tok, stripped)
+    whole = encode(tok, stripped + context[len(stripped):] + continuation)
+    return prefix, whole[len(prefix):]
+
+
+def among_processes(items, work):
+    """work(items) -> a list as long, of items that torch.distributed shares."""
+    rank, world_size = ranks()
+    mine = work(items[rank::world_size])
+    if world_size == 1:
+        return mine
+    parts = [None] * world_size
+    dist.all_gather_object(parts, mine)
+    results = [None] * len(items)
+    for i, part in enumerate(parts):
+        results[i::world_size] = part
+    return results
+
+
+def score_pairs(
+    net, pairs, method='chain_rule', cfg_scale=0.0, num_mc=1024, greedy=True, padding=False,
+    batch_size=32, seed=0, schedule=loglinear,
+):
+    """(log p(target | prefix), is it what the net gives greedily?) of pairs of ids (P,), (n,), by
+    continuation_nll and greedy_matches, over many at a time. A prefix that is too long loses its
+    beginning; an empty target has probability 1."""
+    require_positive(batch_size=batch_size)
+    masks = masks_of(net, method, num_mc, seed)
+    scored = [i for i, (_, target) in enumerate(pairs) if len(target)]
+
+    def work(some):
+        fitted = []
+        for prefix, target in some:
+            room = max(net.config.block_size - len(target), 1)
+            fitted.append(prefix_and_target(net, prefix[-room:], target, cfg_scale))
+        options = cfg_scale, padding, batch_size, schedule
+        nats, agrees = conditional_nll(net, fitted, masks, *options)
+        if not greedy:
+            agrees = torch.zeros_like(agrees)
+        elif not net.config.causal:
+            may = agrees.nonzero().squeeze(1).tolist()
+            agrees[may] = reached_greedily(net, [fitted[i] for i in may], *options)
+        return list(zip((-nats).tolist(), agrees.tolist(), strict=True))
+
+    results = [(0.0, greedy)] * len(pairs)
+    for i, result in zip(scored, among_processes([pairs[i] for i in scored], work), strict=True):
+        results[i] = result
+    return results
+
+
+def continue_until(net, tok, requests, batch_size=32, seed=0, steps=256, **options):
+    """Continuations (str) of requests, (text, generation arguments of the harness), which end
+    before the first of the strings `until`, and at EOS."""
+    groups, texts = collections.defaultdict(list), [''] * len(requests)
+    for i, (_, arguments) in enumerate(requests):
+        sampled = arguments.get('do_sample', bool(arguments.get('temperature')))
+        temperature = float(arguments.get('temperature', 1.0)) if sampled else 0.0
+        groups[temperature, int(arguments.get('max_gen_toks', 256))].append(i)
+    for (temperature, most), group in groups.items():
+        room = max(net.config.block_size - most, 1)
+        prompts = [encode(tok, requests[i][0])[-room:] for i in group]
+        lengths = [min(len(prompt) + most, net.config.block_size) for prompt in prompts]
+        out = generate(
+            net, len(group), lengths, steps, prompt=prompts, temperature=temperature, seed=seed,
+            batch_size=batch_size, **options)
+        for i, prompt, row, n in zip(group, prompts, out.tokens.tolist(), out.length, strict=True):
+            made = row[len(prompt):n]
+            if tok.eos_id in made:
+                made = made[:made.index(tok.eos_id)]
+            until = requests[i][1].get('until') or []
+            text = plain_text(tok, made)
+            for end in [until] if isinstance(until, str) else until:
+                text = text.partition(end)[0] if end else text
+            texts[i] = text
+    return texts
+
+
+def harness_lm(
+    net, method='chain_rule', cfg_scale=0.0, num_mc=1024, greedy=True, padding=False, batch_size=32,
+    seed=0, **sampling,
+):
+    """The net as a model of lm-evaluation-harness (lm_eval.simple_evaluate(model=...)): the
+    arguments are those of score_pairs; sampling: those of generate(), for tasks that generate.
+    Text is encoded by net.tokenizer. Raises ValueError where lm-eval is not installed."""
+    with one_line('lm-eval, the harness (pip install lm-eval),'):
+        from lm_eval.api.model import LM
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+    tok = tokenizer_of(net)
+    score = functools.partial(
+        score_pairs, net, method=method, cfg_scale=cfg_scale, num_mc=num_mc, greedy=greedy,
+        padding=padding, batch_size=batch_size, seed=seed)
+
+    class Adapter(LM):
+
+        def loglikelihood(self, requests):
+            return score([encode_pair(tok, *request.args) for request in requests])
+
+        def loglikelihood_rolling(self, requests):
+            windows = [list(map(make_disjoint_window, get_rolling_token_windows(
+                tok.encode(request.args[0]), tok.bos_id, net.config.block_size - 1, 1)))
+                for request in requests]
+            results = iter(score([pair for pairs in windows for pair in pairs], greedy=False))
+            return [sum(next(results)[0] for _ in pairs) for pairs in windows]
+
+        def generate_until(self, requests):
+            sampler = sampling.get('sampler') or OBJECTIVES[net.config.objective].sampler
+            options = sampling | dict(batch_size=batch_size, seed=seed, sampler=sampler)
+            if not net.config.causal:
+                options['cfg_scale'] = cfg_scale
+            work = functools.partial(continue_until, net, tok, **options)
+            return among_processes([request.args for request in requests], work)
+
+    return Adapter()
+
+
+HARNESS_OPTIONS = (
+    'method', 'cfg_scale', 'num_mc', 'greedy', 'padding', 'batch_size', 'seed', 'steps', 'sampler')
+
+
+def measure_harness(c):
+    """Tasks of lm-evaluation-harness, in one table."""
+    tasks = c.tasks.split(',') if isinstance(c.tasks, str) else c.tasks or ()
+    tasks = tasks if isinstance(tasks, dict) else {name: {} for name in tasks}
+    require(tasks, '--metric=harness needs --tasks=arc_easy,hellaswag')
+    with one_line('lm-eval, the harness (pip install lm-eval),'):
+        import lm_eval.tasks
+        folder = c.task_folder
+        manager = lm_eval.tasks.TaskManager(
+            include_path=folder, include_defaults=not folder)
+    known = manager.all_tasks
+    for name, own in tasks.items():
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+        require(name in known, f"task '{name}' is not known to lm-eval; the nearest is '{near}'")
+        for key in own:
+            require_known(f'the option of {name} ', key, HARNESS_OPTIONS)
+    run, rows = load(c), []
+    constants = {key: getattr(c, key) for key in HARNESS_OPTIONS}
+    for name, own in tasks.items():
+        settings = constants | own
+        with one_line(f"task '{name}' of lm-eval"):
+            loaded = manager.load([name])['tasks']
+        if any(task.OUTPUT_TYPE == 'generate_until' for task in loaded.values()):
+            objective = run.net.config.objective
+            sampler = settings['sampler'] or OBJECTIVES[objective].sampler
+            check_sampler(objective, sampler, c.sampler_options or {})
+        lm = harness_lm(run.net, **settings | (c.sampler_options or {}))
+        with autocast(run.device, c.dtype):
+            done = lm_eval.simple_evaluate(
+                model=lm, tasks=[name], num_fewshot=c.num_fewshot, limit=c.max_rows,
+                task_manager=manager, log_samples=False)
+        for task, values in (done or dict(results={}))['results'].items():
+            for key, value in values.items():
+                measure, _, filtered = key.partition(',')
+                if not filtered or measure.endswith('_stderr'):
+                    continue
+                error = values.get(f'{measure}_stderr,{filtered}')
+                result = dict(task=task, measure=measure, value=float(value))
+                result['value_se'] = error if isinstance(error, float) else None
+                result['items'] = done['n-samples'].get(task, {}).get('effective')
+                run.record(result | dict(options=settings))
+                rows.append(result)
+    return rows, table(rows)
+
+
+# -----------------------------------------------------------------------------
+# several nets: the shift of a likelihood in time, and scaling laws
+
+
+def measure_shift(c):
+    """The NELBO of several datasets, of nets in a list, and how much the last reads above the
+    first."""
+    require(c.nets and c.datasets, '--metric=shift needs nets and datasets')
+    rows = []
+    for source in c.nets:
+        run = load(types.SimpleNamespace(**vars(c) | dict(init_from=str(source))))
+        row, nats = dict(net=str(source)), []
+        for name in c.datasets:
+            result = likelihood(run, name, find_or_prepare(name, run.tok.name))
+            run.record(result)
+            row |= {name: result['ppl'], f'{name}_se': result['ppl_se']}
+            nats.append((result['nats_per_token'], result['nats_per_token_se']))
+        shift, error = nats[-1][0] - nats[0][0], math.hypot(nats[0][1], nats[-1][1])
+        ratio = math.exp(shift)
+        rows.append(row | dict(shift_nats=shift, shift_nats_se=error, ratio=ratio))
+    return rows, table(rows)
+
+
+def read_run(folder):
+    """dict of N (parameters without embeddings), D (tokens), C (6 N D FLOPs), loss (nats a token,
+    the last validation) and budget of a finished run of train.py."""
+    net, path = load_pretrained(folder), os.path.join(folder, 'metrics.jsonl')
+    c, last = net.constants, None
+    require(os.path.isfile(path), f'there is no {path}: it is no folder of train.py')
+    with open(path, encoding='utf-8') as f:
+        for line in f:
+            row = json.loads(line)
+            last = row if row.get('val_loss') is not None else last
+    require(last, f'{path} holds no validation')
+    cut, L, N = c.get('ssl_ratio', 0.0), c['block_size'], net.num_params(embedding=False)
+    one_step = c['global_batch_size'] * (L * (1 - cut) + cut * (1 + L) / 2)
+    D, budget = last['iter'] * one_step, c.get('flops')
+    steps = round(budget / (6 * N * one_step)) if budget else c['max_iters']
+    done = f"validated at step {last['iter']:,} of {steps:,}"
+    require(last['iter'] == steps, f'{folder} is not finished: it was {done}')
+    C = 6 * N * D
+    budget = budget or float(f'{C:.1e}')
+    return dict(run=folder, N=N, D=D, C=C, loss=last['val_loss'], budget=budget)
+
+
+def isoflop_optimum(N, loss):
+    """The lowest point of a parabola of loss over log N (n,) -> log N*, its standard error (nan for
+    three points), the loss there, and the parabola (3,)."""
+    x = np.log(N)
+    middle = x.mean()                                     # or the fit is ill-conditioned
+    exact = len(x) == 3
+    p = np.polyfit(x - middle, loss, 2, cov=not exact)
+    p, cov = (p, np.full((3, 3), math.nan)) if exact else p
+    a, b, c = p
+    require(a > 0, 'the losses have no minimum over the sizes: add smaller or larger ones')
+    slope = np.array([b / (2 * a ** 2), -1 / (2 * a), 0])  # of -b/2a, by a, b, c
+    return middle - b / (2 * a), math.sqrt(slope @ cov @ slope), c - b ** 2 / (4 * a), (middle, *p)
+
+
+def power_law(x, y):
+    """y = k x^a -> a, its standard error (nan for two points), k."""
+    from scipy.stats import linregress
+    fit = linregress(np.log(x), np.log(y))
+    error = fit.stderr if len(x) > 2 else math.nan
+    return float(fit.slope), float(error), math.exp(fit.intercept)
+
+
+def plot_scaling(stem, runs, optima, laws):
+    """IsoFLOP curves; N* and D* over budgets."""
+    with one_line('matplotlib, which plots (pip install matplotlib),'):
+        import matplotlib
+        matplotlib.use('Agg')
+        from matplotlib import pyplot
+    figure, axis = pyplot.subplots(figsize=(5, 3.6))
+    for row in optima:
+        some = [run for run in runs if run['budget'] == row['flops']]
+        N = np.array(sorted(run['N'] for run in some))
+        dots = axis.plot([run['N'] for run in some], [run['loss'] for run in some], 'o')[0]
+        grid = np.geomspace(N[0], N[-1], 100)
+        middle, *p = row['parabola']
+        label = f"{row['flops']:.0e} FLOPs"
+        curve = np.polyval(p, np.log(grid) - middle)
+        axis.plot(grid, curve, color=dots.get_color(), label=label)
+    axis.set(xscale='log', xlabel='N, parameters without embeddings', ylabel='nats a token')
+    axis.legend(fontsize=8)
+    save_figure(figure, f'{stem}-isoflop.png')
+    figure, axis = pyplot.subplots(figsize=(5, 3.6))
+    C = np.array([row['flops'] for row in optima])
+    for key in ('N', 'D'):
+        dots = axis.plot(C, [row[key] for row in optima], 'o')[0]
+        a, _, k = laws[key]
+        axis.plot(C, k * C ** a, color=dots.get_color(), label=f'{key}* = {k:.2g} C^{a:.3f}')
+    axis.set(xscale='log', yscale='log', xlabel='C, FLOPs', ylabel='parameters, tokens')
+    axis.legend(fontsize=8)
+    save_figure(figure, f'{stem}-laws.png')
+
+
+def save_figure(figure, path):
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def measure_scaling(c):
+    """Scaling laws by IsoFLOP parabolas (Hoffmann et al. 2022, arXiv 2203.15556, approach 2) of
+    finished runs, three sizes or more at each of two budgets or more."""
+    names = [c.runs] if isinstance(c.runs, str) else c.runs or ()
+    folders = [path for name in names for path in sorted(glob.glob(str(name))) or [str(name)]]
+    require(folders, '--metric=scaling needs runs: out_dirs of train.py, or a pattern of them')
+    runs, optima = [read_run(folder) for folder in folders], []
+    for budget in sorted({run['budget'] for run in runs}):
+        some = [run for run in runs if run['budget'] == budget]
+        sizes = {run['N'] for run in some}
+        enough = len(sizes) >= 3
+        require(enough, f'{budget:g} FLOPs have {len(sizes)} sizes: a parabola needs three')
+        log_n, error, loss, parabola = isoflop_optimum(
+            [run['N'] for run in some], [run['loss'] for run in some])
+        N = math.exp(log_n)
+        D = budget / (6 * N)
+        optima.append(dict(
+            flops=budget, runs=len(some), N=N, N_se=N * error, D=D, D_se=D * error, loss=loss,
+            parabola=parabola))
+    require(len(optima) >= 2, 'a power law needs two budgets at least')
+    laws = {
+        key: power_law([row['flops'] for row in optima], [row[key] for row in optima])
+        for key in ('N', 'D', 'loss')}
+    result = dict(optima=optima, laws=laws, runs=runs)
+    record(c.results, metric=c.metric, source='runs', result=result, weights=None,
+           settings=dict(seed=c.seed))
+    stem = os.path.splitext(c.results)[0]
+    figures = f'drawn in {stem}-isoflop.png and {stem}-laws.png'
+    try:
+        plot_scaling(stem, runs, optima, laws)
+    except ValueError as error:
+        figures = str(error)
+    shown = [{key: row[key] for key in row if key != 'parabola'} for row in optima]
+    lines = [f'{key} = {k:.4g} C^a, a = {cell(a, error)}' for key, (a, error, k) in laws.items()]
+    return result, '\n'.join([table(shown), '', *lines, figures])
+
+
 METRICS = {
     'ppl': measure_ppl, 'zero_shot': measure_zero_shot, 'samples': measure_samples,
-    'table': measure_table, 'report': show_report}
+    'table': measure_table, 'report': show_report, 'generation': measure_generation,
+    'harness': measure_harness, 'shift': measure_shift, 'scaling': measure_scaling}
 
 
 # -----------------------------------------------------------------------------

@@ -324,6 +324,8 @@ def greedy(
     times = torch.linspace(1, 1e-5, num_steps + 1)  # in float32 as released: it decides the counts
     fraction = 1 - times[1:] / times[:-1]
     mask_prob = 1 - b.schedule.alpha(times.double())
+    if across_rows:  # where other prompts are longer, guidance hides what has been drawn, too
+        b.hidden_by_guidance |= torch.arange(b.x.size(1)) < b.prompt_length.max()
     for rows, step in b.steps(mask_prob, to_the_end=across_rows):
         masked = b.num_masked[rows]
         if across_rows:
@@ -653,6 +655,7 @@ class Batch:
         self.grid = 0.25 if narrow or amp else 2 ** -12  # of log odds, see `rounded`
         self.x = x.to(self.device)
         self.is_open = is_open
+        self.hidden_by_guidance = ~is_open
         self.masked = is_open.clone()
         self.num_masked = is_open.sum(dim=1)
         self.length = length
@@ -881,7 +884,7 @@ class Batch:
         window = start[:, None] + torch.arange(width)  # (A, W)
         attention_mask = window < self.length[active][:, None]
         window = window.clamp(max=self.x.size(1) - 1)
-        given = ~self.is_open[active[:, None], window] & attention_mask
+        given = self.hidden_by_guidance[active[:, None], window] & attention_mask
         guided = (given.any(dim=1) & bool(self.cfg_scale)).nonzero().squeeze(1)
         self.nfe[active] += 1
         self.nfe[active[guided]] += 1

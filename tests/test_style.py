@@ -14,7 +14,7 @@ from conftest import ROOT
 
 PACKAGE_OF = dict(
     mauve='mauve-text', flash_attn='flash-attn', huggingface_hub='huggingface-hub',
-    mamba_ssm='mamba-ssm'
+    mamba_ssm='mamba-ssm', lm_eval='lm-eval',
 )
 
 
