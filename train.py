@@ -436,8 +436,8 @@ if checkpoint and step >= max_iters:
     if world_size > 1:
         dist.destroy_process_group()
     sys.exit()
-lock = claim_out_dir() if master else None
 check_memory(model_config)
+lock = claim_out_dir() if master else None
 net = net or DiT(model_config)
 ema_net = copy.deepcopy(net)
 if checkpoint:

@@ -218,9 +218,9 @@ def test_texts_are_padded_within_their_generated_batch(judge):  # noqa: F811
 def test_smdm_likelihoods_are_drawn_as_released(tiny_net, monkeypatch):
     seen, draw = [], measures.monte_carlo_masks
 
-    def spy(P, n, L, num_mc, eps, seed):
+    def spy(n, num_mc, seed, eps):
         seen.append((num_mc, eps))
-        return draw(P, n, L, num_mc, eps, seed)
+        return draw(n, num_mc, seed, eps)
 
     monkeypatch.setattr(measures, 'monte_carlo_masks', spy)
     smdm = load_pretrained(f'{GOLDEN}/smdm.safetensors', n_head=4)
