@@ -1,6 +1,7 @@
 """What eval.py must survive, and what it must say: exact counts, infinite perplexities, full disks,
 judges that are not trained, reports without matplotlib, nets of no published family."""
 
+import contextlib
 import json
 import math
 import os
@@ -72,36 +73,37 @@ def test_a_causal_net_needs_a_prefix_to_be_greedy(tiny_net):
 # --- full disks
 
 
-@pytest.fixture
-def full_disk():
-    """A function that lets no file grow beyond so many bytes."""
+@contextlib.contextmanager
+def full_disk(size):
+    """Lets no file grow beyond so many bytes; not even that which pytest reports to."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_is_named_and_what_was_finished_is_kept(full_disk, tmp_path):
+def test_a_full_disk_is_named_and_what_was_finished_is_kept(tmp_path):
     path = str(tmp_path / 's.jsonl')
     record(path, metric='ppl', result=dict(ppl=1.0))
     before = open(path).read()
-    full_disk(len(before) + 100)
-    with pytest.raises(OSError, match='s.jsonl cannot be written .* what it lacks: {"ppl": 2.0}'):
+    lacking = 's.jsonl cannot be written .* what it lacks: {"ppl": 2.0}'
+    with full_disk(len(before) + 100), pytest.raises(OSError, match=lacking):
         record(path, metric='ppl', result=dict(ppl=2.0))
     assert open(path).read() == before
-    with pytest.raises(OSError, match='t.jsonl cannot be written'):
+    with full_disk(5000), pytest.raises(OSError, match='t.jsonl cannot be written'):
         write_whole(str(tmp_path / 't.jsonl'), 'x' * 10_000)
     assert os.listdir(tmp_path) == ['s.jsonl']
 
 
-def test_samples_drawn_before_the_disk_was_full_are_not_drawn_again(
-    tiny_net, full_disk, tmp_path
-):
+def test_samples_drawn_before_the_disk_was_full_are_not_drawn_again(tiny_net, tmp_path):
     net, folder = tiny_net(vocab_size=258, mask_id=257), str(tmp_path / 'samples')
     net.tokenizer = dict(name='bytes')
     options = dict(length=8, steps=2, seed=1)
     draw_samples(net, folder, 2, {}, batch_size=1, **options)
-    full_disk(300)
-    with pytest.raises(OSError, match=r'samples/000002-000005.jsonl cannot be written'):
+    failure = r'samples/000002-000005.jsonl cannot be written'
+    with full_disk(300), pytest.raises(OSError, match=failure):
         draw_samples(net, folder, 6, {}, batch_size=4, **options)
     assert sorted(os.listdir(folder)) == ['000000-000000.jsonl', '000001-000001.jsonl']
 
