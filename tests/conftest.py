@@ -12,7 +12,7 @@ os.environ['HF_HUB_OFFLINE'] = '1'  # before anything imports the hub's client
 
 from configurator import one_line_for_bad_input
 from data import TokenRows, prepare
-from model import DiT, ModelConfig
+from model import OBJECTIVES, DiT, ModelConfig
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHARED = os.path.join(os.path.dirname(ROOT), 'shared')
@@ -95,6 +95,8 @@ def here(monkeypatch):
         path = os.path.join(ROOT, script)
         monkeypatch.setattr(sys, 'argv', [path, *map(str, arguments)])
         monkeypatch.setattr(sys, 'excepthook', sys.excepthook)  # configure() sets its own
+        for key, record in OBJECTIVES.items():  # a config may replace one
+            monkeypatch.setitem(OBJECTIVES, key, record)
         return runpy.run_path(path, run_name='__main__')
 
     return call

@@ -235,7 +235,7 @@ def test_a_stopped_fine_tuning_resumes_with_the_printed_command(mine, here, refu
         'warning: source tells the shape of the net, not used are '
         "n_layer=3 (it has 1), mlp='relu' (it has 'gelu')"
     ]
-    stop = "if call == 14: _os.kill(_os.getpid(), 15)"  # in the fourth; one call measures
+    stop = "if call == 13: _os.kill(_os.getpid(), 15)"  # in the fourth of its steps
     handler = signal.getsignal(signal.SIGTERM)
     here('train.py', injected(stop), *options)
     signal.signal(signal.SIGTERM, handler)

@@ -79,13 +79,16 @@ def injected(code):
     process's, `loss` can be changed."""
     with open('fault.py', 'w') as f:
         f.write(f"""import dataclasses as _dataclasses
+import functools as _functools
 import os as _os
 import torch as _torch
 import model as _model
+from torch._subclasses.fake_tensor import FakeTensor as _FakeTensor
 _subs, _calls = _model.OBJECTIVES['subs'], []
+@_functools.wraps(_subs.loss)
 def _faulty(*arguments, **options):
     loss = _subs.loss(*arguments, **options)
-    if not _torch.is_grad_enabled():
+    if not _torch.is_grad_enabled() or isinstance(loss, _FakeTensor):  # which measures memory
         return loss
     _calls.append(1)
     call, rank = len(_calls), int(_os.environ.get('RANK', 0))
