@@ -39,7 +39,7 @@ from tqdm import tqdm
 from configurator import configure, require
 
 dataset = 'stdlib'  # a key of DATASETS, or text:PATH or pairs:PATH (a file, or a folder of them)
-tokenizer = 'gpt2'  # gpt2, gpt2-xlm, bytes, text8, bpe-N (trained here), a hub name, a run's folder
+tokenizer = 'gpt2'  # gpt2, gpt2-xlm, bert-xlm, bytes, text8, bpe-N, a hub name, or a run's folder
 name = None         # the bins go to data/<name>; None: <dataset>-<tokenizer>
 input = None        # a local file or folder of the same form, in place of the hub's
 streaming = True    # hub datasets: read while they download; False: download first

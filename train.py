@@ -164,7 +164,7 @@ record = OBJECTIVES[objective]
 measured_by = record.bound or objective
 require(measured_by in OBJECTIVES, f"objective '{objective}': its bound '{measured_by}' is not in "
         f"OBJECTIVES, which has {', '.join(OBJECTIVES)}")
-require(not (sample_at_end or sample_interval) or record.sampler in SAMPLERS
+require(not (sample_at_end or sample_interval or eval_gen_ppl) or record.sampler in SAMPLERS
         and record.predicts in TAKES[record.sampler],
         f"objective '{objective}' has no sampler: give it one in OBJECTIVES that is registered "
         f"with @sampler_for('{record.predicts}') in sample.py, or train with "
