@@ -346,9 +346,9 @@ class DiT(nn.Module):
 
         sigma (B,): total noise; ValueError if a time-conditioned net gets none.
         attention_mask (B, L) bool: False where nothing looks; with the mixer 'mamba' a row that is
-        padded with such positions is as it would be alone. Or int, of rows that
-        hold several documents: the number of each token's document, -1 of padding. Attention then
-        stays within a document, whose positions begin at 0. cache: a KVCache.
+        padded with such positions is as it would be alone. Or int, of rows that hold several
+        documents: the number of each token's document, -1 of padding. Attention then stays within
+        a document, whose positions begin at 0. cache: a KVCache.
         """
         config = self.config
         require(
