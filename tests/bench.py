@@ -282,7 +282,7 @@ def packing():
         with open(f'{folder}/meta.json', 'w') as f:
             json.dump(
                 dict(
-                    command='', source={}, dtype='uint32', tokenizer=tok, splits=dict(train=counts)
+                    command='', source=dict(dataset=''), dtype='uint32', tokenizer=tok, splits=dict(train=counts)
                 ), f
             )
         kinds = (('documents', True), ('pad', False), ('pad', True))
