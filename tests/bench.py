@@ -277,12 +277,14 @@ def packing():
         ids = rng.integers(0, vocab_size - 1, lengths.sum()).astype('<u4')
         ids.tofile(f'{folder}/train.bin')
         np.append(0, lengths.cumsum()).astype('<i8').tofile(f'{folder}/train.idx')
-        tok = dict(vocab_size=vocab_size, eos_id=0, bos_id=0, pad_id=0, mask_id=vocab_size - 1)
+        tok = dict(eos_id=0, bos_id=0, pad_id=0, mask_id=vocab_size - 1)
+        tok |= dict(name='random', vocab_size=vocab_size)
         counts = dict(documents=len(lengths), tokens=len(ids), bytes=len(ids))
         with open(f'{folder}/meta.json', 'w') as f:
             json.dump(
                 dict(
-                    command='', source=dict(dataset=''), dtype='uint32', tokenizer=tok, splits=dict(train=counts)
+                    command='', source=dict(dataset='random'), dtype='uint32',
+                    tokenizer=tok, splits=dict(train=counts)
                 ), f
             )
         kinds = (('documents', True), ('pad', False), ('pad', True))
