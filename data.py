@@ -11,6 +11,7 @@ by EOS) and <split>.idx (int64 offsets of the documents and of the end); of prom
 <split>.prompt (int64, how many tokens of each document are its prompt). TokenRows cuts out rows.
 """
 import ast
+import bisect
 import difflib
 import functools
 import hashlib
@@ -25,6 +26,7 @@ import sys
 import sysconfig
 import threading
 import time
+from array import array
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -37,7 +39,7 @@ from tqdm import tqdm
 from configurator import configure, require
 
 dataset = 'stdlib'  # a key of DATASETS, or text:PATH or pairs:PATH (a file, or a folder of them)
-tokenizer = 'gpt2'  # gpt2, gpt2-xlm, bytes, text8, bpe-N (trained here), a hub name, a run's folder
+tokenizer = 'gpt2'  # gpt2, gpt2-xlm, bert-xlm, bytes, text8, bpe-N, a hub name, or a run's folder
 name = None         # the bins go to data/<name>; None: <dataset>-<tokenizer>
 input = None        # a local file or folder of the same form, in place of the hub's
 streaming = True    # hub datasets: read while they download; False: download first
@@ -236,6 +238,15 @@ def hugging_face_tokenizer(name):
         pad_id=base.pad_token_id, mask_id=base.mask_token_id, special_ids=base.all_special_ids)
 
 
+def bert_xlm_tokenizer(name):
+    """BERT's word pieces and, after them, xlm's [BOS] and [EOS]."""
+    tok = hugging_face_tokenizer('bert-base-uncased')
+    bos_id, eos_id = tok.vocab_size, tok.vocab_size + 1
+    return Tokenizer(
+        name, tok.encode_batch, tok.decode_ids, tok.vocab_size, eos_id=eos_id, bos_id=bos_id,
+        pad_id=tok.pad_id, mask_id=tok.mask_id, named={bos_id: '[BOS]', eos_id: '[EOS]'})
+
+
 def bytes_tokenizer(name):
     def encode_batch(texts):
         return one_after_the_other([np.frombuffer(text.encode(), np.uint8) for text in texts])
@@ -268,6 +279,7 @@ def text8_tokenizer(name):
 TOKENIZERS = {
     'gpt2': gpt2_tokenizer,
     'gpt2-xlm': gpt2_tokenizer,
+    'bert-xlm': bert_xlm_tokenizer,
     'bytes': bytes_tokenizer,
     'text8': text8_tokenizer,
 }
@@ -1188,6 +1200,50 @@ def pair_rows(rows, indices):
     return x0, dict(document=document, maskable=document, scored=document, attention_mask=filled)
 
 
+def document_rows(rows, indices):
+    """Whole documents and their EOS one after another, then padding, which is neither corrupted,
+    looked at nor scored. attention_mask numbers the documents of a row (model.within_documents)."""
+    texts = [[rows.document(i) for i in rows.members[first:end]]
+             for first, end in zip(rows.starts[indices], rows.starts[indices + 1], strict=True)]
+    x0, document = padded([np.concatenate(row) for row in texts], rows.block_size,
+                          rows.tok['pad_id'])
+    numbers = np.full(x0.shape, -1)
+    for row, inside, parts in zip(numbers, document, texts, strict=True):
+        row[inside] = np.repeat(np.arange(len(parts)), [len(ids) for ids in parts])
+    return x0, dict(document=document, maskable=document, scored=document, attention_mask=numbers)
+
+
+def cut_longer(offsets, length):
+    """offsets, with those of documents longer than `length` at every `length` tokens too."""
+    pieces = -(-np.diff(offsets) // length)
+    first = np.repeat(pieces.cumsum() - pieces, pieces)
+    return np.append(np.repeat(offsets[:-1], pieces) + length * (np.arange(len(first)) - first),
+                     offsets[-1])
+
+
+def best_fit(lengths, room, window=1024):
+    """Fill rows of `room` from so many neighbours at a time: the longest that is left, then again
+    and again the longest that fits.
+    -> members (n,) indices, row after row, and starts, where each row begins, and n."""
+    members, starts = array('q'), array('q', [0])
+    for first in range(0, len(lengths), window):
+        index = np.argsort(lengths[first:first + window], kind='stable')
+        sizes = lengths[first:first + window][index].tolist()  # ascending
+        index = (first + index).tolist()
+        found = []
+        while sizes:
+            row, left, fits = [], room, len(sizes)
+            while fits:
+                left -= sizes.pop(fits - 1)
+                row.append(index.pop(fits - 1))
+                fits = bisect.bisect_right(sizes, left, 0, fits - 1)
+            found.append(sorted(row))
+        for row in sorted(found):  # the first rows are not to be those of the longest
+            members.extend(row)
+            starts.append(len(members))
+    return np.array(members), np.array(starts)
+
+
 PACKINGS = {  # name -> its function, what it cuts up, and the tokens that it adds to a row
     'wrap': (wrap_rows, 'stream', 2),
     'concat': (concat_rows, 'stream', 0),
@@ -1196,13 +1252,14 @@ PACKINGS = {  # name -> its function, what it cuts up, and the tokens that it ad
     'pad': (pad_rows, 'documents', 0),
     'sentence': (sentence_rows, 'documents', 2),
     'pair': (pair_rows, 'documents', 0),
+    'documents': (document_rows, 'documents', 0),
 }
 
 
 class TokenRows:
     """The rows of a split: rows[indices] -> dict of x0 (n, L) int64 and, (n, L) bool each,
     maskable (may be corrupted), scored (counts in the loss), document (a token of the text or its
-    EOS, not added by the packing) and attention_mask (may be looked at).
+    EOS, not added by the packing) and attention_mask (may be looked at; 'documents': int64).
 
     packing: a key of PACKINGS. pad_to: 'block' or 'batch', see pair_rows. grouping: so many
     documents at a time are cut up, and the rest of each group is dropped (MDLM: 1,000); None: all
@@ -1251,6 +1308,11 @@ class TokenRows:
         self.left_out = 0
         if packing == 'pair':
             self.choose_examples()
+        if packing == 'documents':
+            self.document(np.diff(self.offsets).argmin())  # refuses damaged ones
+            self.offsets = cut_longer(self.offsets, block_size)
+            self.members, self.starts = best_fit(np.diff(self.offsets), block_size)
+            self.length = len(self.starts) - 1
         problem = f'holds {len(self.tokens)} tokens, less than one row of {block_size}'
         if self.left_out:
             problem = f'holds no document of at most {block_size} tokens'

@@ -21,6 +21,7 @@ import ctypes
 import dataclasses
 import inspect
 import errno
+import functools
 import json
 import math
 import os
@@ -48,9 +49,9 @@ from torch.utils._pytree import tree_leaves
 from configurator import require
 
 try:
-    from flash_attn import flash_attn_func  # optional, for GPUs
+    from flash_attn import flash_attn_func, flash_attn_varlen_func  # optional, for GPUs
 except ImportError:
-    flash_attn_func = None
+    flash_attn_func = flash_attn_varlen_func = None
 try:
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # optional, for GPUs
 except ImportError:
@@ -249,6 +250,9 @@ class Block(nn.Module):
         self.mlp_out = nn.Linear(M, C, bias)
         self.adaLN = nn.Linear(config.cond_dim, 6 * C) if config.cond_dim else None
 
+    def attn_dropout(self):
+        return self.config.attn_dropout if self.training else 0.0
+
     def attention(self, x, rotary, attn_mask, cache):
         B, L, C = x.shape
         H = self.config.n_head
@@ -259,8 +263,10 @@ class Block(nn.Module):
         if cache is not None:
             k, v = cache.extend(self, k, v)
             is_causal = cache.position is None
-        p = self.config.attn_dropout if self.training else 0.0
-        y = attention(q, k, v, attn_mask, p, is_causal)
+        if callable(attn_mask):  # within documents
+            y = attn_mask(q, k, v)
+        else:
+            y = attention(q, k, v, attn_mask, self.attn_dropout(), is_causal)
         return self.attn_out(y.transpose(1, 2).reshape(B, L, C))
 
     def mlp(self, x):
@@ -340,12 +346,17 @@ class DiT(nn.Module):
 
         sigma (B,): total noise; ValueError if a time-conditioned net gets none.
         attention_mask (B, L) bool: False where nothing looks; with the mixer 'mamba' a row that is
-        padded with such positions is as it would be alone. cache: a KVCache.
+        padded with such positions is as it would be alone. Or int, of rows that hold several
+        documents: the number of each token's document, -1 of padding. Attention then stays within
+        a document, whose positions begin at 0. cache: a KVCache.
         """
         config = self.config
         require(
             sigma is not None or not config.time_conditioning,
             'this net is time-conditioned: give sigma (B,), the total noise')
+        require(
+            config.mixer == 'attention' or not is_packed(attention_mask),
+            "rows of several documents need a net with mixer='attention': give another packing")
         c = None
         if config.cond_dim:
             if not config.time_conditioning:
@@ -357,6 +368,9 @@ class DiT(nn.Module):
             attn_mask = None if attention_mask is None else attention_mask[:, :, None]
         elif cache is not None and cache.position is not None:
             position, attn_mask = cache.begin(x.device)
+        elif is_packed(attention_mask):
+            attn_mask, position = within_documents(
+                attention_mask, config.causal, self.blocks[0].attn_dropout())
         elif attention_mask is not None and not config.causal:  # padding is on the right
             attn_mask = attention_mask[:, None, None, :]
         if config.mixer == 'attention':
@@ -406,6 +420,11 @@ class DiT(nn.Module):
             matrices = 3 if config.mlp == 'swiglu' else 2
             per_token = 4 * C ** 2 + matrices * C * config.n_mlp + 2 * length * C
         return 6 * (rows * length * config.n_layer * per_token + scored * C * config.vocab_size)
+
+
+def is_packed(attention_mask):
+    """Whether it numbers documents."""
+    return attention_mask is not None and attention_mask.dtype != torch.bool
 
 
 class KVCache:
@@ -688,14 +707,17 @@ def corrupt_batch(
     flat indices of the positions with a loss, found on the CPU to not wait for a GPU.
     visible: all scored positions have a loss. exactly: see corrupt_exactly. drop_prompt: what may
     not be corrupted is masked too, after the draws.
-    For a causal net nothing is masked, and column 0 is not scored.
+    For a causal net nothing is masked, and the first token of a document is not scored.
     """
     x0, scored, maskable = batch['x0'], batch['scored'], batch['maskable']
     attention_mask = batch['attention_mask']
+    packed = is_packed(attention_mask)
     xt = masked = None
     if config.causal:
         scored = scored.clone()
         scored[:, 0] = False
+        if packed:
+            scored[:, 1:] &= attention_mask.diff(dim=1) == 0
     else:
         keys = [key] if isinstance(key, int) else key
         parts = []
@@ -713,7 +735,7 @@ def corrupt_batch(
         masked = has_loss.flatten().nonzero().squeeze(1)
 
     noised = dict(x0=x0, xt=xt, t=t, masked=masked, scored=scored)
-    noised['attention_mask'] = None if attention_mask.all() else attention_mask
+    noised['attention_mask'] = None if not packed and attention_mask.all() else attention_mask
     return {name: tensor if tensor is None else sent(tensor, device)
             for name, tensor in noised.items()}
 
@@ -816,6 +838,8 @@ def sedd(pos):
 
 def ar(net, x0, attention_mask=None):
     """-log p(x0[:, i] | x0[:, :i]) of a causal net, (B, L), the mask excluded; 0 at column 0."""
+    if attention_mask is not None:
+        attention_mask = attention_mask[:, :-1]
     h = net.trunk(x0[:, :-1], attention_mask=attention_mask)
     nll = net.nll(h.flatten(0, 1), x0[:, 1:].flatten(), exclude=net.config.mask_id)
     return F.pad(nll.view(len(x0), -1), (1, 0))
@@ -2142,6 +2166,63 @@ def attention(q, k, v, attn_mask=None, p=0.0, is_causal=False):
         return flash_attn_func(q, k, v, dropout_p=p, causal=is_causal).transpose(1, 2)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=attn_mask, dropout_p=p, is_causal=is_causal)
+
+
+@torch.compiler.disable  # its shapes depend on the documents
+def within_documents(documents, is_causal=False, p=0.0, way=None):
+    """A function (q, k, v) of attention within documents, and positions in them (B, L).
+
+    documents (B, L) int: of rows that hold several, one after another, the number of each token's.
+    Padding has one too: nobody scores it. way: one of those below; None: the fastest there is.
+    """
+    (B, L), device = documents.shape, documents.device
+    begins = F.pad(documents.diff(dim=1) != 0, (1, 0), value=True)
+    index = torch.arange(L, device=device)
+    position = index - torch.where(begins, index, 0).cummax(dim=1).values
+    if way is None:
+        way = 'each' if p or device.type != 'cuda' else 'flex'  # FlexAttention has no dropout
+        if device.type == 'cuda' and flash_attn_varlen_func and torch.is_autocast_enabled('cuda'):
+            way = 'flash'
+    if way == 'flex':
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        def mask_mod(b, h, i, j):
+            same = documents[b, i] == documents[b, j]
+            return same & (i >= j) if is_causal else same
+
+        block_mask = create_block_mask(mask_mod, B, None, L, L, device=device)
+        return functools.partial(flex_within, flex_attention(), block_mask), position
+    ends = F.pad(begins.flatten().nonzero().squeeze(1), (0, 1), value=B * L)
+    if way == 'flash':
+        return functools.partial(flash_within, ends.int(), L, is_causal, p), position
+    return functools.partial(attention_of_each, ends.diff().tolist(), is_causal, p), position
+
+
+@functools.cache
+def flex_attention():
+    from torch.nn.attention.flex_attention import flex_attention
+    return torch.compile(flex_attention)  # without it, all scores are in memory at once
+
+
+def flex_within(attend, block_mask, q, k, v):
+    # note: compiled for a CPU by torch 2.13, other layouts give wrong values
+    return attend(*(x.contiguous() for x in (q, k, v)), block_mask=block_mask)
+
+
+def flash_within(ends, longest, is_causal, p, q, k, v):
+    flat = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B*L, H, C/H)
+    y = flash_attn_varlen_func(
+        *flat, ends, ends, longest, longest, dropout_p=p, causal=is_causal)
+    return y.view(q.transpose(1, 2).shape).transpose(1, 2)
+
+
+@torch.compiler.disable
+def attention_of_each(lengths, is_causal, p, q, k, v):
+    """Document by document: on a CPU faster than any mask."""
+    flat = (x.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None] for x in (q, k, v))
+    parts = zip(*(x.split(lengths, dim=2) for x in flat), strict=True)  # (1, H, length, C/H)
+    y = torch.cat([attention(*part, None, p, is_causal) for part in parts], dim=2)
+    return y.view(q.size(1), len(q), -1, q.size(3)).transpose(0, 1)
 
 
 def reuse_memory():

@@ -51,6 +51,9 @@ ckpt_interval = 2000        # [> 0] steps; ckpt.pt is the latest
 keep_interval = 0           # [>= 0] steps; ckpt_<step>.pt is kept for ever; 0: none
 sample_interval = 0         # [>= 0] steps; a sample before training, and on these; 0: never
 sample_at_end = True        # print samples when training is done
+eval_gen_ppl = False        # [bool] evaluations judge samples: generative perplexity, entropy
+gen_ppl_judge = 'gpt2-large'  # ... by this causal net, a Hugging Face name or a folder
+gen_ppl_samples = 16        # [int >= 1] ... so many of block_size tokens in block_size steps
 wandb_project = None        # log to this project of wandb; None: only to metrics.jsonl
 tensorboard = False         # log to TensorBoard too, in out_dir
 # data
@@ -161,7 +164,7 @@ record = OBJECTIVES[objective]
 measured_by = record.bound or objective
 require(measured_by in OBJECTIVES, f"objective '{objective}': its bound '{measured_by}' is not in "
         f"OBJECTIVES, which has {', '.join(OBJECTIVES)}")
-require(not (sample_at_end or sample_interval) or record.sampler in SAMPLERS
+require(not (sample_at_end or sample_interval or eval_gen_ppl) or record.sampler in SAMPLERS
         and record.predicts in TAKES[record.sampler],
         f"objective '{objective}' has no sampler: give it one in OBJECTIVES that is registered "
         f"with @sampler_for('{record.predicts}') in sample.py, or train with "
@@ -189,6 +192,11 @@ if tokenizer_meta['sha256']:
     with open(os.path.join(folder, 'tokenizer.json'), 'rb') as f:
         tokenizer_file = f.read()
 
+if eval_gen_ppl:
+    require(not shard, 'eval_gen_ppl=True needs a net that is not shared out: give --shard=False')
+    if master:
+        from eval import generative_perplexity, load_judge, without_special
+        judge = load_judge(gen_ppl_judge, device)
 if wandb_project and master:
     try:
         import wandb
@@ -464,6 +472,8 @@ needs = dict.fromkeys(of_noise, ('an objective with noise', not causal)) | {
     'loss_on_padding': ("packing='pad' or 'pair'", packing in ('pad', 'pair')),
     'ssl_group': ('ssl_ratio', ssl_ratio),
     'overrides': ('weights in init_from', init_from not in ('scratch', 'resume')),
+    'gen_ppl_judge': ('eval_gen_ppl', eval_gen_ppl),
+    'gen_ppl_samples': ('eval_gen_ppl', eval_gen_ppl),
 }
 idle = [f'{key}={constants[key]!r} (it needs {what})' for key, (what, used) in needs.items()
         if not used and constants[key] != constants_of(__file__)[key][0]]
@@ -649,25 +659,45 @@ def log(**line):
             board.add_scalar(key, line[key], line['iter'])
 
 
+def draw_samples(n, **options):
+    """n texts of the averaged weights, and the network evaluations of each; [] where it fails."""
+    ema_net.tokenizer = dict(name=tokenizer_meta['name'], folder=folder)
+    ema_net.constants = constants
+    try:
+        with amp:
+            out = generate(ema_net, n, block_size, steps=block_size, sampler=None, seed=seed,
+                           **options)
+        tok = get_tokenizer(**ema_net.tokenizer)
+    except Exception as error:  # a tokenizer that is gone, a full device
+        say(f'warning: no samples ({type(error).__name__}: {error})')
+        return [], []
+    texts = [tok.decode(ids[:n]) for ids, n in zip(out.tokens.tolist(), out.length, strict=True)]
+    return texts, out.nfe
+
+
+def judge_samples():
+    """The generative perplexity of samples, nothing truncated, and their entropy in nats."""
+    texts, _ = draw_samples(gen_ppl_samples, batch_size=batch_size)
+    texts = [without_special(text, judge[1]) for text in texts]
+    try:
+        found = generative_perplexity(texts, judge, 'xlm', min(batch_size, 8))
+    except ValueError as error:  # nothing but special tokens, not a number
+        say(f'warning: no generative perplexity ({error})')
+        return {}
+    say(f"step {step}: generative perplexity {found['gen_ppl']:.2f}, entropy "
+        f"{found['entropy']:.2f} of {found['texts']} samples by {gen_ppl_judge}")
+    return {key: found[key] for key in ('gen_ppl', 'entropy')}
+
+
 def print_samples(n, when):
     """-> their texts"""
     if shard:
         say(f'no samples of a net that is shared out: python sample.py --out_dir={out_dir}')
         return []
-    ema_net.tokenizer = dict(name=tokenizer_meta['name'], folder=folder)
-    ema_net.constants = constants
-    try:
-        with amp:
-            out = generate(ema_net, n, block_size, steps=block_size, sampler=None, temperature=0.7,
-                           seed=seed)
-        tok = get_tokenizer(**ema_net.tokenizer)
-    except Exception as error:  # a tokenizer that is gone, a full device
-        say(f'warning: no samples ({type(error).__name__}: {error})')
-        return []
-    texts = [tok.decode(ids[:n]) for ids, n in zip(out.tokens.tolist(), out.length, strict=True)]
+    texts, nfe = draw_samples(n, temperature=0.7)
     for i, text in enumerate(texts):
-        say(f'--- sample {i} {when} (temperature 0.7, {out.nfe[i]} network evaluations)\n{text}')
-    if wandb_project:
+        say(f'--- sample {i} {when} (temperature 0.7, {nfe[i]} network evaluations)\n{text}')
+    if wandb_project and texts:
         table = wandb.Table(columns=['step', 'text'], data=[[step, text] for text in texts])
         wandb.log(dict(samples=table), step=step)
     return texts
@@ -752,6 +782,8 @@ while True:
                 f"{found[name]:.4f} ± {found[name + '_se']:.4f} {name.replace('_per_', '/')}"
                 for name in ('nats_per_token', 'bits_per_byte', objective) if name in found)
                 + f" (first {found['rows']:,} of {len(val_rows):,} rows, one time each)")
+            if eval_gen_ppl:
+                logged |= judge_samples()
             log(iter=step, **logged)
             at_end = sample_at_end and step == max_iters
             if sample_interval and step % sample_interval == 0 and not at_end:

@@ -31,6 +31,7 @@ import tempfile
 import time
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -263,6 +264,65 @@ def train():
                 times_textbook=row['tokens_per_s'] / found[1]['tokens_per_s'],
                 matmul_gflops=rate / 1e9,
             )
+
+
+def packing():
+    """Training on rows of several documents, against rows of one and padding that is neither masked
+    nor looked at, or a token like any other (xlm). Lengths are log-normal, of median 0.625 L and
+    sigma 1.06, those of at most L: OpenWebText's at L = 1,024. Useful are tokens of documents."""
+    rng = np.random.default_rng(0)
+    lengths = np.exp(rng.normal(np.log(0.625 * block_size), 1.06, 4096)).astype(int) + 1
+    lengths = lengths[lengths <= block_size]
+    with tempfile.TemporaryDirectory() as folder:
+        ids = rng.integers(0, vocab_size - 1, lengths.sum()).astype('<u4')
+        ids.tofile(f'{folder}/train.bin')
+        np.append(0, lengths.cumsum()).astype('<i8').tofile(f'{folder}/train.idx')
+        tok = dict(eos_id=0, bos_id=0, pad_id=0, mask_id=vocab_size - 1)
+        tok |= dict(name='random', vocab_size=vocab_size)
+        counts = dict(documents=len(lengths), tokens=len(ids), bytes=len(ids))
+        with open(f'{folder}/meta.json', 'w') as f:
+            json.dump(
+                dict(
+                    command='', source=dict(dataset='random'), dtype='uint32',
+                    tokenizer=tok, splits=dict(train=counts)
+                ), f
+            )
+        kinds = (('documents', True), ('pad', False), ('pad', True))
+        sources = [data.TokenRows(folder, 'train', block_size, *kind) for kind in kinds]
+        nets = [new_net().train() for _ in kinds]
+        optimizers = [torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True) for net in nets]
+        t = (torch.arange(batch_size) + 0.5) / batch_size
+
+        def train_step(net, optimizer, batch, precision):
+            with autocast(device, precision):
+                loss = per_token_loss(
+                    net, batch['x0'], batch['xt'], batch['t'], masked=batch['masked'],
+                    attention_mask=batch['attention_mask']
+                )
+            (loss * batch['scored']).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        for precision in formats:
+            times, useful = [[] for _ in kinds], [0] * len(kinds)
+            for step in range(2 + repeats):  # in turn: the machine may have other work
+                for i, (net, optimizer) in enumerate(zip(nets, optimizers, strict=True)):
+                    clean = sources[i][np.arange(step * batch_size, (step + 1) * batch_size)]
+                    batch = model.corrupt_batch(clean, t, net.config, loglinear, step, device)
+                    elapsed = seconds(partial(train_step, net, optimizer, batch, precision))
+                    if step >= 2:
+                        times[i].append(elapsed)
+                        useful[i] += int(clean['document'].sum()) / repeats
+            rates = [n / sorted(x)[repeats // 2] for n, x in zip(useful, times, strict=True)]
+            for i, (kind, on_padding) in enumerate(kinds):
+                yield dict(
+                    name=kind,
+                    dtype=precision,
+                    loss_on_padding=str(on_padding and kind == 'pad'),
+                    filled=float(lengths.sum() / block_size / len(sources[i])),
+                    useful_tokens_per_s=rates[i],
+                    times_padded=rates[i] / rates[1],
+                )
 
 
 def projection():
@@ -939,13 +999,13 @@ PARTS = dict(
     train=train, projection=projection, attention=attentions, cost=cost, loop=loop,
     processes=processes, estimate=estimate, checkpoint=checkpoint, sample=sample, batch=batch,
     samplers=samplers, ar=ar, nelbo=nelbo, optimizers=optimizers, memory=memory, data=prepare,
-    mamba=mamba
+    mamba=mamba, packing=packing
 )
 LARGE = '--n_layer=12 --n_head=12 --n_embd=768 --block_size=1024'  # MDLM's 170M
 SUITE = {
     'cpu': [
-        'train', f'train {LARGE} --batch_size=2 --repeats=3', 'projection', 'attention', 'cost',
-        'loop', 'processes', 'estimate', f'checkpoint {LARGE}', 'sample',
+        'train', f'train {LARGE} --batch_size=2 --repeats=3', 'packing', 'projection', 'attention',
+        'cost', 'loop', 'processes', 'estimate', f'checkpoint {LARGE}', 'sample',
         f'sample {LARGE} --batch_size=1 --steps=1000 --first=30 --dense_steps=2',
         'batch --steps=64', 'samplers --batch_size=4 --steps=128 --dtype=bfloat16',
         'ar --dtype=bfloat16', 'data'
@@ -953,6 +1013,7 @@ SUITE = {
     'cuda': [
         'train', f'train {LARGE} --batch_size=32 --compile=True',
         f'train {LARGE} --batch_size=64 --compile=True --dtype=bfloat16',
+        f'packing {LARGE} --batch_size=32 --dtype=bfloat16',
         f'projection {LARGE} --batch_size=32', 'attention', 'cost', f'loop {LARGE} --batch_size=32',
         f'processes {LARGE} --batch_size=32', 'estimate', f'checkpoint {LARGE}', 'sample',
         f'sample {LARGE} --batch_size=1 --steps=1000 --compile=True',
