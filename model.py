@@ -42,6 +42,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch._compile import _disable_dynamo  # torch.compiler.disable takes a second to import
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -2039,7 +2040,7 @@ class _NLL(torch.autograd.Function):
         return dh.to(h_dtype), dweight, dbias, None, None, None
 
 
-@torch.compiler.disable  # which would unroll its loop over the positions
+@_disable_dynamo  # which would unroll its loop over the positions
 def selective_scan(x, delta, A, B, C, D, bias):
     """y_l = S_l C_l + D x_l, S_l = exp(dt_l A) S_{l-1} + dt_l x_l B_l, dt = softplus(delta + bias).
 
@@ -2168,7 +2169,7 @@ def attention(q, k, v, attn_mask=None, p=0.0, is_causal=False):
         q, k, v, attn_mask=attn_mask, dropout_p=p, is_causal=is_causal)
 
 
-@torch.compiler.disable  # its shapes depend on the documents
+@_disable_dynamo  # its shapes depend on the documents
 def within_documents(documents, is_causal=False, p=0.0, way=None):
     """A function (q, k, v) of attention within documents, and positions in them (B, L).
 
@@ -2216,7 +2217,7 @@ def flash_within(ends, longest, is_causal, p, q, k, v):
     return y.view(q.transpose(1, 2).shape).transpose(1, 2)
 
 
-@torch.compiler.disable
+@_disable_dynamo
 def attention_of_each(lengths, is_causal, p, q, k, v):
     """Document by document: on a CPU faster than any mask."""
     flat = (x.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None] for x in (q, k, v))

@@ -60,10 +60,13 @@ def test_the_benchmark_writes_what_it_prints_and_says_what_changed(run, tmp_path
     assert '\n0 rows are in old.jsonl too' in last
 
 
-def test_the_benchmark_refuses_what_is_not_there(run, tmp_path):
+def test_the_benchmark_refuses_what_is_not_there(run, here, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / 'broken.jsonl').write_text('{"part": ')
     for name in ('nix', 'broken.jsonl'):
-        assert run(BENCH, f'--compare={name}', status=1).stderr.startswith(
+        with pytest.raises(SystemExit) as ended:
+            here(BENCH, f'--compare={name}')
+        assert ended.value.code.startswith(
             f'error: compare={name} is not a file that an earlier run has written'
         )
     assert run(BENCH, '--part=nix', status=1).stderr.startswith("error: part='nix' is not known")

@@ -133,8 +133,11 @@ def test_bad_files_are_refused(script, tmp_path):
 
 
 @pytest.mark.parametrize('name', ['train.py', 'sample.py', 'eval.py', 'data.py'])
-def test_help_lists_every_constant_with_its_comment(run, name):
-    shown = run(name, '--help').stdout
+def test_help_lists_every_constant_with_its_comment(here, capsys, name):
+    with pytest.raises(SystemExit) as ended:
+        here(name, '--help')
+    assert not ended.value.code
+    shown = capsys.readouterr().out
     constants = constants_of(os.path.join(ROOT, name))
     assert len(constants) >= 5
     for key, (default, comment) in constants.items():
@@ -158,12 +161,17 @@ def test_every_config_is_read_by_its_script(monkeypatch):
 @pytest.mark.parametrize(
     'arguments, message',
     [
-        (['--no_such_key=1'], "error: --no_such_key=1: there is no constant 'no_such_key'"),
         (['--max_iters=many'], 'error: max_iters='),
         (['config/none.py'], 'error: there is no config file config/none.py'),
         (['--max_iters', '3'], 'error: --max_iters: write --max_iters=VALUE'),
     ],
 )
-def test_bad_arguments_end_a_script_with_one_line(run, arguments, message):
-    stderr = run('train.py', *arguments, status=1).stderr
+def test_bad_arguments_end_a_script_with_one_line(refused, arguments, message):
+    stderr = refused('train.py', *arguments)
     assert stderr.startswith(message) and stderr.count('\n') == 1
+
+
+def test_an_unknown_key_ends_a_process_with_one_line(run):
+    stderr = run('train.py', '--no_such_key=1', status=1).stderr
+    assert stderr.startswith("error: --no_such_key=1: there is no constant 'no_such_key'")
+    assert stderr.count('\n') == 1
