@@ -771,7 +771,6 @@ while True:
 
     better = False
     if step > start and (step % eval_interval == 0 or step == max_iters):
-        found = evaluate()
         found, logged = evaluate()
         val_loss = logged['val_loss']
         better = val_loss < best_val_loss  # NaN is never better

@@ -5,10 +5,13 @@ import json
 import os
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 
+import model
 from model import DiT, ModelConfig, load_pretrained, read_checkpoint, save_pretrained
+from test_train import SMALL, metrics
 
 GOLDEN = os.path.join(os.path.dirname(__file__), 'golden')
 LIGHTNING = os.path.join(GOLDEN, 'mdlm_lightning.ckpt')
@@ -121,3 +124,14 @@ def test_what_a_published_net_is_needs_no_words_of_ours(tmp_path):
         (tmp_path / 'config.json').write_text(json.dumps(described | dict(nanomdm=broken)))
         with pytest.raises(ValueError, match=message):
             load_pretrained(str(tmp_path))
+
+
+# --- measures that say one thing whatever the batch
+
+
+def test_a_validation_is_computed_once(mine, here, monkeypatch):
+    counted = []
+    of_rows = model.likelihood_of
+    monkeypatch.setattr(model, 'likelihood_of', lambda *args: counted.append(1) or of_rows(*args))
+    here('train.py', *SMALL, '--max_iters=4', '--eval_interval=2')
+    assert len(metrics()[1]) == len(counted) == 2
