@@ -1004,10 +1004,11 @@ def likelihood(run, name, folder):
     block_size = net.config.block_size if c.block_size is None else c.block_size
     if net.config.causal and packing in ('concat', 'crop'):
         block_size += 1                                   # the first token is not predicted
-    padding = run.trained('loss_on_padding', True) and not (net.config.causal and packing == 'pair')
-    rows = TokenRows(
-        folder, split, block_size, packing, padding, run.trained('pad_to', 'block'),
-        c.grouping)
+    pad_to = run.trained('pad_to', 'block')
+    padding = run.trained('loss_on_padding', True)
+    if packing == 'pair' and (net.config.causal or pad_to == 'batch'):
+        padding = False                                   # or it would depend on the batch
+    rows = TokenRows(folder, split, block_size, packing, padding, pad_to, c.grouping)
     if max_tokens:
         rows.length = min(rows.length, max_tokens // block_size)
         require(rows.length, f'max_tokens={max_tokens} are less than a row of {block_size}')

@@ -183,7 +183,9 @@ folder = find_or_prepare(dataset, tokenizer)  # before the process group, which 
 row_length = block_size + (causal and packing in ('concat', 'crop'))
 loss_on_padding = loss_on_padding and not (is_pair and causal)  # its one EOS is the answer's
 train_rows = TokenRows(folder, 'train', row_length, packing, loss_on_padding)
-val_rows = TokenRows(folder, val_split, row_length, packing, loss_on_padding, pad_to)
+# what pads a batch is not measured, which would depend on the batch
+val_rows = TokenRows(folder, val_split, row_length, packing,
+                     loss_on_padding and pad_to == 'block', pad_to)
 tokenizer_meta = train_rows.meta['tokenizer']
 mask_id = tokenizer_meta['mask_id']
 tokenizer_file = None  # of a tokenizer trained with the data: it goes where the weights go

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import model
+from data import prepare
 from model import DiT, ModelConfig, load_pretrained, read_checkpoint, save_pretrained
 from test_train import SMALL, metrics
 
@@ -135,3 +136,24 @@ def test_a_validation_is_computed_once(mine, here, monkeypatch):
     monkeypatch.setattr(model, 'likelihood_of', lambda *args: counted.append(1) or of_rows(*args))
     here('train.py', *SMALL, '--max_iters=4', '--eval_interval=2')
     assert len(metrics()[1]) == len(counted) == 2
+
+
+def test_answers_padded_to_their_batch_are_measured_whatever_the_batch(
+    tmp_path, monkeypatch, here
+):
+    """Each row as if it were alone, in training's validation too."""
+    monkeypatch.chdir(tmp_path)
+    with open('p.jsonl', 'w') as f:
+        for i in range(40):
+            f.write(json.dumps(dict(prompt='ask', answer='x' * (1 + i * i % 9))) + '\n')
+    prepare('pairs:p.jsonl', 'bytes', 'mine')
+    done = here('train.py', *SMALL, '--packing=pair', '--pad_to=batch', '--val_split=train',
+                '--max_iters=2', '--eval_iters=0')
+    assert done['found']['tokens'] == done['found']['document_tokens']
+    results = []
+    for batch_size in (1, 7, 40):
+        done = here('eval.py', '--split=train', '--device=cpu', f'--batch_size={batch_size}')
+        results.append(done['result'])
+    for result in results:
+        assert result['nats_per_token'] == pytest.approx(results[0]['nats_per_token'], rel=1e-5)
+        assert result['tokens'] == result['document_tokens']
