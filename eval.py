@@ -1354,7 +1354,7 @@ def decode_prompts(net, tok, prompts, passes, length, seed, first_row, **options
             break
         out = generate(
             net, len(fit), length, prompt=[ids[i] for i in fit], seed=seed + k,
-            first_row=first_row, **options)
+            numbers=[first_row + i for i in fit], **options)
         for i, row, n in zip(fit, out.tokens.tolist(), out.length.tolist(), strict=True):
             made = row[0 if passes > 1 else len(ids[i]):n]
             texts[i] = plain_text(tok, made)
@@ -1518,9 +1518,10 @@ def score_pairs(
 
 
 def continue_until(net, tok, requests, batch_size=32, seed=0, steps=256, **options):
-    """Continuations (str) of requests, (text, generation arguments of the harness), which end
-    before the first of the strings `until`, and at EOS."""
+    """Continuations (str) of requests, (number, (text, generation arguments of the harness)), which
+    end before the first of the strings `until`, and at EOS. The number makes the row's seed."""
     groups, texts = collections.defaultdict(list), [''] * len(requests)
+    numbers, requests = zip(*requests, strict=True) if requests else ((), ())
     for i, (_, arguments) in enumerate(requests):
         sampled = arguments.get('do_sample', bool(arguments.get('temperature')))
         temperature = float(arguments.get('temperature', 1.0)) if sampled else 0.0
@@ -1531,7 +1532,7 @@ def continue_until(net, tok, requests, batch_size=32, seed=0, steps=256, **optio
         lengths = [min(len(prompt) + most, net.config.block_size) for prompt in prompts]
         out = generate(
             net, len(group), lengths, steps, prompt=prompts, temperature=temperature, seed=seed,
-            batch_size=batch_size, **options)
+            batch_size=batch_size, numbers=[numbers[i] for i in group], **options)
         for i, prompt, row, n in zip(group, prompts, out.tokens.tolist(), out.length, strict=True):
             made = row[len(prompt):n]
             if tok.eos_id in made:
@@ -1577,7 +1578,8 @@ def harness_lm(
             if not net.config.causal:
                 options['cfg_scale'] = cfg_scale
             work = functools.partial(continue_until, net, tok, **options)
-            return among_processes([request.args for request in requests], work)
+            numbered = list(enumerate(request.args for request in requests))
+            return among_processes(numbered, work)
 
     return Adapter()
 

@@ -92,7 +92,7 @@ def generate(
     net, num_samples, length, steps, sampler='ancestral', prompt=None, cfg_scale=0.0,
     temperature=1.0, top_p=None, top_k=0, seed=0, first_row=0, batch_size=16, schedule=None,
     template=None, progress=False, on_change=None, compile=False, draw_dtype='float64',
-    on_finish=None, **options,
+    on_finish=None, numbers=None, **options,
 ):
     """Draw num_samples rows -> Samples. The options not named here are as the constants above say.
 
@@ -102,6 +102,7 @@ def generate(
     on_change(rows, cols, ids, confidence, steps), each (N,) on the CPU, hears of positions that are
     unmasked, with the net's probability of the tokens, or masked again (id -1); and first of the
     whole start, as step -1. on_finish(row, ids, nfe) hears of each row when it is finished.
+    numbers (n,): of the rows, in place of first_row, first_row + 1, ...
     Raises ValueError where an option is impossible, or memory does not suffice."""
     config = net.config
     if sampler is None:
@@ -124,7 +125,8 @@ def generate(
 
     check_memory(num_samples, config.block_size if length is None else length, steps)
     x, is_open, lengths = lay_out(net, num_samples, length, prompt, template, bos_id, longest)
-    keys = np.array([key_of(seed, first_row + i) for i in range(num_samples)], dtype=np.uint64)
+    numbers = range(first_row, first_row + num_samples) if numbers is None else numbers
+    keys = np.array([key_of(seed, number) for number in numbers], dtype=np.uint64)
     draw_options = dict(
         temperature=temperature, top_k=top_k, top_p=top_p, dtype=getattr(torch, draw_dtype))
     b = Batch(

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+import eval as measures
 import model
-from data import prepare
+from data import get_tokenizer, prepare
 from model import DiT, ModelConfig, load_pretrained, read_checkpoint, save_pretrained
 from test_train import SMALL, metrics
 
@@ -157,3 +158,36 @@ def test_answers_padded_to_their_batch_are_measured_whatever_the_batch(
     for result in results:
         assert result['nats_per_token'] == pytest.approx(results[0]['nats_per_token'], rel=1e-5)
         assert result['tokens'] == result['document_tokens']
+
+
+@pytest.fixture
+def writer(tiny_net):
+    """A net over bytes, and its tokenizer."""
+    net = tiny_net(vocab_size=258, mask_id=257, block_size=32)
+    net.tokenizer = dict(name='bytes')
+    return net, get_tokenizer('bytes')
+
+
+def test_an_answer_depends_on_its_number_not_on_those_that_are_too_long(writer):
+    options = dict(length=24, seed=3, steps=4, sampler='ancestral', batch_size=8)
+    prompts = ['to be', 'x' * 40, 'or', 'x' * 40, 'not to be']
+    for passes in (1, 2):
+        together = measures.decode_prompts(*writer, prompts, passes, first_row=5, **options)
+        assert together[1] == together[3] == ([], 'ERROR')
+        for i, prompt in enumerate(prompts):
+            alone = measures.decode_prompts(*writer, [prompt], passes, first_row=5 + i, **options)
+            assert alone == together[i:i + 1]
+
+
+def test_requests_that_generate_have_seeds_of_their_own_in_any_number_of_processes(
+    writer, monkeypatch
+):
+    requests = [
+        ('to be', dict(max_gen_toks=8 + i % 2, do_sample=True, temperature=0.5 + i // 3))
+        for i in range(6)
+    ]
+    whole = measures.continue_until(*writer, list(enumerate(requests)), steps=4)
+    assert len(set(whole)) == 6
+    for rank in range(2):
+        mine = list(enumerate(requests))[rank::2]
+        assert measures.continue_until(*writer, mine, steps=4) == whole[rank::2]
