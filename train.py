@@ -33,10 +33,10 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from configurator import configure, constants_of, require
 from data import TokenRows, find_or_prepare, get_tokenizer, key_of, permute
 from model import (
-    OBJECTIVES, SIZES, CheckpointWriter, DiT, ModelConfig, autocast, build, check_objective,
-    check_overrides, corrupt_batch, free_memory, likelihood_of, load_pretrained, load_state,
-    memory_needed, on_grid, options_of, per_token_loss, pick_device, put, read_newest,
-    reuse_memory, row_sums, say, schedule_of, stratified_times)
+    FAMILIES, OBJECTIVES, SIZES, CheckpointWriter, DiT, ModelConfig, autocast, build,
+    check_objective, check_overrides, corrupt_batch, free_memory, likelihood_of, load_pretrained,
+    load_state, memory_needed, on_grid, options_of, per_token_loss, pick_device, put,
+    read_newest, reuse_memory, row_sums, say, schedule_of, stratified_times)
 from sample import SAMPLERS, TAKES, generate
 
 # input and output
@@ -449,10 +449,13 @@ if checkpoint and step >= max_iters:
 check_memory(model_config)
 lock = claim_out_dir() if master else None
 net = net or DiT(model_config)
+before = checkpoint['constants'] if checkpoint else net.constants
+# how nets of its family are prompted and measured
+constants |= {key: before[key] for family in FAMILIES.values() for key in family.constants
+              if key in before and key not in constants}
 ema_net = copy.deepcopy(net)
 if checkpoint:
     load_state(ema_net, checkpoint['ema'], out_dir)
-    before = checkpoint['constants']
     for key in shape.keys() & before.keys() - {'dropout', 'attn_dropout'}:
         constants[key] = before[key]
     changed = {key: value for key, value in constants.items()

@@ -5,7 +5,6 @@ import json
 import os
 import zipfile
 
-import numpy as np
 import pytest
 import torch
 
@@ -191,3 +190,26 @@ def test_requests_that_generate_have_seeds_of_their_own_in_any_number_of_process
     for rank in range(2):
         mine = list(enumerate(requests))[rank::2]
         assert measures.continue_until(*writer, mine, steps=4) == whole[rank::2]
+
+
+def test_a_fine_tuned_net_keeps_how_its_family_is_prompted_and_measured(
+    tiny_net, mine, here, tmp_path
+):
+    """SMDM's prompts begin with BOS; resuming and saving again keep that."""
+    net = tiny_net(
+        vocab_size=258, mask_id=257, cond_dim=0, norm='rmsnorm', mlp='swiglu', mlp_bias=False,
+        head_bias=False, head_mask=False, rotary_bf16=True, init='smdm')
+    save_pretrained(net, 'smdm')
+    first = load_pretrained('smdm')
+    assert first.constants['prompt_bos'] and first.constants['mc_eps'] == 0.0
+    small = [*SMALL, '--max_iters=1', '--eval_iters=1', '--eval_interval=9']
+    tuned = [*small, '--init_from=smdm', "--overrides={'n_head': 2}"]
+    here('train.py', *tuned)
+    here('train.py', *tuned, '--init_from=resume', '--max_iters=2')
+    here('train.py', *small, '--init_from=out', '--out_dir=again')
+    save_pretrained(load_pretrained('again'), 'saved')
+    for source in ('out', 'again', 'saved'):
+        constants = load_pretrained(source).constants
+        kept = {key: constants.get(key) for key in ('prompt_bos', 'mc_eps', 'mc_draws')}
+        assert kept == dict(prompt_bos=True, mc_eps=0.0, mc_draws=1024)
+        assert constants['packing'] == 'wrap'  # what was trained with, not the family's
