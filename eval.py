@@ -22,6 +22,7 @@ import difflib
 import functools
 import glob
 import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -839,12 +840,14 @@ def record(path, **line):
     line = json.loads(json.dumps(line), parse_constant=lambda name: None)  # NaN: null
     now = datetime.datetime.now().isoformat(timespec='seconds')
     line |= dict(time=now, torch=torch.__version__, python=platform.python_version())
-    size = os.path.getsize(path) if os.path.exists(path) else 0
+    size = None
     try:
         with open(path, 'a', encoding='utf-8') as f:
+            size = f.tell()
             f.write(json.dumps(line) + '\n')
     except OSError as error:
-        os.truncate(path, size)
+        if size is not None:
+            os.truncate(path, size)
         why = f'{path} cannot be written ({error.strerror})'
         raise OSError(f"{why}; what it lacks: {json.dumps(line['result'])}") from None
 
@@ -1792,7 +1795,7 @@ if __name__ == '__main__':
     require(whole, f'table_steps={table_steps}: whole numbers of at least 1 are needed')
     dicts = metric != 'table' or all(isinstance(d, dict) for d in (published or {}).values())
     require(dicts, f'published={published}: a dict of dicts, as {dict(gen_ppl={128: 78.34})}')
-    own = {*constants, 'first_row', 'schedule'}.isdisjoint(sampler_options or ())
+    own = {*constants, *inspect.signature(generate).parameters}.isdisjoint(sampler_options or ())
     require(own, f'sampler_options={sampler_options}: only options that belong to one sampler')
 
     released = against_release(constants, in_config) if configs and published else None

@@ -1489,6 +1489,7 @@ if __name__ == '__main__':
     source = init_from or os.path.join(out_dir, 'ckpt.pt')
     net = load_pretrained(str(source), ema, device, **(overrides or {}))
     constants['sampler'] = sampler or OBJECTIVES[net.config.objective].sampler
+    check_sampler(net.config.objective, constants['sampler'], sampler_options or {})
     if tokenizer == 'none':
         net.tokenizer = None
     elif tokenizer:

@@ -438,6 +438,7 @@ if epochs is not None:
     max_iters = int(len(train_rows) * epochs / global_batch_size)
     require(max_iters > 0, f'epochs={epochs} of {len(train_rows):,} rows are less than one step of '
             f'global_batch_size={global_batch_size}')
+constants['max_iters'] = max_iters  # what epochs and flops came to
 warmup_iters = max(warmup_iters, round(warmup_share * max_iters))
 if checkpoint and step >= max_iters:
     if master:

@@ -213,3 +213,33 @@ def test_a_fine_tuned_net_keeps_how_its_family_is_prompted_and_measured(
         kept = {key: constants.get(key) for key in ('prompt_bos', 'mc_eps', 'mc_draws')}
         assert kept == dict(prompt_bos=True, mc_eps=0.0, mc_draws=1024)
         assert constants['packing'] == 'wrap'  # what was trained with, not the family's
+
+
+def test_a_run_of_epochs_counts_as_finished_for_scaling_laws(mine, here):
+    done = here('train.py', *SMALL, '--epochs=0.05', '--eval_interval=100')
+    assert done['max_iters'] == 6
+    run = measures.read_run('out')
+    assert run['D'] == 6 * 8 * 16
+    here('train.py', *SMALL, '--epochs=0.1', '--eval_interval=6', '--out_dir=part')
+    lines = open('part/metrics.jsonl').readlines()
+    with open('part/metrics.jsonl', 'w') as f:
+        f.writelines(line for line in lines if json.loads(line)['iter'] <= 6)
+    with pytest.raises(ValueError, match='validated at step 6 of 12'):
+        measures.read_run('part')
+
+
+def test_a_result_that_cannot_be_written_is_shown_and_what_is_there_stays(tmp_path):
+    with pytest.raises(OSError, match=r'what it lacks: \{"ppl": 7\}'):
+        measures.record(str(tmp_path), metric='ppl', result=dict(ppl=7))
+    with pytest.raises(OSError, match=r'what it lacks: \{"ppl": 7\}'):
+        measures.record(str(tmp_path / 'gone' / 'r.jsonl'), metric='ppl', result=dict(ppl=7))
+
+
+def test_a_samplers_options_are_its_own(tiny_net, refused, tmp_path):
+    net = tiny_net(vocab_size=258, mask_id=257)
+    save_pretrained(net, tmp_path / 'net')
+    for option in ('seed', 'first_row', 'schedule', 'on_change', 'numbers'):
+        error = refused(
+            'sample.py', '--init_from=net', '--tokenizer=bytes', '--device=cpu', '--steps=2',
+            '--num_samples=1', f"--sampler_options={{'{option}': 3}}")
+        assert error.startswith(f'error: {option} does not go with sampler')
