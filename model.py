@@ -1878,7 +1878,8 @@ def save_pretrained(net, folder):
         untold['tokenizer'] = net.tokenizer['name']
         trained = os.path.join(net.tokenizer.get('folder') or '', 'tokenizer.json')
         copy = os.path.join(folder, 'tokenizer.json')
-        if os.path.isfile(trained) and os.path.abspath(trained) != os.path.abspath(copy):
+        ours = untold['tokenizer'].startswith('bpe-') and os.path.isfile(trained)
+        if ours and os.path.abspath(trained) != os.path.abspath(copy):
             shutil.copyfile(trained, copy)
     if untold:
         described['nanomdm'] = untold

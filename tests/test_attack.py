@@ -243,3 +243,17 @@ def test_a_samplers_options_are_its_own(tiny_net, refused, tmp_path):
             'sample.py', '--init_from=net', '--tokenizer=bytes', '--device=cpu', '--steps=2',
             '--num_samples=1', f"--sampler_options={{'{option}': 3}}")
         assert error.startswith(f'error: {option} does not go with sampler')
+
+
+def test_only_a_tokenizer_of_the_net_goes_with_its_weights(tiny_net, tmp_path, monkeypatch):
+    """--push would upload whatever tokenizer.json lies in the folder one is in."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'tokenizer.json').write_text('of something else')
+    net = tiny_net(vocab_size=258, mask_id=257)
+    for tokenizer in (dict(name='bytes'), dict(name='bytes', folder='.')):
+        net.tokenizer = tokenizer
+        save_pretrained(net, 'saved')
+        assert not os.path.exists('saved/tokenizer.json')
+    net.tokenizer = dict(name='bpe-257', folder='.')
+    save_pretrained(net, 'saved')
+    assert os.path.exists('saved/tokenizer.json')
