@@ -1435,6 +1435,8 @@ def measure_generation(c):
     shared = dict(
         length=length, sampler=c.sampler, steps=c.steps, temperature=c.temperature, top_p=c.top_p,
         top_k=c.top_k, cfg_scale=c.cfg_scale, seed=c.seed, batch_size=c.batch_size)
+    if c.draw_dtype != 'float64':
+        shared |= dict(draw_dtype=c.draw_dtype)
     for name, (rows, prompts, targets) in read.items():
         prompts, targets, rows = prompts[:c.max_rows], targets[:c.max_rows], rows[:c.max_rows]
         said = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
@@ -1588,7 +1590,8 @@ def harness_lm(
 
 
 HARNESS_OPTIONS = (
-    'method', 'cfg_scale', 'num_mc', 'greedy', 'padding', 'batch_size', 'seed', 'steps', 'sampler')
+    'method', 'cfg_scale', 'num_mc', 'greedy', 'padding', 'batch_size', 'seed', 'steps', 'sampler',
+    'top_p', 'top_k', 'draw_dtype')
 
 
 def measure_harness(c):

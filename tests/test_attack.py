@@ -257,3 +257,22 @@ def test_only_a_tokenizer_of_the_net_goes_with_its_weights(tiny_net, tmp_path, m
     net.tokenizer = dict(name='bpe-257', folder='.')
     save_pretrained(net, 'saved')
     assert os.path.exists('saved/tokenizer.json')
+
+
+def test_answers_are_drawn_in_the_number_format_asked_for(
+    tiny_net, here, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    save_pretrained(tiny_net(vocab_size=258, mask_id=257), 'net')
+    with open('a.jsonl', 'w') as f:
+        f.write(json.dumps(dict(prompt='to', answer='be')) + '\n')
+    drawn = {}
+    for dtype in ('float64', 'float32'):
+        here('eval.py', '--metric=generation', '--input=a.jsonl', '--init_from=net', '--steps=4',
+             '--tokenizer=bytes', '--device=cpu', f'--draw_dtype={dtype}', f'--samples_dir={dtype}')
+        path, = (tmp_path / dtype / 'a').glob('*.jsonl')
+        row = json.loads(path.read_text())
+        drawn[dtype] = row['ids'], row['settings'].get('draw_dtype')
+    assert drawn['float64'][0] != drawn['float32'][0]
+    assert drawn['float64'][1] is None and drawn['float32'][1] == 'float32'
+    assert {'top_p', 'top_k', 'draw_dtype'} <= set(measures.HARNESS_OPTIONS)
