@@ -1887,7 +1887,9 @@ def save_pretrained(net, folder):
                                  AutoModelForMaskedLM='modeling_nanomdm.MDLM')
     path = os.path.join(folder, 'model.safetensors')
     save_file(tensors | extra, path + '.unfinished', metadata=dict(format='pt'))
-    os.chmod(path + '.unfinished', 0o644)  # safetensors writes for its owner alone
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(path + '.unfinished', 0o666 & ~umask)  # safetensors writes for its owner alone
     os.replace(path + '.unfinished', path)
     source = inspect.getsource(sys.modules[__name__]).partition("\nif __name__ == '__main__'")[0]
     source = source.replace(

@@ -44,6 +44,7 @@ from model import (
     autocast,
     check_overrides,
     float64,
+    free_memory,
     load_pretrained,
     loglinear,
     pick_device,
@@ -1021,25 +1022,16 @@ def check_numbers(sampler, **values):
                 f"cfg_scale={values['cfg_scale']}: it must be 0 for sampler 'ar'")
 
 
-def free_memory():
-    """Bytes that are free, or None where the machine does not tell (Linux does)."""
-    try:
-        with open('/proc/meminfo') as f:
-            return 1024 * int(re.search(r'MemAvailable: *(\d+)', f.read())[1])
-    except (OSError, TypeError):
-        return None
-
-
 def check_memory(num_samples, length, steps):
     """Refuse what does not fit, before anything is drawn. length: a number, or of each row."""
     lengths = plain(length)
     lengths = lengths if isinstance(lengths, (list, tuple)) else [lengths]
     longest = max(filter(is_whole, lengths), default=0)  # read_lengths refuses what is not whole
     need = num_samples * longest * 100 + steps * 64  # bytes, about
-    free = free_memory()
-    require(free is None or need < free,
+    free = free_memory(torch.device('cpu'))
+    require(need < free,
             f'num_samples={num_samples} of {longest} tokens in {steps} steps need about '
-            f'{need / 1e9:.1f} GB of memory, where {(free or 0) / 1e9:.1f} GB are free: draw fewer '
+            f'{need / 1e9:.1f} GB of memory, where {free / 1e9:.1f} GB are free: draw fewer '
             'at a time, each time with another seed, or in fewer steps')
 
 

@@ -10,6 +10,7 @@ import torch
 
 import eval as measures
 import model
+import sample
 from data import get_tokenizer, prepare
 from model import DiT, ModelConfig, load_pretrained, read_checkpoint, save_pretrained
 from test_train import SMALL, metrics
@@ -276,3 +277,19 @@ def test_answers_are_drawn_in_the_number_format_asked_for(
     assert drawn['float64'][0] != drawn['float32'][0]
     assert drawn['float64'][1] is None and drawn['float32'][1] == 'float32'
     assert {'top_p', 'top_k', 'draw_dtype'} <= set(measures.HARNESS_OPTIONS)
+
+
+def test_saved_weights_are_as_private_as_other_new_files(tiny_net, tmp_path):
+    for umask, mode in ((0o077, 0o600), (0o022, 0o644)):
+        before = os.umask(umask)
+        try:
+            save_pretrained(tiny_net(), tmp_path / str(umask))
+        finally:
+            os.umask(before)
+        for name in ('model.safetensors', 'config.json'):
+            assert os.stat(tmp_path / str(umask) / name).st_mode & 0o777 == mode
+
+
+def test_sampling_asks_for_memory_as_training_does():
+    """Which knows control groups: in a container the machine's own is not what one may have."""
+    assert sample.free_memory is model.free_memory
