@@ -64,7 +64,7 @@ private = False  # a repository that only you can see, where it is a new one
 
 
 def require_known(what, value, known):
-    require(value in known, f"{what}'{value}' is not known: choose from {', '.join(known)}")
+    require(value in [*known], f"{what}'{value}' is not known: choose from {', '.join(known)}")
 
 
 # -----------------------------------------------------------------------------
@@ -673,6 +673,7 @@ def get_schedule(name, **parameters):
 def schedule_of(constants):
     """The Schedule that the constants of train.py name ({}, of published weights: loglinear)."""
     parameters = constants.get('schedule_parameters') or {}
+    require(isinstance(parameters, dict), f'schedule_parameters={parameters!r}: a dict is needed')
     parameters = {str(key): value for key, value in parameters.items()}
     return get_schedule(constants.get('schedule', 'loglinear'), **parameters)
 

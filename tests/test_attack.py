@@ -293,3 +293,11 @@ def test_saved_weights_are_as_private_as_other_new_files(tiny_net, tmp_path):
 def test_sampling_asks_for_memory_as_training_does():
     """Which knows control groups: in a container the machine's own is not what one may have."""
     assert sample.free_memory is model.free_memory
+
+
+@pytest.mark.parametrize(
+    'constants', (dict(schedule=[]), dict(schedule_parameters=5), dict(schedule_parameters=[1]))
+)
+def test_constants_of_strange_weights_are_refused_in_one_line(constants):
+    with pytest.raises(ValueError, match='schedule'):
+        model.schedule_of(constants)
