@@ -1131,6 +1131,8 @@ def draw(run, steps):
     options = shared | dict(steps=steps, batch_size=c.batch_size) | own
     settings = shared | dict(sampler_options=own or None, dtype=c.dtype, weights=run.weights)
     settings |= dict(model=dataclasses.asdict(config), steps=steps)
+    if own.get('across_rows'):                            # a row depends on those beside it
+        settings |= dict(batch_size=c.batch_size)
     home = run.source if os.path.isdir(run.source) else c.out_dir
     folder = os.path.join(c.samples_dir or os.path.join(home, 'samples'), str(steps))
     with autocast(run.device, c.dtype):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import types
 import zipfile
 
 import pytest
@@ -301,3 +302,21 @@ def test_sampling_asks_for_memory_as_training_does():
 def test_constants_of_strange_weights_are_refused_in_one_line(constants):
     with pytest.raises(ValueError, match='schedule'):
         model.schedule_of(constants)
+
+
+def test_kept_samples_of_whole_batches_are_not_mixed_with_those_of_other_batches(
+    tiny_net, tmp_path, monkeypatch
+):
+    """Greedy across rows: a row depends on those beside it."""
+    net = tiny_net(vocab_size=258, mask_id=257)
+    net.tokenizer = dict(name='bytes')
+    drawn = []
+    monkeypatch.setattr(measures, 'draw_samples', lambda *args, **_: drawn.append(args[3]) or [0])
+    for across_rows in (True, False):
+        for batch_size in (2, 3):
+            c = types.SimpleNamespace(
+                length=8, sampler='greedy', temperature=1.0, top_p=None, top_k=0, seed=0,
+                draw_dtype='float64', batch_size=batch_size, dtype='float32', num_samples=4,
+                out_dir='out', samples_dir=str(tmp_path), sampler_options=dict(across_rows=across_rows))
+            measures.draw(measures.Run(c, 'net', torch.device('cpu'), net), 4)
+    assert drawn[0] != drawn[1] and drawn[2] == drawn[3]
