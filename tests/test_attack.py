@@ -317,6 +317,19 @@ def test_kept_samples_of_whole_batches_are_not_mixed_with_those_of_other_batches
             c = types.SimpleNamespace(
                 length=8, sampler='greedy', temperature=1.0, top_p=None, top_k=0, seed=0,
                 draw_dtype='float64', batch_size=batch_size, dtype='float32', num_samples=4,
-                out_dir='out', samples_dir=str(tmp_path), sampler_options=dict(across_rows=across_rows))
+                out_dir='out', samples_dir=str(tmp_path),
+                sampler_options=dict(across_rows=across_rows))
             measures.draw(measures.Run(c, 'net', torch.device('cpu'), net), 4)
     assert drawn[0] != drawn[1] and drawn[2] == drawn[3]
+
+
+def test_a_likelihood_under_a_schedule_that_does_not_mask_all_is_called_no_bound(
+    mine, here, capsys
+):
+    """The bound has a term for what is left of the text at t = 1, which is infinite."""
+    tuned = [*SMALL, '--max_iters=1', '--time_conditioning=True', '--eval_iters=1']
+    for schedule, warned in (('geometric', True), ('linear', False)):
+        here('train.py', *tuned, f'--schedule={schedule}', f'--out_dir={schedule}')
+        capsys.readouterr()
+        here('eval.py', f'--out_dir={schedule}', '--device=cpu', '--max_rows=4')
+        assert ('leaves 36.8% of the tokens unmasked' in capsys.readouterr().err) == warned
