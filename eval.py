@@ -285,8 +285,6 @@ def prefix_and_target(net, prefix, target, cfg_scale):
     found = f'prefix and target have {P} and {n} tokens'
     require(n > 0, f'{found}: at least one target token is needed')
     require(P + n <= most, f'{found}: they may have at most {most} in all')
-    begins = P > 0 or not config.causal
-    require(begins, 'a causal net begins with a token: give a prefix, such as its BOS')
     return pair
 
 

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from filelock import FileLock, Timeout
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from configurator import configure, constants_of, require
@@ -309,11 +310,11 @@ def resumed_net():
 
 
 def claim_out_dir():
-    """Lock out_dir for this process -> the open file, which holds the lock until it is closed.
-    Raises ValueError where a run is going on in it, where there is one that would be replaced, or
-    where nothing can be written."""
+    """Lock out_dir for this process -> the lock, which ends with it. Raises ValueError where a run
+    is going on in it, where there is one that would be replaced, or where nothing can be written.
+    """
     name = f'out_dir={out_dir}'
-    path = os.path.join(out_dir, '.lock')
+    lock = FileLock(os.path.join(out_dir, '.lock'))
     there = [os.path.basename(file) for pattern in ('ckpt*.pt', 'metrics.jsonl')
              for file in sorted(glob.glob(os.path.join(glob.escape(out_dir), pattern)))]
     if auto and there == ['metrics.jsonl']:
@@ -323,17 +324,14 @@ def claim_out_dir():
             '(--init_from=resume), give another --out_dir, or replace it (--overwrite=True)')
     try:
         os.makedirs(out_dir, exist_ok=True)
-        lock = open(path, 'a')
-    except OSError as error:
-        raise ValueError(f'{name} cannot be written to: {error}') from None
-    try:
-        import fcntl
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        lock.acquire(timeout=0)
+    except Timeout:
         raise ValueError(f'{name}: another training is going on there, wait for its end or '
                          'give another --out_dir') from None
-    except (ImportError, OSError):
-        pass  # a system without locks
+    except OSError as error:
+        raise ValueError(f'{name} cannot be written to: {error}') from None
+    except NotImplementedError:
+        pass  # a file system without locks
     return lock
 
 
@@ -911,8 +909,8 @@ if master and sample_at_end and step >= max_iters:
         f'python eval.py --out_dir={out_dir}')
 if master:
     with contextlib.suppress(OSError):
-        os.remove(lock.name)
-    lock.close()
+        os.remove(lock.lock_file)  # whoever waits for the one that is gone makes another
+    lock.release()
     if tensorboard:
         board.close()
 if world_size > 1:
