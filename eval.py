@@ -3,9 +3,11 @@ Measure a trained net, or samples:
 
     python eval.py --out_dir=out                        the NELBO of the validation split
     python eval.py --out_dir=out --metric=zero_shot     the same of MDLM's benchmarks, in one table
+    python eval.py --estimator=duel --sampler=fixed --confidence=top_prob   a sampler's likelihood
     python eval.py --metric=samples --input=samples.jsonl --dataset=stdlib
                                 generative perplexity, entropy, MAUVE, distinct-n, memorisation
     python eval.py config/eval_owt_mlm.py       the xlm experiment's table: samples in 128 ... steps
+    python eval.py --metric=frontier            generative perplexity and entropy by temperature
     python eval.py config/eval_gsm8k.py         answers to prompts, judged; also eval_reverse.py
     python eval.py config/eval_smdm_harness.py  tasks of lm-evaluation-harness
     python eval.py --metric=report              results.jsonl -> results.md and plots
@@ -47,7 +49,7 @@ from data import (
     BENCHMARKS, DATASETS, GPT2_XLM, MEASURED_AS, TokenRows, Tokenizer, find_or_prepare,
     get_tokenizer, key_of, permute, read_meta, splitmix64, vicuna_prompt)
 from model import (
-    OBJECTIVES, DiT, autocast, check_overrides, corrupt_batch, float64, likelihood_of,
+    OBJECTIVES, DiT, autocast, check_overrides, corrupt_batch, float64, is_packed, likelihood_of,
     load_pretrained, loglinear, on_grid, options_of, per_token_loss, pick_device, ratio_with_error,
     require_known, reuse_memory, row_sums, schedule_of, stratified_times)
 from sample import check_sampler, flags, generate, tokenizer_of
@@ -71,7 +73,7 @@ packing = None          # a key of data.PACKINGS; None: as trained, else 'wrap'
 grouping = None         # [int >= 1] cut so many documents at a time, drop their rest (MDLM: 1000)
 block_size = None       # [int >= 1] tokens a row; None: the net's
 T = None                # [int >= 0] steps of the bound; 0: continuous time; None: as trained
-estimator = None        # [time | count] see nelbo; None: 'count' where it is defined
+estimator = None        # [time | count | duel] see nelbo; None: 'count' where it is defined
 num_mc = 4              # [>= 1] times, or counts, drawn for each row (harness: SMDM has 1024)
 max_rows = None         # [int >= 1] evaluate so many rows, spread over the split; None: all
 max_tokens = None       # [int >= 1] evaluate the first tokens of the split; None: all, or as usual
@@ -79,7 +81,7 @@ datasets = (
     'ptb', 'wikitext2', 'lm1b', 'lambada', 'ag_news', 'scientific_papers_pubmed',
     'scientific_papers_arxiv')  # of zero_shot
 
-# samples (samples, table); dataset: what MAUVE and memorisation compare with, '': nothing
+# samples (samples, table, frontier); dataset: what MAUVE and memorisation compare with, '': nothing
 input = None            # samples: a .jsonl file with a "text" field; None: draw them from the net
 judge = 'gpt2-large'    # causal net of generative perplexity: a Hugging Face name or folder
 judge_dtype = None      # [float32 | bfloat16] None: as the weights' release, else float32
@@ -96,8 +98,11 @@ temperature = 1.0
 top_p = None
 top_k = 0
 draw_dtype = 'float64'  # [float64 | float32] see draw() of sample.py
-table_steps = (128, 256, 512, 1024)  # table: the steps of each column
-samples_dir = None      # samples are kept here, a folder for each steps; None: <out_dir>/samples
+table_steps = (128, 256, 512, 1024)  # table, frontier: the steps of each column
+temperatures = (0.7, 0.8, 0.9, 1.0, 1.1)  # frontier: of each curve
+samplers = ()           # frontier: names, or dicts of one and its options; (): sampler
+samples_dir = None      # samples are kept here, a folder for each steps; None: <out_dir>/samples,
+                        # or /frontier
 cfg_scale = 0.0         # generation, harness: guidance, as in sample.py
 
 # generation: the net's answers to the prompts of `input`, a .jsonl file or {'name': FILE, ...}
@@ -171,7 +176,7 @@ def draw_times(u, stratum, num_strata, estimator, T, maskable, sampling_eps=1e-3
 @torch.no_grad()
 def nelbo(
     net, rows, num_mc=1, batch_size=16, seed=0, max_rows=None, schedule=loglinear, T=0,
-    options=None, estimator=None, progress=False, sampling_eps=1e-3,
+    options=None, estimator=None, progress=False, sampling_eps=1e-3, sampling=None,
 ):
     """The negative evidence lower bound of rows (data.TokenRows) by the net's own objective ('mlm':
     MDLM's equation 10; 'ar': the likelihood itself; one without a bound: its loss), in continuous
@@ -180,17 +185,19 @@ def nelbo(
 
     estimator 'time': each position is masked by chance at a drawn time. 'count': exactly k of n
     are, k uniform in 1 ... n, and losses weigh n/k; the same mean but for eps (Ou et al. 2024,
-    arXiv 2406.03736, section 3.3).
-    -> what model.likelihood_of gives, ppl, num_mc, estimator.
+    arXiv 2406.03736, section 3.3). 'duel': no bound, but the likelihood under a sampler, see
+    text_nll; sampling: dict of its sampler, steps and options. Of a causal net nothing changes.
+    -> what model.likelihood_of gives, ppl, num_mc, estimator; 'duel': nfe, evaluations a row.
     Raises ValueError for a bad number, or an estimator that is not defined for the net."""
     max_rows = len(rows) if max_rows is None else max_rows
-    num_mc = 1 if net.config.causal else num_mc           # nothing is drawn
+    duel = estimator == 'duel' and not net.config.causal
+    num_mc = 1 if net.config.causal or duel else num_mc   # nothing is drawn
     natural = natural_estimator(net, T)
     estimator = natural if estimator is None else estimator
     require_positive(num_mc=num_mc, batch_size=batch_size, max_rows=max_rows)
-    require_known('estimator ', estimator, ('time', 'count'))
+    require_known('estimator ', estimator, ('time', 'count', 'duel'))
     require(
-        estimator in ('time', natural),
+        estimator in ('time', 'duel', natural),
         "estimator 'count' is for subs and mlm nets without time conditioning in continuous time")
 
     rank, world_size = ranks()
@@ -199,17 +206,22 @@ def nelbo(
     bound = OBJECTIVES[objective].bound
     options = options_of(bound or objective, (options or {}) | dict(importance=False))
     by_count = estimator == 'count'
+    given_schedule = schedule
     schedule = loglinear if by_count else schedule        # weighs by 1/t = n/k
     n = min(len(rows), max_rows)
     chosen = np.arange(n) * len(rows) // n
     generator = torch.Generator().manual_seed(key_of(seed))
     u = torch.rand((), generator=generator, dtype=torch.float64)
-    sums = torch.zeros(4, n, dtype=torch.float64)
+    sums = torch.zeros(5, n, dtype=torch.float64)
     starts = range(rank * batch_size, n, world_size * batch_size)
     quiet = not progress or rank > 0
     for start in tqdm(starts, desc='rows', unit_scale=batch_size, disable=quiet):
         index = np.arange(start, min(start + batch_size, n))
         clean = rows[chosen[index]]
+        if duel:
+            nll, nfe = text_nll(net, clean, schedule=given_schedule, **sampling or {})
+            sums[:, index] = torch.cat((row_sums(nll, clean, clean), nfe[None]))
+            continue
         for j in range(num_mc):
             stratum = torch.from_numpy(permute(index, n, seed)) + j * n
             maskable = clean['maskable'].sum(dim=1)
@@ -219,7 +231,7 @@ def nelbo(
             loss = per_token_loss(
                 net, batch['x0'], batch['xt'], batch['t'], bound or objective, schedule, T,
                 batch['masked'], batch['attention_mask'], reconstruction=True, **options)
-            sums[:, index] += row_sums(loss, batch, clean)
+            sums[:4, index] += row_sums(loss, batch, clean)
     if dist.is_initialized():
         sums = sums.to(device)
         dist.all_reduce(sums)
@@ -227,11 +239,28 @@ def nelbo(
     sums /= num_mc                                        # exact for counts
 
     not_nan(float(sums.sum()))
-    found = likelihood_of(sums, rows.counts, objective)
+    found = likelihood_of(sums[:4], rows.counts, objective)
+    if duel:
+        found['nfe'] = float(sums[4].mean())
     if bound:
         found['ppl'] = exp(found['nats_per_token'])
         found['ppl_se'] = found['ppl'] * found['nats_per_token_se']
     return found | dict(num_mc=num_mc, estimator=None if net.config.causal else estimator)
+
+
+def text_nll(net, clean, **sampling):
+    """-log p of rows of data.TokenRows under a sampler that chooses positions by the net alone
+    (DUEL: Turok et al. 2026, arXiv 2603.01367): it unmasks each token of the row where it would
+    draw one. sampling: of generate(); temperature, top_k and top_p play no part.
+    -> (B, L) nats, evaluations of the rows (B,)"""
+    x0, attention_mask = clean['x0'], clean['attention_mask']
+    require(not is_packed(attention_mask), "estimator 'duel' is not for packing 'documents'")
+    lengths = attention_mask.sum(dim=1)
+    start = x0.masked_fill(clean['maskable'], -1)
+    template = [row[:L] for row, L in zip(start.tolist(), lengths.tolist(), strict=True)]
+    out = generate(
+        net, len(x0), lengths, template=template, text=x0, batch_size=len(x0), **sampling)
+    return F.pad(-out.log_prob, (0, x0.size(1) - out.log_prob.size(1))), out.nfe
 
 
 # -----------------------------------------------------------------------------
@@ -431,7 +460,7 @@ def masks_of(net, method, num_mc=None, seed=0, eps=None):
     """What conditional_nll takes: 'chain_rule' or 'monte_carlo', of a causal net its own."""
     num_mc = net.constants.get('mc_draws', 128) if num_mc is None else num_mc
     eps = net.constants.get('mc_eps', 1e-3) if eps is None else eps
-    require_known('method ', method, ('chain_rule', 'monte_carlo'))
+    require_known('method ', method, ('chain_rule', 'monte_carlo'))  # 'duel' is before this
     require_positive(num_mc=num_mc)
     if net.config.causal:
         return causal_masks
@@ -442,18 +471,28 @@ def masks_of(net, method, num_mc=None, seed=0, eps=None):
 
 def continuation_nll(
     net, prefix, target, method='chain_rule', cfg_scale=0.0, num_mc=None, padding=False,
-    batch_size=16, seed=0, schedule=loglinear, eps=None,
+    batch_size=16, seed=0, schedule=loglinear, eps=None, sampler=None, steps=None, **options,
 ):
     """-log p(target | prefix) in nats, summed over the target; ids (P,), (n,) -> float.
 
     'chain_rule': the target from left to right, each token given those before it with all after it
     masked (SMDM), one row a token. 'monte_carlo': the bound, over num_mc low-discrepancy times in
     [eps, 1], the prefix always seen; None: as SMDM's release (1024, 0) for its weights, else 128
-    and 1e-3. 'ar' nets: exactly. cfg_scale: of guided_log_probs. padding: with masks to
-    block_size, as SMDM evaluates. Raises ValueError for what does not fit the net."""
+    and 1e-3. 'duel': exactly under a sampler in so many steps (None: one a token), with its
+    options, see text_nll. 'ar' nets: exactly. cfg_scale: of guided_log_probs. padding: with masks
+    to block_size, as SMDM evaluates. Raises ValueError for what does not fit the net."""
     require_positive(batch_size=batch_size)
-    masks = masks_of(net, method, num_mc, seed, eps)
     pairs = [prefix_and_target(net, prefix, target, cfg_scale)]
+    if method == 'duel':
+        require(not padding, "method 'duel' goes without padding")
+        ids = torch.cat(pairs[0])[None]
+        maskable = torch.arange(ids.size(1))[None] >= len(pairs[0][0])
+        clean = dict(x0=ids, maskable=maskable, attention_mask=torch.ones_like(maskable))
+        nll, _ = text_nll(
+            net, clean, sampler=sampler, steps=len(pairs[0][1]) if steps is None else steps,
+            cfg_scale=cfg_scale, schedule=schedule, **options)
+        return not_nan(float(nll.sum()))
+    masks = masks_of(net, method, num_mc, seed, eps)
     nats, _ = conditional_nll(net, pairs, masks, cfg_scale, padding, batch_size, schedule)
     return not_nan(nats.item())
 
@@ -771,8 +810,9 @@ def kept_rows(folder, n, batch_size, settings, make):
     return [rows[i] for i in range(n)]
 
 
-def draw_samples(net, folder, n, settings, **options):
-    """n samples of the net by sample.generate(**options), kept in folder -> (texts, ids)."""
+def draw_rows(net, folder, n, settings, **options):
+    """n samples of the net by sample.generate(**options), kept in folder -> dicts of ids, text and
+    nfe."""
     tok = get_tokenizer(**net.tokenizer)
 
     def make(batch):
@@ -781,7 +821,12 @@ def draw_samples(net, folder, n, settings, **options):
         return [dict(ids=ids, text=tok.decode(ids), nfe=nfe)
                 for ids, nfe in zip(rows, out.nfe.tolist(), strict=True)]
 
-    rows = kept_rows(folder, n, options['batch_size'], settings, make)
+    return kept_rows(folder, n, options['batch_size'], settings, make)
+
+
+def draw_samples(net, folder, n, settings, **options):
+    """draw_rows -> (texts, ids)."""
+    rows = draw_rows(net, folder, n, settings, **options)
     return [row['text'] for row in rows], [row['ids'] for row in rows]
 
 
@@ -867,17 +912,17 @@ def table(rows):
     return '\n'.join([lines[0], '|' + '---|' * len(keys), *lines[1:]])
 
 
-def plot(rows, x, ys, path):
+def plot(rows, x, ys, path, along='steps'):
     """A panel for each of ys that was measured against x, in it a line for each way to draw samples
-    -> whether there is one. Raises ImportError without matplotlib."""
+    but for `along` -> whether there is one. Raises ImportError without matplotlib."""
     ys = [y for y in ys if any(row.get(x) and row.get(y) is not None for row in rows)]
     if not ys:
         return False
     import matplotlib
     matplotlib.use('Agg')
     from matplotlib import pyplot
-    keys = ('source', 'sampler', 'top_p', 'temperature', 'judge', 'protocol')
-    keys = [key for key in keys if len({row.get(key) for row in rows}) > 1]
+    keys = ('source', 'sampler', 'steps', 'top_p', 'temperature', 'judge', 'protocol')
+    keys = [key for key in keys if key != along and len({row.get(key) for row in rows}) > 1]
     lines = collections.defaultdict(list)
     for row in rows:
         lines[', '.join(f'{key} {row[key]}' for key in keys if key in row)].append(row)
@@ -905,7 +950,7 @@ def plot(rows, x, ys, path):
 
 def report(path):
     """results.jsonl -> results.md, and plots of quality against steps and of generative perplexity
-    against entropy, beside it."""
+    against entropy, at each temperature in frontier.png, beside it."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f'there is no {path}: every run of eval.py appends to it')
     kinds = collections.defaultdict(list)
@@ -924,10 +969,14 @@ def report(path):
     drawn = [row for row in kinds['table'] + kinds['samples'] if row.get('gen_ppl')]
     stem = os.path.splitext(path)[0]
     write_whole(stem + '.md', text + '\n')                # whatever becomes of the plots
+    figures = dict(
+        steps=(drawn, 'steps', ('gen_ppl', 'entropy', 'mauve'), 'steps'),
+        entropy=(drawn, 'entropy', ('gen_ppl',), 'steps'),
+        frontier=(kinds.get('frontier', []), 'entropy', ('gen_ppl', 'nfe'), 'temperature'))
     try:
-        for x, ys in (('steps', ('gen_ppl', 'entropy', 'mauve')), ('entropy', ('gen_ppl',))):
-            if plot(drawn, x, ys, f'{stem}-{x}.png'):
-                text += f'\n\n![{x}]({os.path.basename(stem)}-{x}.png)'
+        for name, (rows, x, ys, along) in figures.items():
+            if plot(rows, x, ys, f'{stem}-{name}.png', along):
+                text += f'\n\n![{name}]({os.path.basename(stem)}-{name}.png)'
     except ImportError:
         text += '\n\nNo plots: they need matplotlib (pip install matplotlib).'
     write_whole(stem + '.md', text + '\n')
@@ -1016,16 +1065,21 @@ def likelihood(run, name, folder):
     ours, theirs = run.tok.meta(), rows.meta['tokenizer']
     require(ours == theirs, f'the net has ids of the tokenizer {ours}, the data those of {theirs}')
     schedule, T = schedule_of(net.constants), run.trained('T', 0)
+    own, how = c.sampler_options or {}, {}
+    if c.estimator == 'duel':
+        how = dict(sampler=sampler_of(run), steps=c.steps)
+        check_sampler(net.config.objective, how['sampler'], own)
     with autocast(run.device, c.dtype):
         result = nelbo(
             net, rows, c.num_mc, c.batch_size, c.seed, c.max_rows, schedule, T,
             net.constants, c.estimator, progress=True,
-            sampling_eps=run.trained('sampling_eps', 1e-3))
+            sampling_eps=run.trained('sampling_eps', 1e-3),
+            sampling=how | dict(cfg_scale=c.cfg_scale) | own)
     kept = float(schedule.alpha(torch.ones((), dtype=torch.float64)))
     if result['estimator'] == 'time' and kept > 0.01 and ranks()[0] == 0:
         print(f'warning: the schedule leaves {kept:.1%} of the tokens unmasked at t = 1: without '
               'a term for these this is no bound of the likelihood', file=sys.stderr)
-    return dict(dataset=name, split=split) | result
+    return dict(dataset=name, split=split) | how | result
 
 
 def measure_ppl(c):
@@ -1035,10 +1089,16 @@ def measure_ppl(c):
     require(name is not None, 'the weights do not say which data to measure: give --dataset=NAME')
     r = likelihood(run, name, find_or_prepare(name, run.tok.name))
     run.record(r)
-    objective, what = run.net.config.objective, 'NLL' if run.net.config.causal else 'NELBO'
+    objective = run.net.config.objective
+    what, how = 'NELBO', f"x {r['num_mc']} {r['estimator'] or 'pass'}s"
+    if run.net.config.causal:
+        what = 'NLL'
+    elif 'nfe' in r:
+        what = 'NLL'
+        how = f"by {r['sampler']} in {r['steps']} steps, {r['nfe']:.1f} evaluations a row"
     lines = [
         f"{objective if objective in r else what} of {run.source} on {name}/{r['split']}, "
-        f"{r['rows']:,} rows x {r['num_mc']} {r['estimator'] or 'pass'}s, "
+        f"{r['rows']:,} rows {how}, "
         f"{r['tokens']:,} tokens ({r['document_tokens']:,} of documents)"]
     for key, digits, unit in (
             ('nats_per_token', 4, 'nats/token'), ('ppl', 2, 'perplexity (exp of nats/token)'),
@@ -1119,8 +1179,14 @@ def sampler_of(run):
     return run.c.sampler or OBJECTIVES[run.net.config.objective].sampler
 
 
+def home_of(run, name):
+    """The folder where samples are kept."""
+    home = run.source if os.path.isdir(run.source) else run.c.out_dir
+    return run.c.samples_dir or os.path.join(home, name)
+
+
 def draw(run, steps):
-    """num_samples texts of the net in so many steps, kept in samples_dir."""
+    """num_samples texts of the net in so many steps, kept in samples_dir -> see draw_rows."""
     c, config = run.c, run.net.config
     own = dict(c.sampler_options or {})
     if sampler_of(run) == 'ar' and run.trained('protocol') == 'mdlm':
@@ -1135,10 +1201,9 @@ def draw(run, steps):
     settings |= dict(model=dataclasses.asdict(config), steps=steps)
     if own.get('across_rows'):                            # a row depends on those beside it
         settings |= dict(batch_size=c.batch_size)
-    home = run.source if os.path.isdir(run.source) else c.out_dir
-    folder = os.path.join(c.samples_dir or os.path.join(home, 'samples'), str(steps))
+    folder = os.path.join(home_of(run, 'samples'), str(steps))
     with autocast(run.device, c.dtype):
-        return draw_samples(run.net, folder, c.num_samples, settings, **options)[0]
+        return draw_rows(run.net, folder, c.num_samples, settings, **options)
 
 
 def quality(run, columns, measures, drawn):
@@ -1178,7 +1243,7 @@ def measure_samples(c):
     run = load(c)
     rows = [] if run.net else read_rows(run.source)
     measures = load_measures(run, len(rows) or c.num_samples)
-    texts = [row['text'] for row in rows] or draw(run, c.steps)
+    texts = [row['text'] for row in rows or draw(run, c.steps)]
     settings = [row.get('settings') for row in rows]
     drawn = how_drawn(settings or [vars(c) | dict(sampler=sampler_of(run))])
     found = quality(run, [texts], measures, [drawn])
@@ -1193,7 +1258,9 @@ def measure_table(c):
         judge = run.trained('judge_dtype', 'float32')
         print(f'sampler {sampler_of(run)}, {c.dtype}, judge {judge}, T {steps}', flush=True)
     measures = load_measures(run, c.num_samples)
-    columns = [draw(run, steps) for steps in c.table_steps]  # all, before other processes leave
+    columns = []                                          # all, before other processes leave
+    for steps in c.table_steps:
+        columns.append([row['text'] for row in draw(run, steps)])
     shown = (
         'gen_ppl', 'gen_ppl_se', 'gen_ppl_mean', 'entropy', 'entropy_se', 'mauve', 'mauve_texts',
         'distinct_2', 'verbatim_20', 'texts', 'skipped')
@@ -1205,6 +1272,44 @@ def measure_table(c):
         row = dict(steps=steps) | {key: result[key] for key in shown if key in result}
         known = (c.published or {}).items()
         rows.append(row | {f'{key} published': values.get(steps) for key, values in known})
+    return rows, table(rows)
+
+
+def curves(run):
+    """What each sampler of the frontier is called -> its constants."""
+    c, found = run.c, {}
+    given = c.samplers or [dict(sampler=sampler_of(run)) | (c.sampler_options or {})]
+    require(c.temperatures, 'temperatures=(): --metric=frontier needs one at least')
+    for entry in given:
+        own = dict(entry) if isinstance(entry, dict) else dict(sampler=entry)
+        name = own.pop('sampler', None)
+        check_sampler(run.net.config.objective, name, own)
+        label = ' '.join([name, *(f'{key}={value}' for key, value in own.items())])
+        found[label] = dict(sampler=name, sampler_options=own)
+    return found
+
+
+def measure_frontier(c):
+    """Generative perplexity and entropy of the samplers at each of temperatures, in each number of
+    table_steps (arXiv 2604.02718: a single point of a curve cannot be compared)."""
+    run, columns, drawn = load(c), [], []
+    points = list(itertools.product(curves(run).items(), c.table_steps, c.temperatures))
+    measures = load_measures(run, c.num_samples)
+    for (label, own), steps, temperature in points:
+        point = re.sub(r'[^\w.-]+', '_', f'{label} {temperature}')
+        folder = os.path.join(home_of(run, 'frontier'), point)
+        own = vars(c) | own | dict(temperature=temperature, samples_dir=folder)
+        rows = draw(dataclasses.replace(run, c=types.SimpleNamespace(**own)), steps)
+        columns.append([row['text'] for row in rows])
+        nfe = np.array([row['nfe'] for row in rows])
+        nfe_se = nfe.std() / math.sqrt(max(1, len(nfe) - 1))
+        how = how_drawn([own | dict(sampler=label, steps=steps)])
+        drawn.append(how | dict(nfe=float(nfe.mean()), nfe_se=float(nfe_se)))
+    shown = (
+        'sampler', 'steps', 'temperature', 'nfe', 'nfe_se', 'gen_ppl', 'gen_ppl_se', 'entropy',
+        'entropy_se', 'mauve', 'distinct_2', 'texts', 'skipped')
+    found = quality(run, columns, measures, drawn)
+    rows = [{key: result[key] for key in shown if key in result} for result in found]
     return rows, table(rows)
 
 
@@ -1434,8 +1539,7 @@ def measure_generation(c):
     run, results = load(c), []
     require(run.net.tokenizer, 'the net names no tokenizer: give --tokenizer=NAME')
     length = run.net.config.block_size if c.length is None else c.length
-    home = run.source if os.path.isdir(run.source) else c.out_dir
-    home = c.samples_dir or os.path.join(home, 'answers')
+    home = home_of(run, 'answers')
     shared = dict(
         length=length, sampler=c.sampler, steps=c.steps, temperature=c.temperature, top_p=c.top_p,
         top_k=c.top_k, cfg_scale=c.cfg_scale, seed=c.seed, batch_size=c.batch_size)
@@ -1784,8 +1888,9 @@ def measure_scaling(c):
 
 METRICS = {
     'ppl': measure_ppl, 'zero_shot': measure_zero_shot, 'samples': measure_samples,
-    'table': measure_table, 'report': show_report, 'generation': measure_generation,
-    'harness': measure_harness, 'shift': measure_shift, 'scaling': measure_scaling}
+    'table': measure_table, 'frontier': measure_frontier, 'report': show_report,
+    'generation': measure_generation, 'harness': measure_harness, 'shift': measure_shift,
+    'scaling': measure_scaling}
 
 
 # -----------------------------------------------------------------------------

@@ -86,6 +86,7 @@ class Samples:
     nfe: torch.Tensor          # (n,) int64, network evaluations of a row; a guided pair counts 2
     reveal_step: torch.Tensor  # (n, L) int64, step of the last unmasking, from 0; -1: given
     length: torch.Tensor       # (n,) int64, tokens of the row, its EOS included
+    log_prob: torch.Tensor = None  # (n, L) float64, of a text's tokens, each as it was unmasked
 
 
 @torch.no_grad()
@@ -93,7 +94,7 @@ def generate(
     net, num_samples, length, steps, sampler='ancestral', prompt=None, cfg_scale=0.0,
     temperature=1.0, top_p=None, top_k=0, seed=0, first_row=0, batch_size=16, schedule=None,
     template=None, progress=False, on_change=None, compile=False, draw_dtype='float64',
-    on_finish=None, numbers=None, **options,
+    on_finish=None, numbers=None, text=None, **options,
 ):
     """Draw num_samples rows -> Samples. The options not named here are as the constants above say.
 
@@ -104,6 +105,9 @@ def generate(
     unmasked, with the net's probability of the tokens, or masked again (id -1); and first of the
     whole start, as step -1. on_finish(row, ids, nfe) hears of each row when it is finished.
     numbers (n,): of the rows, in place of first_row, first_row + 1, ...
+    text: ids (n, L) that the open positions take in place of draws. A rule that chooses positions
+    by the net alone then gives the text the exact likelihood out.log_prob.sum(dim=1), at
+    temperature 1 and with all tokens (DUEL: Turok et al. 2026, arXiv 2603.01367).
     Raises ValueError where an option is impossible, or memory does not suffice."""
     config = net.config
     if sampler is None:
@@ -121,7 +125,7 @@ def generate(
     if sampler == 'ar' and net.tokenizer is not None:
         tok = get_tokenizer(**net.tokenizer)
         bos_id = tok.bos_id
-        options.setdefault('eos_id', tok.eos_id)
+        options.setdefault('eos_id', tok.eos_id if text is None else -1)
     longest = 2 ** 24 if sampler == 'semi_ar' else config.block_size
 
     check_memory(num_samples, config.block_size if length is None else length, steps)
@@ -130,7 +134,8 @@ def generate(
     keys = np.array([key_of(seed, number) for number in numbers], dtype=np.uint64)
     draw_options = dict(
         temperature=temperature, top_k=top_k, top_p=top_p, dtype=getattr(torch, draw_dtype))
-    b = Batch(
+    make = Batch if text is None else partial(TextBatch, text_of(net, text, is_open), sampler)
+    b = make(
         net, x, is_open, lengths, keys, batch_size, schedule, cfg_scale, draw_options, on_change,
         on_finish, compile, progress)
     try:
@@ -143,7 +148,8 @@ def generate(
     inside = torch.arange(x.size(1)) < b.length[:, None]
     if not inside.all():
         b.x = torch.where(inside.to(b.device), b.x, padding_of(net))
-    return Samples(b.x.cpu(), b.nfe, b.reveal_step, b.length)
+    log_prob = None if text is None else b.drawn_prob
+    return Samples(b.x.cpu(), b.nfe, b.reveal_step, b.length, log_prob)
 
 
 # -----------------------------------------------------------------------------
@@ -176,7 +182,11 @@ def flags():
         source = inspect.getsource(function)
         for option, default in own_options(name).items():
             comment = re.search(rf'^ +{option}=.*?# *(.*)', source, re.M)
-            options[option] = default, f'{name}: {comment[1] if comment else "its own option"}'
+            about = f'{name}: {comment[1] if comment else "its own option"}'
+            if option in options:
+                default, others = options[option]
+                about = f'{others}; {about}'
+            options[option] = default, about
     fields = {field: (None, 'a field of ModelConfig') for field in FIELDS}
     return dict(overrides=fields, sampler_options=options)
 
@@ -201,6 +211,15 @@ def most_confident(scores, count):
     What a net gives goes through b.rounded(scores) before."""
     rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     return rank < count[:, None]
+
+
+def confidence_of(b, candidates, confidence):
+    """Scores (A, L) of the candidates (A, L) bool by a key of CONFIDENCE, or None: the probability
+    that the net gives a token drawn now; and the highest that a score can be."""
+    if confidence is None:
+        return b.draw(candidates), 1.0
+    function, highest = CONFIDENCE[confidence]
+    return b.score(candidates, function), highest
 
 
 @sampler_for('x0', 'x0 or mask')
@@ -259,13 +278,15 @@ def fixed(
     confidence='uniform',        # or 'top_prob', 'prob_diff', 'entropy'
     confidence_temperature=0.0,  # draw positions by softmax(score / this); 0: the top; xlm: 1.0
     threshold=None,              # unmask while the summed lack of confidence is under this
+    single_threshold=1.0,        # unmask besides all whose score is above this
 ):
     """xlm's predictor: each step unmasks floor(masked / steps left) positions, the last the rest:
     any ('uniform'), the most confident ones by a key of CONFIDENCE, or with a
     confidence_temperature those drawn without replacement by softmax(score / temperature).
     threshold: instead, the most confident while their lacks of confidence but the largest sum to
-    less than the threshold, at least one."""
-    check_fixed(confidence, confidence_temperature, threshold)
+    less than the threshold, at least one. single_threshold: besides, all of a higher top_prob or
+    prob_diff (Fast-dLLM: Wu et al. 2025, arXiv 2505.22618)."""
+    check_fixed(confidence, confidence_temperature, threshold, single_threshold)
     mask_prob = 1 - b.schedule.alpha(grid(1, 0, num_steps))
     if confidence == 'uniform':
         b.follow(plan_counts(b, num_steps), mask_prob)
@@ -283,10 +304,10 @@ def fixed(
         scores = b.score(b.masked[rows] & (count > 0)[:, None], score)
         if confidence_temperature:
             gumbel = -torch.log(-torch.log1p(-b.uniforms(rows, step)))
-            scores = scores / float(confidence_temperature) + gumbel
+            b.unmask(most_confident(scores / float(confidence_temperature) + gumbel, count))
         else:
-            scores = b.rounded(scores, highest)
-        b.unmask(most_confident(scores, count))
+            best = most_confident(b.rounded(scores, highest), count)
+            b.unmask(best | (scores > single_threshold))
 
 
 def plan_counts(b, num_steps):
@@ -318,12 +339,16 @@ def under_threshold(lack, order, threshold):
 def greedy(
     b, num_steps,
     across_rows=False,  # True: the most confident of batch_size rows at once, as released
+    confidence=None,    # a key of CONFIDENCE; None: the probability of the token drawn
 ):
     """SMDM's greedy sampler (appendix) on the times 1 -> 1e-5: from t to s
     int(masked (1 - s/t)) of the most confident are unmasked, at the last step the rest. Its power
     form of Gumbel noise is a draw at the temperature. across_rows: a row depends on those beside
     it, which begin and end together."""
     require(type(across_rows) is bool, f'across_rows={across_rows!r}: it must be True or False')
+    check_confidence(confidence)
+    alone = not across_rows or confidence is None
+    require(alone, 'across_rows does not go with a confidence')
     times = torch.linspace(1, 1e-5, num_steps + 1)  # in float32 as released: it decides the counts
     fraction = 1 - times[1:] / times[:-1]
     mask_prob = 1 - b.schedule.alpha(times.double())
@@ -334,22 +359,27 @@ def greedy(
         if across_rows:
             masked = masked.sum().expand(len(rows))
         count = torch.where(step == num_steps - 1, masked, (masked * fraction[step]).long())
-        scores = b.draw(b.masked[rows] & (count > 0)[:, None])
+        scores, highest = confidence_of(b, b.masked[rows] & (count > 0)[:, None], confidence)
         if across_rows:
             best = most_confident(b.rounded(scores.view(1, -1)), count[:1])
         else:
-            best = most_confident(b.rounded(scores), count)
+            best = most_confident(b.rounded(scores, highest), count)
         b.unmask(best.view_as(scores))
 
 
 @sampler_for('x0')
 def low_confidence(
     b, num_steps,
-    block_length=None,  # tokens a block; None: one block
+    block_length=None,     # tokens a block; None: one block
+    confidence=None,       # a key of CONFIDENCE; None: the probability of the token drawn
+    single_threshold=1.0,  # unmask besides all whose score is above this
 ):
     """LLaDA's low-confidence remasking: after the prompt, blocks from left to right, num_steps /
     blocks steps each. A step unmasks masked // steps of the positions masked at the beginning of
-    its block, and one more in the first masked % steps."""
+    its block, and one more in the first masked % steps. A block_length of 1: left to right.
+    single_threshold: besides, all of its block that score higher (as `fixed`)."""
+    check_confidence(confidence)
+    check_single_threshold(single_threshold, confidence)
     width = b.x.size(1)
     begin = b.prompt_length
     if block_length is None:
@@ -372,8 +402,9 @@ def low_confidence(
         masked = b.masked[rows] & (col >= first) & (col < first + block_length)
         at_first[rows] = torch.where(step % each == 0, masked.sum(dim=1), at_first[rows])
         count = at_first[rows] // each + (step % each < at_first[rows] % each)
-        scores = b.draw(masked & (count > 0)[:, None])
-        b.unmask(most_confident(b.rounded(scores), count))
+        scores, highest = confidence_of(b, masked & (count > 0)[:, None], confidence)
+        best = most_confident(b.rounded(scores, highest), count)
+        b.unmask(best | (scores > single_threshold))
 
 
 @sampler_for('x0')
@@ -969,6 +1000,34 @@ class Batch:
         return [torch.cat(parts) for parts in zip(*results, strict=True)]
 
 
+class TextBatch(Batch):
+    """Rows that take the tokens of a text (n, L) where others draw them. drawn_prob (n, L) holds
+    the log probability of each as it was unmasked, 0 where it was given. Raises ValueError where a
+    sampler lets chance or drawn tokens decide on positions."""
+
+    def __init__(self, text, sampler, *arguments):
+        super().__init__(*arguments)
+        self.text = text.cpu()
+        self.sampler = sampler
+        self.drawn_prob = torch.zeros(text.shape, dtype=torch.float64)
+
+    def uniforms_of_tokens(self, rows, cols):
+        return sent(self.text[rows, cols], self.draw_device)
+
+    def draw_from(self, logits, ids):
+        highest, _, _, others = odds(without_mask(logits, self.net.config.mask_id))
+        logit = logits.gather(1, ids[:, None]).squeeze(1)
+        return ids, (logit - highest).double() - others.log1p()
+
+    def uniforms(self, rows, step=0):
+        raise ValueError(
+            f"sampler '{self.sampler}', with its options, chooses positions by chance or by tokens "
+            'that it draws: it gives no exact likelihood, as fixed, greedy and low_confidence do '
+            f'with confidence {", ".join(CONFIDENCE)}')
+
+    draw = uniforms
+
+
 # -----------------------------------------------------------------------------
 # what a user gives: numbers, prompts, templates
 
@@ -1035,10 +1094,23 @@ def check_memory(num_samples, length, steps):
             'at a time, each time with another seed, or in fewer steps')
 
 
-def check_fixed(confidence, confidence_temperature, threshold):
-    known = ['uniform', *CONFIDENCE]
+def check_confidence(confidence, other=None):
+    known = [other, *CONFIDENCE]
     require(confidence in known,
-            f"confidence='{confidence}' is not known: choose from {', '.join(known)}")
+            f"confidence='{confidence}' is not known: choose from {', '.join(map(str, known))}")
+
+
+def check_single_threshold(single_threshold, confidence):
+    require(is_number(single_threshold) and 0 < single_threshold <= 1,
+            f'single_threshold={single_threshold}: it must be above 0 and at most 1')
+    require(single_threshold == 1 or confidence in (None, 'top_prob', 'prob_diff'),
+            f"single_threshold={single_threshold} goes with confidence 'top_prob' or 'prob_diff', "
+            f"not '{confidence}'")
+
+
+def check_fixed(confidence, confidence_temperature, threshold, single_threshold):
+    check_confidence(confidence, 'uniform')
+    check_single_threshold(single_threshold, confidence)
     require(is_number(confidence_temperature) and 0 <= confidence_temperature < math.inf,
             f'confidence_temperature={confidence_temperature}: it must be 0 or more, and finite')
     require(threshold is None or is_number(threshold) and 0 < threshold < math.inf,
@@ -1046,6 +1118,8 @@ def check_fixed(confidence, confidence_temperature, threshold):
     require(threshold is None or confidence != 'uniform' and not confidence_temperature,
             "threshold goes with confidence 'top_prob', 'prob_diff' or 'entropy', and without "
             'confidence_temperature')
+    require(single_threshold == 1 or threshold is None and not confidence_temperature,
+            'single_threshold goes without threshold and confidence_temperature')
 
 
 def check_remdm(etas, strategy, eta, t_on, t_off, alpha_on):
@@ -1162,6 +1236,19 @@ def lay_out(net, n, length, prompt, template, bos_id, longest):
     hole = (ids == -1) | (ids == (-1 if config.mask_id is None else config.mask_id))
     x = torch.where(hole, config.mask_id or 0, ids)
     return x, hole & (torch.arange(L) < lengths[:, None]), lengths
+
+
+def text_of(net, text, is_open):
+    """The ids (n, L) that the open positions (n, L) take."""
+    n, L = is_open.shape
+    text = torch.as_tensor(text, device='cpu')
+    good = text.dim() == 2 and len(text) == n and text.size(1) >= L
+    require(good, f'text has the shape {tuple(text.shape)}: {n} rows of {L} ids are needed')
+    text = text[:, :L]
+    ids = text[is_open]
+    good = (ids >= 0) & (ids < net.config.vocab_size) & (ids != (net.config.mask_id or -1))
+    require(good.all(), f'text holds an id that is not a token of {net.config.vocab_size}')
+    return text
 
 
 def read_lengths(length, n, longest, block_size):
