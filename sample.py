@@ -1246,7 +1246,8 @@ def text_of(net, text, is_open):
     require(good, f'text has the shape {tuple(text.shape)}: {n} rows of {L} ids are needed')
     text = text[:, :L]
     ids = text[is_open]
-    good = (ids >= 0) & (ids < net.config.vocab_size) & (ids != (net.config.mask_id or -1))
+    mask_id = -1 if net.config.mask_id is None else net.config.mask_id
+    good = (ids >= 0) & (ids < net.config.vocab_size) & (ids != mask_id)
     require(good.all(), f'text holds an id that is not a token of {net.config.vocab_size}')
     return text
 

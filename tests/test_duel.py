@@ -67,7 +67,7 @@ def test_the_probabilities_of_all_texts_sum_to_1(net_of, sampler, steps, options
 @pytest.mark.slow
 @pytest.mark.parametrize('sampler, steps, options', RULES)
 def test_samples_follow_the_exact_likelihood(net_of, sampler, steps, options):  # noqa: F811
-    for net_options in NETS:
+    for net_options in NETS[:2]:
         net, n, template = net_of(**net_options), 20_000, (2, M, M, M, M)
         exact = likelihoods(net, template, steps, sampler, **options)
         out = generate(
@@ -115,6 +115,14 @@ def test_a_low_threshold_saves_evaluations(net_of):  # noqa: F811
             for tau in (1e-3, 0.5, 1.0)
         ]
         assert nfe[0] == 1 and nfe[2] == 8 and 1 < nfe[1] < 8
+    of_drawn, of_net = (
+        generate(
+            net, 50, 8, 8, 'low_confidence', temperature=0.0, block_length=4, confidence=confidence,
+            single_threshold=0.5)
+        for confidence in (None, 'top_prob')
+    )
+    assert torch.equal(of_drawn.reveal_step, of_net.reveal_step)
+    assert torch.equal(of_drawn.tokens, of_net.tokens)
 
 
 @pytest.mark.parametrize('cfg_scale', [0.0, 0.8])
@@ -216,6 +224,21 @@ def test_eval_py_prints_and_records_the_exact_likelihood(trained, here, capsys):
     recorded = json.loads(open('results.jsonl').readline())['result']
     assert recorded['sampler'] == 'low_confidence' and recorded['steps'] == 8
     assert recorded['estimator'] == 'duel' and recorded['nfe'] > 1
+
+
+def test_eval_py_refuses_a_sampler_without_an_exact_likelihood(trained, refused):
+    for given in ('--sampler=ancestral', '--confidence=uniform', '--sampler=ar'):
+        said = refused('eval.py', '--out_dir=.', '--device=cpu', '--estimator=duel', given)
+        assert said.startswith("error: sampler '") and said.count('\n') == 1
+        assert 'gives no exact likelihood' in said or 'takes nets of the objectives ar' in said
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_same_likelihood(trained, run):
+    arguments = (
+        'eval.py', '--out_dir=.', '--device=cpu', '--estimator=duel', '--confidence=entropy',
+        '--steps=4', '--batch_size=2', '--max_rows=7')
+    assert run(*arguments, processes=2).stdout == run(*arguments).stdout
 
 
 def test_the_frontier_has_a_curve_of_each_sampler(trained, here, judge, capsys):  # noqa: F811
