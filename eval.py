@@ -206,7 +206,6 @@ def nelbo(
     bound = OBJECTIVES[objective].bound
     options = options_of(bound or objective, (options or {}) | dict(importance=False))
     by_count = estimator == 'count'
-    given_schedule = schedule
     schedule = loglinear if by_count else schedule        # weighs by 1/t = n/k
     n = min(len(rows), max_rows)
     chosen = np.arange(n) * len(rows) // n
@@ -219,7 +218,7 @@ def nelbo(
         index = np.arange(start, min(start + batch_size, n))
         clean = rows[chosen[index]]
         if duel:
-            nll, nfe = text_nll(net, clean, schedule=given_schedule, **sampling or {})
+            nll, nfe = text_nll(net, clean, schedule=schedule, **sampling or {})
             sums[:, index] = torch.cat((row_sums(nll, clean, clean), nfe[None]))
             continue
         for j in range(num_mc):
@@ -460,7 +459,7 @@ def masks_of(net, method, num_mc=None, seed=0, eps=None):
     """What conditional_nll takes: 'chain_rule' or 'monte_carlo', of a causal net its own."""
     num_mc = net.constants.get('mc_draws', 128) if num_mc is None else num_mc
     eps = net.constants.get('mc_eps', 1e-3) if eps is None else eps
-    require_known('method ', method, ('chain_rule', 'monte_carlo'))  # 'duel' is before this
+    require_known('method ', method, ('chain_rule', 'monte_carlo'))
     require_positive(num_mc=num_mc)
     if net.config.causal:
         return causal_masks
@@ -492,6 +491,8 @@ def continuation_nll(
             net, clean, sampler=sampler, steps=len(pairs[0][1]) if steps is None else steps,
             cfg_scale=cfg_scale, schedule=schedule, **options)
         return not_nan(float(nll.sum()))
+    good = sampler is None and steps is None and not options
+    require(good, "a sampler, its steps and options go with method 'duel'")
     masks = masks_of(net, method, num_mc, seed, eps)
     nats, _ = conditional_nll(net, pairs, masks, cfg_scale, padding, batch_size, schedule)
     return not_nan(nats.item())

@@ -138,11 +138,14 @@ def test_left_to_right_is_the_chain_rule(net_of, cfg_scale):  # noqa: F811
     assert other != pytest.approx(found, abs=1e-3)
 
 
-def test_an_ar_nets_likelihood_is_its_own(tiny_net):
-    net = tiny_net(objective='ar', causal=True)
+def test_an_ar_nets_likelihood_is_its_own(tiny_net, rows):
+    net = tiny_net(objective='ar', causal=True, vocab_size=258, mask_id=257)
     prefix, target = [1, 2, 0], [2, 1, 7, 7, 2]
     exact = continuation_nll(net, prefix, target)
     assert continuation_nll(net, prefix, target, 'duel') == pytest.approx(exact)
+    assert nelbo(net, rows(), estimator='duel') == nelbo(net, rows())
+    with pytest.raises(ValueError, match="go with method 'duel'"):
+        continuation_nll(net, prefix, target, steps=3)
 
 
 def test_a_rule_by_chance_has_no_exact_likelihood(net_of):  # noqa: F811
