@@ -78,7 +78,7 @@ def test_samples_follow_the_exact_likelihood(net_of, sampler, steps, options):  
 
 @pytest.mark.parametrize('tau', [0.4, 0.55, 0.99])
 @pytest.mark.parametrize('sampler', ['fixed', 'low_confidence'])
-def test_a_single_threshold_reveals_all_above_it_and_at_least_one(net_of, sampler, tau):  # noqa: F811
+def test_a_single_threshold_reveals_all_above_it_at_least_one(net_of, sampler, tau):  # noqa: F811
     net, steps, most = net_of(), 4, 0
     says = Says(net)
 
