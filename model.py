@@ -518,13 +518,18 @@ SIZES['75M']['n_mlp'] = 1600
 
 class Schedule:
     """Total noise sigma at time t in [0, 1], and its derivative dsigma. alpha = exp(-sigma) is the
-    probability of not being masked. A schedule defines dsigma, and sigma or alpha."""
+    probability of not being masked. A schedule defines sigma or alpha."""
 
     def alpha(self, t):
         return torch.exp(-self.sigma(t))
 
     def sigma(self, t):
         return -torch.log(self.alpha(t))
+
+    def dsigma(self, t):
+        with torch.enable_grad():
+            t = t.detach().requires_grad_()
+            return torch.autograd.grad(self.sigma(t).sum(), t)[0]
 
     def conditioning(self, t):
         """What a time-conditioned net is fed: finite even where alpha is 0."""
@@ -862,6 +867,9 @@ class Objective:
     def options(self):
         """name -> default"""
         parameters = inspect.signature(self.loss).parameters.values()
+        for p in parameters:
+            require(p.default is p.empty or p.kind == p.KEYWORD_ONLY or self.loss is ar,
+                    f'{self.loss.__name__}: its option {p.name} must be keyword-only: (p, *, ...)')
         return {p.name: p.default for p in parameters if p.kind == p.KEYWORD_ONLY}
 
 

@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from configurator import require
+from configurator import constants_of, require
 from data import get_tokenizer, key_of, splitmix64
 from model import (
     OBJECTIVES,
@@ -181,6 +181,8 @@ def flags():
     for name, function in SAMPLERS.items():
         source = inspect.getsource(function)
         for option, default in own_options(name).items():
+            require(option not in constants_of(__file__), f"sampler '{name}': its option {option} "
+                    'has the name of a constant of sample.py: give it another')
             comment = re.search(rf'^ +{option}=.*?# *(.*)', source, re.M)
             about = f'{name}: {comment[1] if comment else "its own option"}'
             if option in options:
@@ -1166,7 +1168,7 @@ def text_to_ids(net, name, text, longest):
     tok = get_tokenizer(**net.tokenizer)
     pieces = [text]
     if name == 'template':  # text, number, text, number, ..., text
-        pieces = re.split(r'<\|mask(?::(\d{1,8}))?\|>', text)
+        pieces = re.split(r'<\|mask(?::([1-9]\d{0,7}))?\|>', text)
         others = re.search(r'<\|?mask\b|\[mask\]', ' '.join(pieces[::2]), re.I)
         good = len(pieces) > 1 and not others
         require(good, f'{name}={text!r}: open tokens are written <|mask|> or <|mask:20|>, and at '
@@ -1552,6 +1554,7 @@ if __name__ == '__main__':
     if trace:
         check_output('trace', trace)
     require(not out or out != trace, f'out and trace are both {out}: give two names')
+    require(not out or out.endswith('.jsonl'), f'out={out}: it must end in .jsonl')
     require(not trace or trace.endswith('.html'), f'trace={trace}: it is a page: NAME.html')
     texts = dict(prompt=read_texts('prompt', prompt), template=read_texts('template', template))
     repeats = num_samples

@@ -48,7 +48,7 @@ overrides = None            # [dict] fields of ModelConfig that weights cannot t
 eval_interval = 2000        # [> 0] steps
 eval_iters = 20             # [>= 0] global batches of an evaluation, at most; 0: all of val_split
 log_interval = 10           # [> 0] steps
-ckpt_interval = 2000        # [> 0] steps; ckpt.pt is the latest
+ckpt_interval = 2000        # [> 0] steps; ckpt.pt is the latest, ckpt.prev.pt the one before it
 keep_interval = 0           # [>= 0] steps; ckpt_<step>.pt is kept for ever; 0: none
 sample_interval = 0         # [>= 0] steps; a sample before training, and on these; 0: never
 sample_at_end = True        # print samples when training is done
@@ -265,7 +265,8 @@ def pretrained_net():
         theirs = get_tokenizer(**net.tokenizer).meta()
     without_mask = net.config.mask_id is None and net.config.vocab_size == mask_id
     require(without_mask or theirs.items() <= tokenizer_meta.items(),
-            f'init_from={init_from} has other ids ({theirs}) than {folder} ({tokenizer_meta})')
+            f'init_from={init_from} has other ids ({theirs}) than {folder} ({tokenizer_meta}): '
+            f'data with its ids are made by --tokenizer={init_from}')
     return net
 
 
@@ -718,6 +719,9 @@ stop_requests = []  # when
 def ask_to_stop(number, frame):
     """Finish the step first. One more, later than torchrun passes the first on, ends at once."""
     stop_requests.append(time.monotonic())
+    if master and len(stop_requests) == 1:
+        with contextlib.suppress(OSError):  # not by print, which may be what is interrupted
+            os.write(1, b'stopping after this step; a second signal, seconds later, ends at once\n')
     if stop_requests[-1] - stop_requests[0] > 3:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
@@ -729,7 +733,7 @@ def ask_to_stop(number, frame):
 metrics_path = os.path.join(out_dir, 'metrics.jsonl')
 writer = CheckpointWriter(out_dir, device, master, tokenizer_file)
 if master:
-    stale = ['*.unfinished']  # what a killed run was writing
+    stale = ['ckpt*.unfinished', 'metrics.jsonl.unfinished']  # what a killed run was writing
     if overwrite and init_from != 'resume':
         stale += ['ckpt*.pt', 'metrics.jsonl', 'tokenizer.json']
     for pattern in stale:

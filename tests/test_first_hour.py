@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import model
+import sample
 from conftest import ROOT
 from data import TokenRows, prepare
 from eval import nelbo
@@ -14,6 +15,7 @@ from model import (
     OBJECTIVES, DiT, ModelConfig, Objective, corrupt, free_memory, get_schedule, memory_needed,
     per_token_loss
 )
+from test_eval import save_net
 from test_train import SMALL, metrics
 
 SHAPE = dict(block_size=32, vocab_size=500, mask_id=499, n_layer=2, n_head=2, n_embd=64)
@@ -259,3 +261,46 @@ def test_d3pm_is_the_enumerated_kl_of_its_schedule(tiny_net, name):
         given = p @ joint / (p @ joint).sum()
         kl = torch.where(true > 0, true * (true / given).log(), 0).sum()
         assert found[i].item() == pytest.approx(T * kl.item(), rel=2e-5)
+
+
+# --- what a new user's extensions and mistakes met
+
+
+def test_a_schedule_may_be_given_by_alpha_alone():
+    class Polynomial(model.Schedule):
+        def alpha(self, t):
+            return 1 - t ** 2
+
+    t = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
+    torch.testing.assert_close(Polynomial().dsigma(t), 2 * t / (1 - t ** 2))
+
+
+def test_an_option_of_an_objective_that_no_key_could_set_is_refused():
+    def focal(p, power=2.0):
+        return p.net.nll(p.h, p.x0)
+
+    with pytest.raises(ValueError, match=r'focal: its option power must be keyword-only'):
+        Objective(focal, 'x0').options  # noqa: B018 (the property refuses)
+
+
+def test_a_samplers_option_is_not_named_like_a_constant(monkeypatch):
+    def mine(b, num_steps, seed=0):
+        pass
+
+    monkeypatch.setitem(sample.SAMPLERS, 'mine', mine)
+    with pytest.raises(ValueError, match="sampler 'mine': its option seed has the name of a con"):
+        sample.flags()
+
+
+def test_what_others_were_writing_is_left_where_a_run_goes_on(mine, here, tmp_path):
+    here('train.py', *SMALL, '--max_iters=1')
+    (tmp_path / 'out' / 's.jsonl.unfinished').write_text('{}\n')
+    here('train.py', *SMALL, '--max_iters=2', '--init_from=resume')
+    assert (tmp_path / 'out' / 's.jsonl.unfinished').exists()
+
+
+def test_samples_do_not_replace_what_is_no_jsonl(tiny_net, refused, tmp_path):
+    save_net(tiny_net(vocab_size=258, mask_id=257), tmp_path)
+    (tmp_path / 'README.md').write_text('mine')
+    assert 'must end in .jsonl' in refused('sample.py', '--out_dir=.', '--out=README.md')
+    assert (tmp_path / 'README.md').read_text() == 'mine'
