@@ -1351,6 +1351,8 @@ def fastchat_answer(text):
 def read_tasks(path, prompt_template, target_template):
     """(rows, prompts, targets) of a .jsonl file; the templates name the fields of its rows.
     Targets are None where there is no template."""
+    require(not os.path.isdir(path), f'input={path} is a folder: give one file; the folder of '
+            'config/eval_reverse.py stands before the config')
     require(os.path.isfile(path), f'input={path}: there is no such file')
     rows, texts = [], []
     with open(path, encoding='utf-8-sig') as f:
