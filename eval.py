@@ -1351,8 +1351,8 @@ def fastchat_answer(text):
 def read_tasks(path, prompt_template, target_template):
     """(rows, prompts, targets) of a .jsonl file; the templates name the fields of its rows.
     Targets are None where there is no template."""
-    require(not os.path.isdir(path), f'input={path} is a folder: give one file; the folder of '
-            'config/eval_reverse.py stands before the config')
+    require(not os.path.isdir(path), f'input={path} is a folder: give one file; eval_reverse.py '
+            'takes one if it stands before: --input=FOLDER config/eval_reverse.py')
     require(os.path.isfile(path), f'input={path}: there is no such file')
     rows, texts = [], []
     with open(path, encoding='utf-8-sig') as f:
@@ -1570,8 +1570,9 @@ def measure_generation(c):
         result = judge_answers(run, name, folder + '.jsonl', prompts, targets, drawn)
         if c.answer_file:
             write_fastchat(c.answer_file, run.tok, rows, drawn)
-        run.record(result)
         results.append(result)
+    for result in results:                                # after all: a stopped run recorded none
+        run.record(result)
     return results, table(results)
 
 

@@ -1,4 +1,4 @@
-"""The commands of the README on prompts and answers, from files to a table, and kills in between."""
+"""Prompts and answers as commands: from files to a table, with kills on the way."""
 
 import glob
 import json
@@ -49,12 +49,6 @@ def facts(tmp_path, monkeypatch):
         write(name, pairs)
 
 
-def prepare(run):
-    return run(
-        'data.py', '--dataset=reverse', '--input=facts/all_prompts_train.jsonl',
-        '--tokenizer=bytes', '--name=reverse')
-
-
 def start(script, *arguments):
     """A script in the background, its output in out.txt."""
     with open('out.txt', 'w') as f:
@@ -86,35 +80,37 @@ def read(path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('objective', ['subs', 'ar'])
-def test_files_become_a_table_and_kills_on_the_way_change_nothing(objective, run):
+def test_files_become_a_table_and_kills_on_the_way_change_nothing(run):
     """One SIGKILL while the net trains, then a SIGKILL and a SIGTERM while it answers."""
-    train, measure = SMALL, MEASURE
-    if objective == 'ar':
-        train = *SMALL, '--objective=ar', '--causal=True'
-        measure = *MEASURE, '--sampler=ar', '--cfg_scale=0'
-    prepare(run)
+    run(
+        'data.py', '--dataset=reverse', '--input=facts/all_prompts_train.jsonl',
+        '--tokenizer=bytes', '--name=reverse')
     assert read_meta('data/reverse')['splits']['train']['documents'] == 20
-    run('train.py', *train, '--max_iters=24', '--out_dir=whole')
+    run('train.py', *SMALL, '--max_iters=24', '--out_dir=whole')
     kill_when(
-        lambda: os.path.exists('parts/ckpt.pt'), signal.SIGKILL, 'train.py', *train,
+        lambda: os.path.exists('parts/ckpt.pt'), signal.SIGKILL, 'train.py', *SMALL,
         '--max_iters=24', '--out_dir=parts')
     assert checkpoint('parts')['iter'] < 24
-    run('train.py', *train, '--max_iters=24', '--out_dir=parts')
+    run('train.py', *SMALL, '--max_iters=24', '--out_dir=parts')
     assert equal(checkpoint('whole')['model'], checkpoint('parts')['model'])
 
-    table = run('eval.py', *measure, '--init_from=whole').stdout
+    table = run('eval.py', *MEASURE, '--init_from=whole').stdout
     assert table.count('| 10 |') == 4
     for number, count in ((signal.SIGKILL, 3), (signal.SIGTERM, 8)):
         status = kill_when(
             lambda count=count: len(glob.glob('parts/answers/*/*.jsonl')) >= count, number,
-            'eval.py', *measure, '--init_from=parts')
+            'eval.py', *MEASURE, '--init_from=parts')
         assert status == -number
     kept = {path: os.stat(path).st_mtime_ns for path in glob.glob('parts/answers/*/*.jsonl')}
     assert 8 <= len(kept) < 20
-    assert run('eval.py', *measure, '--init_from=parts').stdout.splitlines()[-4:] == (
+    assert run('eval.py', *MEASURE, '--init_from=parts').stdout.splitlines()[-4:] == (
         table.splitlines()[-4:])
     assert items('parts/answers') == items('whole/answers')
     assert kept == {path: os.stat(path).st_mtime_ns for path in kept}  # not made again
     assert not glob.glob('parts/**/*.unfinished', recursive=True)
     assert len(read('results.jsonl')) == 8  # four rows of each finished measurement
+
+
+def test_a_folder_after_the_config_that_names_its_files_is_told(refused):
+    error = refused('eval.py', EVAL, '--input=facts', '--bleu=False')
+    assert error.count('\n') == 1 and '--input=FOLDER config/eval_reverse.py' in error
