@@ -1497,8 +1497,9 @@ def judge_answers(run, name, path, prompts, targets, drawn):
     write_whole(path, ''.join(lines))
     n, result = len(prompts), dict(task=name, items=len(prompts))
     if right:
-        p = sum(right) / n
-        result |= dict(correct=sum(right), accuracy=p, accuracy_se=math.sqrt(p * (1 - p) / n))
+        k = sum(right)
+        q = k / n if 0 < k < n else (k + 1) / (n + 2)     # none or all: Laplace's, or it would be 0
+        result |= dict(correct=k, accuracy=k / n, accuracy_se=math.sqrt(q * (1 - q) / n))
     if bleu:
         spread = float(np.std(bleu, ddof=1)) if n > 1 else math.nan
         result |= dict(bleu=float(np.mean(bleu)), bleu_se=spread / math.sqrt(n))

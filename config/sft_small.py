@@ -4,9 +4,10 @@
 #       --tokenizer=bpe-4096 --name=reverse
 #   python train.py config/sft_small.py
 #   python train.py config/sft_small.py --objective=ar --causal=True --out_dir=out-reverse-ar
-#   python eval.py --input=reverse config/eval_reverse.py --init_from=out-reverse
+#   python eval.py --input=reverse config/eval_reverse.py --init_from=out-reverse \
+#       --length=40 --cfg_scale=0
 #   python eval.py --input=reverse config/eval_reverse.py --init_from=out-reverse-ar \
-#       --sampler=ar --cfg_scale=0
+#       --length=40 --cfg_scale=0 --sampler=ar
 #
 # reverse/: the files of github.com/lukasberglund/reversal_curse, data/reverse_experiments: 30 names
 # told of before their descriptions, 30 after, 30 in both orders. From scratch, as published results

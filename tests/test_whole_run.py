@@ -2,16 +2,19 @@
 
 import glob
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 
 from conftest import ROOT
 from data import read_meta
+from eval import judge_answers
 from test_train import checkpoint, equal
 
 SFT = os.path.join(ROOT, 'config', 'sft_reverse.py')
@@ -114,3 +117,11 @@ def test_files_become_a_table_and_kills_on_the_way_change_nothing(run):
 def test_a_folder_after_the_config_that_names_its_files_is_told(refused):
     error = refused('eval.py', EVAL, '--input=facts', '--bleu=False')
     assert error.count('\n') == 1 and '--input=FOLDER config/eval_reverse.py' in error
+
+
+def test_none_right_has_an_error_too():
+    run = types.SimpleNamespace(
+        c=types.SimpleNamespace(answer_pattern=None, match='exact', bleu=False))
+    drawn = [dict(text='no')] * 8
+    found = judge_answers(run, 'name', 'items.jsonl', ['?'] * 8, ['yes'] * 8, drawn)
+    assert found['accuracy'] == 0 and found['accuracy_se'] == pytest.approx(0.3 / math.sqrt(8))
