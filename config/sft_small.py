@@ -5,9 +5,9 @@
 #   python train.py config/sft_small.py
 #   python train.py config/sft_small.py --objective=ar --causal=True --out_dir=out-reverse-ar
 #   python eval.py --input=reverse config/eval_reverse.py --init_from=out-reverse \
-#       --length=40 --cfg_scale=0
+#       --length=40 --cfg_scale=0 --bleu=False
 #   python eval.py --input=reverse config/eval_reverse.py --init_from=out-reverse-ar \
-#       --length=40 --cfg_scale=0 --sampler=ar
+#       --length=40 --cfg_scale=0 --bleu=False --sampler=ar
 #
 # reverse/: the files of github.com/lukasberglund/reversal_curse, data/reverse_experiments: 30 names
 # told of before their descriptions, 30 after, 30 in both orders. From scratch, as published results
