@@ -1351,6 +1351,8 @@ def fastchat_answer(text):
 def read_tasks(path, prompt_template, target_template):
     """(rows, prompts, targets) of a .jsonl file; the templates name the fields of its rows.
     Targets are None where there is no template."""
+    require(not os.path.isdir(path), f'input={path} is a folder: give one file; eval_reverse.py '
+            'takes one if it stands before: --input=FOLDER config/eval_reverse.py')
     require(os.path.isfile(path), f'input={path}: there is no such file')
     rows, texts = [], []
     with open(path, encoding='utf-8-sig') as f:
@@ -1495,8 +1497,9 @@ def judge_answers(run, name, path, prompts, targets, drawn):
     write_whole(path, ''.join(lines))
     n, result = len(prompts), dict(task=name, items=len(prompts))
     if right:
-        p = sum(right) / n
-        result |= dict(correct=sum(right), accuracy=p, accuracy_se=math.sqrt(p * (1 - p) / n))
+        k = sum(right)
+        q = k / n if 0 < k < n else (k + 1) / (n + 2)     # none or all: Laplace's, or it would be 0
+        result |= dict(correct=k, accuracy=k / n, accuracy_se=math.sqrt(q * (1 - q) / n))
     if bleu:
         spread = float(np.std(bleu, ddof=1)) if n > 1 else math.nan
         result |= dict(bleu=float(np.mean(bleu)), bleu_se=spread / math.sqrt(n))
@@ -1568,8 +1571,9 @@ def measure_generation(c):
         result = judge_answers(run, name, folder + '.jsonl', prompts, targets, drawn)
         if c.answer_file:
             write_fastchat(c.answer_file, run.tok, rows, drawn)
-        run.record(result)
         results.append(result)
+    for result in results:                                # after all: a stopped run recorded none
+        run.record(result)
     return results, table(results)
 
 
