@@ -177,11 +177,11 @@ def own_options(name):
 def flags():
     """What configure() takes besides the constants: --n_head=4 for a key of overrides, --eta=0.1
     for one of sampler_options, which has the comment behind it in the signature."""
-    options = {}
+    options, constants = {}, constants_of(__file__)
     for name, function in SAMPLERS.items():
         source = inspect.getsource(function)
         for option, default in own_options(name).items():
-            require(option not in constants_of(__file__), f"sampler '{name}': its option {option} "
+            require(option not in constants, f"sampler '{name}': its option {option} "
                     'has the name of a constant of sample.py: give it another')
             comment = re.search(rf'^ +{option}=.*?# *(.*)', source, re.M)
             about = f'{name}: {comment[1] if comment else "its own option"}'

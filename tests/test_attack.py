@@ -311,7 +311,7 @@ def test_kept_samples_of_whole_batches_are_not_mixed_with_those_of_other_batches
     net = tiny_net(vocab_size=258, mask_id=257)
     net.tokenizer = dict(name='bytes')
     drawn = []
-    monkeypatch.setattr(measures, 'draw_samples', lambda *args, **_: drawn.append(args[3]) or [0])
+    monkeypatch.setattr(measures, 'draw_rows', lambda *args, **_: drawn.append(args[3]) or [])
     for across_rows in (True, False):
         for batch_size in (2, 3):
             c = types.SimpleNamespace(
