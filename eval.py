@@ -51,7 +51,7 @@ from data import (
 from model import (
     OBJECTIVES, DiT, autocast, check_overrides, corrupt_batch, float64, is_packed, likelihood_of,
     load_pretrained, loglinear, on_grid, options_of, per_token_loss, pick_device, ratio_with_error,
-    require_known, reuse_memory, row_sums, schedule_of, stratified_times)
+    require_known, reuse_memory, row_sums, schedule_of, stratified_times, write_whole)
 from sample import check_sampler, flags, generate, tokenizer_of
 
 metric = 'ppl'          # a key of METRICS
@@ -864,19 +864,6 @@ def weights_hash(net):
         raw = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
         digest.update(name.encode() + raw.tobytes())
     return digest.hexdigest()[:16]
-
-
-def write_whole(path, text):
-    """The file has its name only when it is whole. Raises OSError, which names it."""
-    unfinished = path + '.unfinished'
-    try:
-        with open(unfinished, 'w', encoding='utf-8') as f:
-            f.write(text)
-        os.replace(unfinished, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.remove(unfinished)
-        raise OSError(f'{path} cannot be written ({error.strerror})') from None
 
 
 def record(path, **line):

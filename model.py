@@ -1844,11 +1844,17 @@ class MDLM(transformers.PreTrainedModel):
 '''
 
 
-def write_text(folder, name, text):
-    path = os.path.join(folder, name)
-    with open(path + '.unfinished', 'w', encoding='utf-8') as f:
-        f.write(text)
-    os.replace(path + '.unfinished', path)
+def write_whole(path, text):
+    """The file has its name only when it is whole. Raises OSError, which names it."""
+    unfinished = path + '.unfinished'
+    try:
+        with open(unfinished, 'w', encoding='utf-8') as f:
+            f.write(text)
+        os.replace(unfinished, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(unfinished)
+        raise OSError(f'{path} cannot be written ({error.strerror})') from None
 
 
 def save_pretrained(net, folder):
@@ -1903,9 +1909,9 @@ def save_pretrained(net, folder):
     source = inspect.getsource(sys.modules[__name__]).partition("\nif __name__ == '__main__'")[0]
     source = source.replace(
         '\nfrom configurator import require\n', '\n\n' + inspect.getsource(require))
-    write_text(folder, 'nanomdm.py', source)
-    write_text(folder, 'modeling_nanomdm.py', AUTO_CLASSES.format(family=key))
-    write_text(folder, 'config.json', json.dumps(described, indent=1))
+    write_whole(os.path.join(folder, 'nanomdm.py'), source)
+    write_whole(os.path.join(folder, 'modeling_nanomdm.py'), AUTO_CLASSES.format(family=key))
+    write_whole(os.path.join(folder, 'config.json'), json.dumps(described, indent=1))
 
 
 def model_card(net, repository, folder):
@@ -1964,7 +1970,7 @@ def push_to_hub(source, repository, private=False):
     out_dir = source if os.path.isdir(source) else os.path.dirname(source)
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(net, folder)
-        write_text(folder, 'README.md', model_card(net, repository, out_dir))
+        write_whole(os.path.join(folder, 'README.md'), model_card(net, repository, out_dir))
         try:
             from huggingface_hub import HfApi
             api = HfApi()

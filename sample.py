@@ -16,7 +16,6 @@ MDLM: Sahoo et al. 2024, arXiv 2406.07524; SEDD: Lou et al. 2023, 2310.16834; SM
 2410.18514; LLaDA: Nie et al. 2025, 2502.09992; ReMDM: Wang et al. 2025, 2503.00307; first hitting:
 Zheng et al. 2024, 2409.02908.
 """
-import contextlib
 import inspect
 import json
 import math
@@ -38,20 +37,8 @@ from tqdm import tqdm
 from configurator import constants_of, require
 from data import get_tokenizer, key_of, splitmix64
 from model import (
-    OBJECTIVES,
-    FIELDS,
-    KVCache,
-    autocast,
-    check_overrides,
-    float64,
-    free_memory,
-    load_pretrained,
-    loglinear,
-    pick_device,
-    reuse_memory,
-    schedule_of,
-    sent,
-)
+    FIELDS, OBJECTIVES, KVCache, autocast, check_overrides, float64, free_memory, load_pretrained,
+    loglinear, pick_device, reuse_memory, schedule_of, sent, write_whole)
 
 out_dir = 'out'         # where train.py left ckpt.pt
 init_from = None        # another source of weights for load_pretrained; None: out_dir
@@ -1456,14 +1443,7 @@ def write_page(path, samples, settings):
     events: [[step, position, text or null: masked again, confidence]]}; settings: a line."""
     data = json.dumps(dict(samples=samples, settings=settings))
     page = PAGE.replace('DATA', data.replace('<', '\\u003c'))  # no text ends the script
-    try:
-        with open(path + '.unfinished', 'w', encoding='utf-8') as f:
-            f.write(page)
-        os.replace(path + '.unfinished', path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.remove(path + '.unfinished')
-        raise OSError(f'{path} cannot be written ({error.strerror})') from None
+    write_whole(path, page)
 
 
 class Results:

@@ -664,7 +664,7 @@ def log(**line):
             board.add_scalar(key, line[key], line['iter'])
 
 
-def draw_samples(n, **options):
+def texts_of_average(n, **options):
     """n texts of the averaged weights, and the network evaluations of each; [] where it fails."""
     ema_net.tokenizer = dict(name=tokenizer_meta['name'], folder=folder)
     ema_net.constants = constants
@@ -682,7 +682,7 @@ def draw_samples(n, **options):
 
 def judge_samples():
     """The generative perplexity of samples, nothing truncated, and their entropy in nats."""
-    texts, _ = draw_samples(gen_ppl_samples, batch_size=batch_size)
+    texts, _ = texts_of_average(gen_ppl_samples, batch_size=batch_size)
     texts = [without_special(text, judge[1]) for text in texts]
     try:
         found = generative_perplexity(texts, judge, 'xlm', min(batch_size, 8))
@@ -699,7 +699,7 @@ def print_samples(n, when):
     if shard:
         say(f'no samples of a net that is shared out: python sample.py --out_dir={out_dir}')
         return []
-    texts, nfe = draw_samples(n, temperature=0.7)
+    texts, nfe = texts_of_average(n, temperature=0.7)
     for i, text in enumerate(texts):
         say(f'--- sample {i} {when} (temperature 0.7, {nfe[i]} network evaluations)\n{text}')
     if wandb_project and texts:
