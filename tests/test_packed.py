@@ -271,7 +271,7 @@ def test_evaluations_judge_samples_and_leave_training_as_it_is(mine, here, judge
     for line, other in zip(found, plain, strict=True):
         for key in other.keys() - {'tokens_per_s'}:
             assert line[key] == other[key]
-    texts = [without_special(text) for text in judged['draw_samples'](3)[0]]
+    texts = [without_special(text) for text in judged['texts_of_average'](3)[0]]
     expected = generative_perplexity(texts, judge, 'xlm')  # the last ones again
     for key in ('gen_ppl', 'entropy'):
         assert evaluations[1][key] == pytest.approx(expected[key], rel=1e-5)
