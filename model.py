@@ -1443,31 +1443,45 @@ def put(folder, name, same):
     os.replace(path + '.unfinished', path)
 
 
+@contextlib.contextmanager
+def whole_file(path):
+    """A binary file to write to, which has its name only when it is whole. Raises OSError, which
+    names it."""
+    unfinished = path + '.unfinished'
+    try:
+        with open(unfinished, 'wb') as f:
+            yield f
+        os.replace(unfinished, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.remove(unfinished)
+        if isinstance(error, OSError):
+            raise OSError(f'{path} cannot be written ({error.strerror})') from None
+        raise
+
+
+def write_whole(path, text):
+    with whole_file(path) as f:
+        f.write(text.encode())
+
+
 def write_checkpoint(checkpoint, folder, files, tokenizer=None):
     """Write a checkpoint under the names `files` in folder. It is flushed to the disk before it has
     them, and an older ckpt.pt becomes ckpt.prev.pt: a kill leaves a whole one.
     tokenizer: the bytes of tokenizer.json, which goes there first. Raises OSError or RuntimeError.
     """
     os.makedirs(folder, exist_ok=True)
-    path, unfinished = os.path.join(folder, files[0]), files[0] + '.unfinished'
-    try:
-        if tokenizer:
-            with open(path + '.unfinished', 'wb') as f:
-                f.write(tokenizer)
-            os.replace(path + '.unfinished', os.path.join(folder, 'tokenizer.json'))
-        with open(path + '.unfinished', 'wb') as f:
-            torch.save(checkpoint, f)
-            f.flush()
-            os.fsync(f.fileno())
+    if tokenizer:
+        with whole_file(os.path.join(folder, 'tokenizer.json')) as f:
+            f.write(tokenizer)
+    with whole_file(os.path.join(folder, files[0])) as f:
+        torch.save(checkpoint, f)
+        f.flush()
+        os.fsync(f.fileno())
         for name in files[1:]:  # the first name comes last: where it is, all are
-            put(folder, name, unfinished)
+            put(folder, name, files[0] + '.unfinished')
         if 'ckpt.pt' in files and os.path.exists(os.path.join(folder, 'ckpt.pt')):
             put(folder, 'ckpt.prev.pt', 'ckpt.pt')
-        os.replace(path + '.unfinished', path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.remove(path + '.unfinished')
-        raise
     with contextlib.suppress(OSError):  # a folder cannot be opened everywhere
         descriptor = os.open(folder, os.O_RDONLY)
         os.fsync(descriptor)
@@ -1844,18 +1858,6 @@ class MDLM(transformers.PreTrainedModel):
 '''
 
 
-def write_whole(path, text):
-    """The file has its name only when it is whole. Raises OSError, which names it."""
-    unfinished = path + '.unfinished'
-    try:
-        with open(unfinished, 'w', encoding='utf-8') as f:
-            f.write(text)
-        os.replace(unfinished, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.remove(unfinished)
-        raise OSError(f'{path} cannot be written ({error.strerror})') from None
-
 
 def save_pretrained(net, folder):
     """Write config.json and model.safetensors as the released code of the net's family loads them,
@@ -1900,12 +1902,9 @@ def save_pretrained(net, folder):
         described['nanomdm'] = untold
     described['auto_map'] = dict(AutoConfig='modeling_nanomdm.MDLMConfig',
                                  AutoModelForMaskedLM='modeling_nanomdm.MDLM')
-    path = os.path.join(folder, 'model.safetensors')
-    save_file(tensors | extra, path + '.unfinished', metadata=dict(format='pt'))
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(path + '.unfinished', 0o666 & ~umask)  # safetensors writes for its owner alone
-    os.replace(path + '.unfinished', path)
+    with whole_file(os.path.join(folder, 'model.safetensors')) as f:
+        save_file(tensors | extra, f.name, metadata=dict(format='pt'))
+        os.chmod(f.name, os.fstat(f.fileno()).st_mode)  # safetensors writes for its owner alone
     source = inspect.getsource(sys.modules[__name__]).partition("\nif __name__ == '__main__'")[0]
     source = source.replace(
         '\nfrom configurator import require\n', '\n\n' + inspect.getsource(require))
