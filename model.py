@@ -3,13 +3,12 @@ The network, the noise, the objectives, and weights in and out.
 
 What is unusual here, for a reader who knows nanoGPT:
 - attention looks both ways, positions are rotary, a mask id stands for an unknown token
-- adaLN-zero conditioning (DiT), mostly of sigma = 0: then one vector for the whole batch is
-  folded into the weight and bias of the norms
+- adaLN-zero conditioning (DiT), mostly of sigma = 0: one vector for the whole batch
 - the head projects only the positions that a loss or a sampler needs
-- one class for all families: an architecture is a ModelConfig; in place of attention and mlp a
-  block may hold a state-space model in both directions (mixer='mamba')
+- one class for all families: an architecture is a ModelConfig; a block holds attention and an mlp,
+  or a state-space model in both directions (mixer='mamba')
 
-As a script it uploads a trained net to the Hugging Face hub:
+As a script it uploads a net to the Hugging Face hub:
 
     python model.py --push=you/name --source=out-quickstart
 
@@ -59,8 +58,8 @@ except ImportError:
     selective_scan_fn = None
 
 push = None      # [str] the hub's you/name that a net is uploaded to
-source = 'out'   # the net: an out_dir, a ckpt.pt, or whatever load_pretrained reads
-private = False  # a repository that only you can see, where it is a new one
+source = 'out'   # the net: an out_dir, or what else load_pretrained reads
+private = False  # a new repository is seen by you alone
 
 
 def require_known(what, value, known):
@@ -113,11 +112,11 @@ class ModelConfig:
         if self.n_mlp is None:
             self.n_mlp = 4 * self.n_embd
 
-        require_known('norm=', self.norm, ('layernorm', 'rmsnorm'))
-        require_known('mlp=', self.mlp, ACTIVATIONS)
-        require_known('init=', self.init, ('mdlm', 'xlm', 'smdm'))
-        require_known('mixer=', self.mixer, ('attention', 'mamba'))
-        require_known('objective=', self.objective, OBJECTIVES)
+        choices = dict(
+            norm=('layernorm', 'rmsnorm'), mlp=ACTIVATIONS, init=('mdlm', 'xlm', 'smdm'),
+            mixer=('attention', 'mamba'), objective=OBJECTIVES)
+        for key, known in choices.items():
+            require_known(f'{key}=', getattr(self, key), known)
         V, is_ar = self.vocab_size, self.objective == 'ar'
         mamba = self.mixer == 'mamba'
         rules = [
@@ -179,7 +178,7 @@ def apply_rotary(x, cos, sin):
 
 
 class SSM(nn.Module):
-    """One direction of a Mamba block (Gu & Dao 2023, arXiv 2312.00752, algorithm 2)."""
+    """One direction of Mamba (Gu & Dao 2023, arXiv 2312.00752, algorithm 2)."""
 
     def __init__(self, config):
         super().__init__()
@@ -207,8 +206,7 @@ class SSM(nn.Module):
 
 
 class Mamba(nn.Module):
-    """The sum of two state-space models, one from left to right, one from right to left, which
-    share their projections (MDLM's DiMamba)."""
+    """The sum of two SSMs, of either direction, which share their projections (DiMamba)."""
 
     def __init__(self, config):
         super().__init__()
@@ -221,12 +219,12 @@ class Mamba(nn.Module):
             self.out_proj.weight /= math.sqrt(config.n_layer)
 
     def forward(self, x, keep=None):
-        """(B, L, C) -> (B, L, C). keep (B, L, 1) bool: what is False adds nothing to any state."""
+        """(B, L, C) -> (B, L, C). keep (B, L, 1) bool: False adds nothing to any state."""
         x, z = self.in_proj(x).chunk(2, dim=2)
-        reverse = None
+        keep_rev = None
         if keep is not None:
-            x, reverse = x * keep, keep.flip(1)
-        inputs = zip(self.fwd(x, keep), self.rev(x.flip(1), reverse), strict=True)
+            x, keep_rev = x * keep, keep.flip(1)
+        inputs = zip(self.fwd(x, keep), self.rev(x.flip(1), keep_rev), strict=True)
         y, y_rev = selective_scan(*map(torch.stack, inputs))
         return self.out_proj((y + y_rev.flip(1)) * F.silu(z))
 
@@ -327,14 +325,15 @@ class DiT(nn.Module):
         self.lm_head = nn.Linear(C, V if config.head_mask else V - 1, bias=config.head_bias)
         self.adaLN_f = nn.Linear(cond_dim, 2 * C) if cond_dim else None
         if config.init == 'mdlm':
-            mamba = config.mixer == 'mamba'
-            if mamba:
+            zeros = ['adaLN']  # every block starts as the identity
+            if config.mixer == 'mamba':
                 nn.init.normal_(self.wte.weight, std=0.02)
             else:
                 nn.init.kaiming_uniform_(self.wte.weight, a=math.sqrt(5))
+                zeros.append('lm_head')
             for name, p in self.named_parameters():
-                if 'adaLN' in name or name.startswith('lm_head') and not mamba:
-                    nn.init.zeros_(p)  # every block starts as the identity
+                if any(part in name for part in zeros):
+                    nn.init.zeros_(p)
         elif config.init == 'smdm':
             for name, p in self.named_parameters():
                 if name.endswith(('attn_out.weight', 'mlp_out.weight')):
@@ -345,11 +344,10 @@ class DiT(nn.Module):
     def trunk(self, x, sigma=None, attention_mask=None, cache=None):
         """ids x (B, L) -> (B, L, n_embd).
 
-        sigma (B,): total noise; ValueError if a time-conditioned net gets none.
-        attention_mask (B, L) bool: False where nothing looks; with the mixer 'mamba' a row that is
-        padded with such positions is as it would be alone. Or int, of rows that hold several
-        documents: the number of each token's document, -1 of padding. Attention then stays within
-        a document, whose positions begin at 0. cache: a KVCache.
+        sigma (B,): total noise, which a time-conditioned net needs.
+        attention_mask (B, L) bool: False where nothing looks (mamba: what adds nothing). Or int, of
+        rows that hold several documents: the number of each token's document, -1 of padding.
+        Attention then stays within a document, whose positions begin at 0. cache: a KVCache.
         """
         config = self.config
         require(
@@ -395,7 +393,7 @@ class DiT(nn.Module):
 
     def nll(self, h, target, exclude=None):
         """-log softmax(head(h))[target] in nats, (N,) float32; h (N, n_embd), target (N,).
-        exclude: an id without probability (for SUBS the mask)."""
+        exclude: an id without probability."""
         return self.nll_and_logit(h, target, exclude)[0]
 
     def nll_and_logit(self, h, target, exclude=None):
@@ -412,7 +410,7 @@ class DiT(nn.Module):
         return n
 
     def train_flops(self, rows, length, scored):
-        """FLOPs of a step for MFU, matrix products only; `scored` positions are projected."""
+        """FLOPs of a step, matrix products only; `scored` positions are projected."""
         config, C = self.config, self.config.n_embd
         if config.mixer == 'mamba':
             E, R = config.expand * C, math.ceil(C / 16)
@@ -432,7 +430,7 @@ class KVCache:
     """Keys and values of a causal net, (2, rows, H, length, C/H) a block.
 
     position=None: the trunk gets the first tokens (n, P) of the rows `slots`; else one token of
-    every row, (rows, 1), at `position` (rows,), which is on the CPU to not wait for a GPU.
+    every row, (rows, 1), at `position` (rows,) on the CPU.
     """
 
     def __init__(self, rows, length):
@@ -444,8 +442,7 @@ class KVCache:
         self.at = None  # (row, position) on the device
 
     def begin(self, device):
-        """-> positions (rows, 1) on the device, and attn_mask (rows, 1, 1, reach) bool; None: all
-        True. Copied once for all blocks."""
+        """-> positions (rows, 1) and attn_mask (rows, 1, 1, reach) bool, or None: all True."""
         self.at = torch.arange(self.rows, device=device), sent(self.position, device)
         seen = torch.arange(int(self.position.max()) + 1) <= self.position[:, None]
         attn_mask = None if seen.all() else sent(seen, device)[:, None, None]
@@ -469,8 +466,7 @@ class KVCache:
         self.kept = {block: kv[:, slots] for block, kv in self.kept.items()}
 
 
-# named sizes, in train.py's constants: n_layer, n_head, n_embd
-# (SMDM's are named after their non-embedding parameters)
+# n_layer, n_head, n_embd; SMDM's are named after their non-embedding parameters
 SIZES = {}
 for line in '''mdlm-tiny 8 8 512
 mdlm-small 12 12 768
@@ -517,7 +513,7 @@ SIZES['75M']['n_mlp'] = 1600
 
 
 class Schedule:
-    """Total noise sigma at time t in [0, 1], and its derivative dsigma. alpha = exp(-sigma) is the
+    """Total noise sigma at time t in [0, 1], its derivative dsigma, and alpha = exp(-sigma), the
     probability of not being masked. A schedule defines sigma or alpha."""
 
     def alpha(self, t):
@@ -542,17 +538,15 @@ class Schedule:
 
     def sigma_range(self):
         """The noise between which time is importance-sampled."""
-        name = type(self).__name__
-        raise ValueError(
-            f'importance-sampled time is not defined for the schedule {name}: '
-            'choose loglinear or linear')
+        raise ValueError('importance-sampled time is not defined for the schedule '
+                         f'{type(self).__name__}: choose loglinear or linear')
 
     def log_masked_range(self):
         """log(1 - exp(-sigma)) at both ends."""
         return [math.log1p(-math.exp(-sigma)) for sigma in self.sigma_range()]
 
     def importance_time(self, t):
-        """Uniform t -> times with uniform log(1 - alpha), all of one weight in the NELBO
+        """Uniform t -> times of uniform log(1 - alpha), of one weight in the NELBO
         (MDLM, appendix C.2)."""
         low, high = self.log_masked_range()
         return self.time_of(-torch.log1p(-torch.exp(t * high + (1 - t) * low)))
@@ -591,8 +585,6 @@ class Linear(Schedule):
     def sigma(self, t):
         return self.sigma_min + t * (self.sigma_max - self.sigma_min)
 
-    def dsigma(self, t):
-        return torch.full_like(t, self.sigma_max - self.sigma_min)
 
     def sigma_range(self):
         return self.sigma_min, self.sigma_max
@@ -676,7 +668,7 @@ def get_schedule(name, **parameters):
 
 
 def schedule_of(constants):
-    """The Schedule that the constants of train.py name ({}, of published weights: loglinear)."""
+    """The Schedule that constants of train.py name, by default loglinear."""
     parameters = constants.get('schedule_parameters') or {}
     require(isinstance(parameters, dict), f'schedule_parameters={parameters!r}: a dict is needed')
     parameters = {str(key): value for key, value in parameters.items()}
@@ -688,7 +680,7 @@ loglinear = get_schedule('loglinear')
 
 def corrupt(x0, t, mask_id, schedule, generator=None, maskable=None):
     """xt ~ q(xt | x0): positions of x0 (B, L) are masked with probability 1 - alpha(t), t (B,),
-    where maskable (B, L). The draws are made on the generator's device (or the CPU)."""
+    where maskable (B, L)."""
     device = generator.device if generator else 'cpu'
     u = torch.rand(x0.shape, generator=generator, device=device).to(x0.device)
     masked = u < 1 - schedule.alpha(t)[:, None]
@@ -711,9 +703,8 @@ def corrupt_batch(
     each row from one of a list.
 
     Returns tensors on device: x0, xt, t, scored, attention_mask (None: all True) and masked (N,),
-    flat indices of the positions with a loss, found on the CPU to not wait for a GPU.
-    visible: all scored positions have a loss. exactly: see corrupt_exactly. drop_prompt: what may
-    not be corrupted is masked too, after the draws.
+    flat indices of the positions with a loss. visible: those are all that are scored.
+    exactly: see corrupt_exactly. drop_prompt: what may not be corrupted is masked too.
     For a causal net nothing is masked, and the first token of a document is not scored.
     """
     x0, scored, maskable = batch['x0'], batch['scored'], batch['maskable']
@@ -785,7 +776,6 @@ def subs(pos, *, importance=False):
 
     Equation 10: by -alpha'_t / (1 - alpha_t), 1/t for loglinear.
     Equation 8, T steps: by T (alpha_s - alpha_t) / (1 - alpha_t), s = t - 1/T.
-    It is also the bound that mlm nets are measured with: for another weight, add an objective.
     """
     nll = pos.net.nll(pos.h, pos.x0, exclude=pos.net.config.mask_id)
     if importance:
@@ -805,8 +795,8 @@ def d3pm(pos, *, subs_masking=False):
     """Absorbing D3PM's diffusion term, T KL(q(xs | xt, x0) || p(xs | xt)).
 
     p_m: the probability the net gives the mask, 0 with subs_masking, which is subs
-    (Austin et al. 2021; MDLM, appendix A.2.4). It is written in t = 1 - alpha_t, which for
-    loglinear leaves out eps, as released; for another schedule s and t are its 1 - alpha.
+    (Austin et al. 2021; MDLM, appendix A.2.4). t and s: 1 - alpha, as released without eps for
+    loglinear.
     """
     if subs_masking:
         return subs(pos)
@@ -855,11 +845,11 @@ def ar(net, x0, attention_mask=None):
 @dataclass
 class Objective:
     """A new objective is a loss and a row of OBJECTIVES. The keyword-only arguments of the loss are
-    its options: a constant of train.py with the name of one sets it."""
+    its options: constants of train.py that have their names set them."""
     loss: typing.Callable  # (MaskedPositions, *, options) -> (N,); that of 'ar' takes rows
     predicts: str  # what the net puts out; a sampler says what it takes
     sampler: str | None = None  # the default one
-    bound: str | None = None  # the objective to evaluate by; None: its own loss, which is no bound
+    bound: str | None = None  # the objective to evaluate by; None: its own loss
     steps: str = 'none'  # T is 'none', 'optional' or 'required'
     has_reconstruction: bool = False  # reconstruction_loss is a term of the bound
 
@@ -889,8 +879,8 @@ def options_of(objective, options):
 
 
 def check_objective(objective, T=0, options=None, causal=None):
-    """Raise ValueError where these do not go together. options: name -> value; those of other
-    objectives must have their defaults."""
+    """Raise ValueError where these do not go together. options: name -> value, those of other
+    objectives at their defaults."""
     require_known('objective ', objective, OBJECTIVES)
     record, options = OBJECTIVES[objective], options or {}
     said = f"objective '{objective}'"
@@ -915,11 +905,9 @@ def per_token_loss(
     """The loss of each position in nats, (B, L) float32, zero where there is none.
 
     x0, xt (B, L): ids; t (B,): times of xt, with T > 0 steps on_grid ('ar' uses x0 alone).
-    objective: default: the net's own. options: its own (d3pm's subs_masking; subs' importance: t is
-    from schedule.importance_time).
+    objective: default: the net's own. options: its own (importance: t is of importance_time).
     masked (N,): flat indices of the positions with a loss; default: where xt is the mask.
     reconstruction: add reconstruction_loss where it is a term of the bound.
-    Raises ValueError where options do not go together.
     """
     objective = objective or net.config.objective
     check_objective(objective, T, options, net.config.causal)
@@ -954,8 +942,8 @@ def reconstruction_loss(net, x0, schedule=loglinear, subs_masking=False, attenti
 
 
 def row_sums(loss, batch, rows):
-    """loss (B, L) of a batch of corrupt_batch, made of rows of data.TokenRows -> (4, B) float64:
-    nats and number of all scored tokens, nats and number of those of documents."""
+    """loss (B, L) of corrupt_batch(rows) -> (4, B) float64: nats and number of all scored tokens,
+    nats and number of those of documents."""
     loss, scored = loss.cpu(), batch['scored'].cpu()
     document = scored & rows['document']
     parts = (loss * scored, scored, loss * document, document)
@@ -963,8 +951,7 @@ def row_sums(loss, batch, rows):
 
 
 def ratio_with_error(sums, counts):
-    """sum / count over independent rows (n,), and its standard error (the ratio estimator).
-    NaN where a sum is."""
+    """sum / count over independent rows (n,), and its standard error (the ratio estimator)."""
     n = len(sums)
     ratio = sums.sum() / counts.sum()
     if n == 1:
@@ -976,9 +963,9 @@ def ratio_with_error(sums, counts):
 
 def likelihood_of(sums, counts, objective):
     """row_sums (4, n) and the tokens and bytes of the split -> dict of nats_per_token, over all
-    scored tokens, the packing's too (as published), and bits_per_byte, over those of documents,
-    with standard errors (.._se, as if rows were independent: a little high), tokens,
-    document_tokens, rows. An objective without a bound has its own name in place of both."""
+    scored tokens, the packing's too (as published), bits_per_byte, over those of documents, their
+    standard errors (.._se), tokens, document_tokens, rows. An objective without a bound has its
+    own name in place of both."""
     nats, nats_se = ratio_with_error(sums[0], sums[1])
     document_nats, document_se = ratio_with_error(sums[2], sums[3])
     to_bits = counts['tokens'] / counts['bytes'] / math.log(2)
@@ -1146,230 +1133,7 @@ def free_memory(device, root=''):
 
 
 # -----------------------------------------------------------------------------
-# weights in and out
-
-
-@dataclass
-class Family:
-    """How the files of a published family spell its nets. A value that is a function is called on
-    the fields known so far. A field is read off the tensors, then off config.json."""
-    names: dict       # ours -> theirs of parameters, {i}: the block; the first that fits counts
-    settings: dict    # fields that all its nets share: save_pretrained tells the family by them
-    assumed: dict     # fields where neither tensors nor config.json say
-    described: dict   # config.json: theirs -> a field of ours, a function of them, or a constant
-    tokenizers: dict  # vocab_size -> name
-    constants: dict   # how its data, prompts and measures are made, where a user does not say
-    inv_freq: str | None = None  # name of the rotary frequencies, where the files hold them
-    heads_interleaved: bool = False
-
-
-def n_head_by_size(fields):
-    """n_head of the entry of SIZES with these dimensions, or None."""
-    for size in SIZES.values():
-        if all(size[key] == fields[key] for key in ('n_layer', 'n_embd', 'n_mlp')):
-            return size['n_head']
-
-
-FIELDS = [field.name for field in dataclasses.fields(ModelConfig)]
-
-FAMILIES = {}
-
-FAMILIES['mdlm'] = Family(  # and its AR baseline, which is the same without conditioning
-    names={
-        'wte.weight': 'backbone.vocab_embed.embedding',
-        'sigma_map.fc1': 'backbone.sigma_map.mlp.0',
-        'sigma_map.fc2': 'backbone.sigma_map.mlp.2',
-        'blocks.{i}.mlp_in': 'backbone.blocks.{i}.mlp.0',
-        'blocks.{i}.mlp_out': 'backbone.blocks.{i}.mlp.2',
-        'blocks.{i}.adaLN': 'backbone.blocks.{i}.adaLN_modulation',
-        'blocks.{i}': 'backbone.blocks.{i}',
-        'norm_f': 'backbone.output_layer.norm_final',
-        'lm_head': 'backbone.output_layer.linear',
-        'adaLN_f': 'backbone.output_layer.adaLN_modulation',
-    },
-    settings=dict(
-        mixer='attention', norm='layernorm', mlp='gelu', norm_bias=False, mlp_bias=True,
-        head_bias=True, causal=lambda fields: not fields['cond_dim']),
-    assumed=dict(
-        block_size=1024, n_head=None, mask_id=lambda fields: fields['vocab_size'] - 1,
-        objective=lambda fields: 'ar' if fields['causal'] else 'subs'),
-    described=dict(
-        architectures=['MDLM'], model_type='mdlm', vocab_size='vocab_size',
-        model_length='block_size', hidden_dim='n_embd', cond_dim='cond_dim',
-        n_blocks='n_layer', n_heads='n_head', dropout='dropout',
-        time_conditioning='time_conditioning', return_dict=False, torch_dtype='float32'),
-    tokenizers={50258: 'gpt2'},
-    constants=dict(packing='wrap', protocol='mdlm'),
-    inv_freq='backbone.rotary_emb.inv_freq')
-
-FAMILIES['xlm'] = Family(  # the last ids are <|pad|> <|unk|> <|mask|> <|sep|>
-    names={
-        'wte': 'embed_tokens',
-        'blocks.{i}.attn_out': 'encoder.{i}.o_proj',
-        'blocks.{i}.mlp_in': 'encoder.{i}.mlp.0',
-        'blocks.{i}.mlp_out': 'encoder.{i}.mlp.2',
-        'blocks.{i}': 'encoder.{i}',
-        'norm_f': 'output_layer.norm_final',
-        'lm_head': 'output_layer.linear',
-    },
-    settings=dict(
-        mixer='attention', norm='layernorm', mlp='relu', norm_bias=True, mlp_bias=True,
-        head_bias=False, cond_dim=0, causal=False),
-    assumed=dict(
-        block_size=1024, objective='mlm', init='xlm',
-        attn_dropout=lambda fields: fields.get('dropout', 0.0),
-        mask_id=lambda fields: fields['vocab_size'] - 2,
-        pad_id=lambda fields: fields['vocab_size'] - 4,
-        n_head=lambda fields: 12 if fields['n_embd'] == 768 else None),
-    described=dict(
-        num_embeddings='vocab_size', d_model='n_embd', num_layers='n_layer', nhead='n_head',
-        padding_idx='pad_id', mask_idx='mask_id', dim_feedforward='n_mlp', dropout='dropout',
-        activation='relu', layer_norm_eps=1e-5, max_length='block_size',
-        rotary_emb_dim=lambda fields: fields['n_embd'] // fields['n_head'],
-        force_flash_attn=False, final_layer_without_normalization=False),
-    tokenizers={50263: 'gpt2-xlm'},
-    constants=dict(packing='pad', protocol='xlm', judge_dtype='bfloat16'),
-    inv_freq='encoder.{i}.rotary_emb.inv_freq')
-
-FAMILIES['smdm'] = Family(  # the head has no row for the mask; AR nets have no mask
-    names={
-        'wte': 'transformer.wte',
-        'blocks.{i}.norm1': 'transformer.h.{i}.norm_1',
-        'blocks.{i}.norm2': 'transformer.h.{i}.norm_2',
-        'blocks.{i}.attn_qkv': 'transformer.h.{i}.attn.attn',
-        'blocks.{i}.attn_out': 'transformer.h.{i}.attn.proj',
-        'blocks.{i}.mlp_gate': 'transformer.h.{i}.mlp.swiglu.w1',
-        'blocks.{i}.mlp_in': 'transformer.h.{i}.mlp.swiglu.w2',
-        'blocks.{i}.mlp_out': 'transformer.h.{i}.mlp.swiglu.w3',
-        'norm_f': 'transformer.ln_f',
-        'lm_head': 'lm_head',
-    },
-    settings=dict(
-        mixer='attention', norm='rmsnorm', mlp='swiglu', norm_bias=False, mlp_bias=False,
-        head_bias=False, cond_dim=0),
-    assumed=dict(
-        block_size=2048, n_head=n_head_by_size, rotary_bf16=True, init='smdm',
-        causal=lambda fields: fields['head_rows'] == fields['vocab_size'],
-        mask_id=lambda fields: None if fields['causal'] else fields['head_rows'],
-        head_mask=lambda fields: fields['causal'],
-        objective=lambda fields: 'ar' if fields['causal'] else 'subs'),
-    described=dict(zip(FIELDS, FIELDS, strict=True)),
-    tokenizers={},
-    constants=dict(packing='concat', prompt_bos=True, mc_eps=0.0, mc_draws=1024),
-    heads_interleaved=True)
-
-BIMAMBA = 'model.bimamba.backbone.'
-
-FAMILIES['dimamba'] = Family(
-    names={
-        'wte': BIMAMBA + 'embeddings.word_embeddings',
-        'sigma_map.fc1': 'sigma_map.mlp.0',
-        'sigma_map.fc2': 'sigma_map.mlp.2',
-        'blocks.{i}.norm1': BIMAMBA + 'layers.{i}.norm',
-        'blocks.{i}.mamba.in_proj': BIMAMBA + 'layers.{i}.mixer.mamba_fwd.in_proj',
-        'blocks.{i}.mamba.out_proj': BIMAMBA + 'layers.{i}.mixer.mamba_fwd.out_proj',
-        'blocks.{i}.mamba.fwd': BIMAMBA + 'layers.{i}.mixer.mamba_fwd',
-        'blocks.{i}.mamba.rev': BIMAMBA + 'layers.{i}.mixer.mamba_rev',
-        'blocks.{i}.adaLN': BIMAMBA + 'layers.{i}.adaLN_modulation',
-        'norm_f': BIMAMBA + 'norm_f',
-        'lm_head': 'model.lm_head',
-        'adaLN_f': BIMAMBA + 'adaLN_modulation_final',
-    },
-    settings=dict(
-        mixer='mamba', norm='rmsnorm', norm_bias=False, head_bias=False, head_mask=True,
-        cond_dim=lambda fields: max(1, fields['cond_dim']), causal=False),
-    assumed=dict(block_size=1024, mask_id=lambda fields: fields['vocab_size'] - 1),
-    described=dict(zip(FIELDS, FIELDS, strict=True)),
-    tokenizers={50258: 'gpt2'},
-    constants=FAMILIES['mdlm'].constants)
-
-FAMILIES['native'] = Family(  # ours, for nets that no other layout fits
-    names={name: name for name in ('wte', 'sigma_map', 'blocks', 'norm_f', 'lm_head', 'adaLN_f')},
-    settings={},
-    assumed=dict(n_head=None),
-    described=dict(zip(FIELDS, FIELDS, strict=True)),
-    tokenizers={},
-    constants={})
-
-# what its directions share stands under the names of both
-SHARED = re.compile(r'(mixer\.mamba_)(fwd|rev)(\.(?:in|out)_proj\.)')
-
-
-# what torch.compile, DDP, FSDP and Fabric put before the names of the modules that they wrap
-WRAPPERS = re.compile(r'(?<![^.])(?:_orig_mod|module|_forward_module|_fsdp_wrapped_module)\.')
-
-
-def renamed(name, pairs):
-    """name in the other column of a table of (from, to) pairs, or None where no pair fits."""
-    for source, target in pairs:
-        pattern = re.escape(source).replace(r'\{i\}', r'(\d+)') + r'(?=\.|$)'
-        match = re.match(pattern, name)
-        if match:
-            return target.format(i=match.group(1) if match.groups() else '') + name[match.end():]
-
-
-def interleave_heads(weight, n_head, inverse=False):
-    """SMDM packs q, k, v head by head: (H, 3, head_dim, C) where ours is (3, H, head_dim, C)."""
-    first, second = (n_head, 3) if inverse else (3, n_head)
-    return weight.view(first, second, -1, weight.size(1)).transpose(0, 1).reshape(weight.shape)
-
-
-def without_copies(tensors, source):
-    """Drop the second name of what is SHARED. Raises ValueError where the values differ."""
-    for name in list(tensors):
-        first = SHARED.sub(r'\1fwd\3', name)
-        if first != name and first in tensors:
-            require(torch.equal(tensors.pop(name), tensors[first]),
-                    f'{source}: {name} is not equal to {first}: only nets whose directions share '
-                    'their projections can be read')
-    return tensors
-
-
-def family_of(names, source):
-    """(the key of FAMILIES whose embedding is among the names, what is in front of all names)."""
-    for key, family in FAMILIES.items():
-        for prefix in ('', 'model.', 'backbone.'):  # a LightningModule's
-            if prefix + renamed('wte.weight', family.names.items()) in names:
-                return key, prefix
-    first = ', '.join(sorted(names)[:5])
-    raise ValueError(f"{source} has none of the layouts {', '.join(FAMILIES)}: "
-                     f'its first names are {first}')
-
-
-def settings_of(family, fields):
-    return {key: value(fields) if callable(value) else value
-            for key, value in family.settings.items()}
-
-
-def fields_of(family, described, tensors=None, inv_freq=None):
-    """ModelConfig fields by a config.json (of the family, or with our names), and by a net's
-    tensors (under our names) and rotary frequencies where they are given."""
-    theirs = dict(zip(FIELDS, FIELDS, strict=True)) | family.described
-    fields = {ours: described[name] for name, ours in theirs.items()
-              if name in described and ours in FIELDS}
-    if tensors:
-        vocab_size, n_embd = tensors['wte.weight'].shape
-        layers = {name.split('.')[1] for name in tensors if name.startswith('blocks.')}
-        fields |= dict(vocab_size=vocab_size, n_embd=n_embd, n_layer=len(layers),
-                       cond_dim=len(tensors.get('sigma_map.fc2.weight', ())),
-                       head_rows=len(tensors.get('lm_head.weight', tensors['wte.weight'])))
-        if 'blocks.0.mlp_in.weight' in tensors:
-            fields['n_mlp'] = len(tensors['blocks.0.mlp_in.weight'])
-        if 'blocks.0.mamba.fwd.A_log' in tensors:  # (E, N)
-            E, fields['d_state'] = tensors['blocks.0.mamba.fwd.A_log'].shape
-            fields['expand'] = E // n_embd
-        if 'blocks.0.mamba.fwd.conv1d.weight' in tensors:  # (E, 1, K)
-            fields['d_conv'] = tensors['blocks.0.mamba.fwd.conv1d.weight'].size(2)
-        if inv_freq is not None:
-            fields['n_head'] = n_embd // (2 * len(inv_freq))
-    fields |= settings_of(family, fields)
-    for key, value in family.assumed.items():
-        if key not in fields:
-            fields[key] = value(fields) if callable(value) else value
-    fields.pop('head_rows', None)
-    untold = described.get('nanomdm', {})  # what save_pretrained found the layout not to tell
-    return fields | {key: untold[key] for key in untold.keys() - {'constants', 'tokenizer'}}
-
+# checkpoints of train.py
 
 PLAIN_RECORD = re.compile(
     r'data\.pkl|data/\d+|version|byteorder|\.format_version|\.storage_alignment|'
@@ -1377,9 +1141,9 @@ PLAIN_RECORD = re.compile(
 
 
 def check_archive(path):
-    """Raise ValueError unless the file is a whole zip of one pickle and its tensors as torch.save
-    writes it. Torch itself would run the code of a TorchScript archive, unpack a few compressed
-    bytes into gigabytes, and take a flipped bit."""
+    """Raise ValueError unless torch.save wrote the file and it is whole. Torch itself would run the
+    code of a TorchScript archive, unpack a few compressed bytes into gigabytes, and take a flipped
+    bit."""
     require(zipfile.is_zipfile(path), 'it is no whole zip archive, as torch.save writes since 1.6')
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
@@ -1398,25 +1162,22 @@ def check_archive(path):
 
 def read_checkpoint(path):
     """The dict that train.py saved at path, tensors on the CPU. Nothing in the file is executed.
-    Raises FileNotFoundError, or ValueError where the file is truncated, damaged or not ours."""
+    Raises FileNotFoundError or ValueError."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f'no checkpoint at {path}: train one with train.py, '
                                 'or give another out_dir or init_from')
     try:
         check_archive(path)
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except MemoryError:
         raise
+    except pickle.UnpicklingError:  # it holds something else than tensors and plain containers
+        checkpoint = None
     except Exception as error:  # BadZipFile, and what else a flipped bit in a header leads to
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: a wrong offset
             raise  # the machine's fault, not the file's
-        raise ValueError(
-            f'{path} is truncated or damaged ({error}): use another checkpoint') from None
-    try:
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except (OSError, MemoryError):
-        raise
-    except Exception:  # a zip of something else, or with something else than tensors in it
-        checkpoint = None
+        why = str(error).partition('\n')[0]
+        raise ValueError(f'{path} is truncated or damaged ({why}): use another checkpoint') from None
     sections = dict(
         model=dict, ema=dict, optimizer=list, iter=int, tokens_seen=int, best_val_loss=float,
         model_config=dict, constants=dict, tokenizer=dict)
@@ -1495,12 +1256,13 @@ def read_newest(folder):
     try:
         return read_checkpoint(os.path.join(folder, 'ckpt.pt')), None
     except (ValueError, FileNotFoundError) as error:
-        older = os.path.join(folder, 'ckpt.prev.pt')
-        if isinstance(error, FileNotFoundError) and not os.path.isfile(older):
-            older = os.path.join(folder, 'ckpt_best.pt')
-        if not os.path.isfile(older):
-            raise
-        return read_checkpoint(older), error
+        names = ['ckpt.prev.pt']
+        if isinstance(error, FileNotFoundError):
+            names.append('ckpt_best.pt')
+        for older in (os.path.join(folder, name) for name in names):
+            if os.path.isfile(older):
+                return read_checkpoint(older), error
+        raise
 
 
 def say(text):
@@ -1596,6 +1358,233 @@ class CheckpointWriter:
         """Try the last save once more. Returns whether it succeeded."""
         self.start()
         return self.wait()
+
+
+# -----------------------------------------------------------------------------
+# published weights
+
+FIELDS = [field.name for field in dataclasses.fields(ModelConfig)]
+
+
+@dataclass
+class Family:
+    """How the files of a published family spell its nets. A value that is a function is called on
+    the fields known so far. A field is read off the tensors, then off config.json."""
+    names: dict       # ours -> theirs of parameters, {i}: the block; the first that fits counts
+    settings: dict    # fields that all its nets share: save_pretrained tells the family by them
+    assumed: dict     # fields where neither tensors nor config.json say
+    # config.json, if not in our names: theirs -> a field of ours, a function of them, a constant
+    described: dict = dataclasses.field(default_factory=lambda: {name: name for name in FIELDS})
+    tokenizers: dict = dataclasses.field(default_factory=dict)  # vocab_size -> name
+    constants: dict = dataclasses.field(default_factory=dict)  # its data, prompts and measures
+    inv_freq: str | None = None  # name of the rotary frequencies, where the files hold them
+    heads_interleaved: bool = False
+
+
+def evaluated(table, fields):
+    """A table of a Family, its functions called on the fields."""
+    return {key: value(fields) if callable(value) else value for key, value in table.items()}
+
+
+def last_id(fields):
+    return fields['vocab_size'] - 1
+
+
+def by_attention(fields):
+    return 'ar' if fields['causal'] else 'subs'
+
+
+def n_head_by_size(fields):
+    """n_head of the entry of SIZES with these dimensions, or None."""
+    for size in SIZES.values():
+        if all(size[key] == fields[key] for key in ('n_layer', 'n_embd', 'n_mlp')):
+            return size['n_head']
+
+
+FAMILIES = {}
+
+
+FAMILIES['mdlm'] = Family(  # and its AR baseline, which is the same without conditioning
+    names={
+        'wte.weight': 'backbone.vocab_embed.embedding',
+        'sigma_map.fc1': 'backbone.sigma_map.mlp.0',
+        'sigma_map.fc2': 'backbone.sigma_map.mlp.2',
+        'blocks.{i}.mlp_in': 'backbone.blocks.{i}.mlp.0',
+        'blocks.{i}.mlp_out': 'backbone.blocks.{i}.mlp.2',
+        'blocks.{i}.adaLN': 'backbone.blocks.{i}.adaLN_modulation',
+        'blocks.{i}': 'backbone.blocks.{i}',
+        'norm_f': 'backbone.output_layer.norm_final',
+        'lm_head': 'backbone.output_layer.linear',
+        'adaLN_f': 'backbone.output_layer.adaLN_modulation',
+    },
+    settings=dict(
+        mixer='attention', norm='layernorm', mlp='gelu', norm_bias=False, mlp_bias=True,
+        head_bias=True, causal=lambda fields: not fields['cond_dim']),
+    assumed=dict(
+        block_size=1024, n_head=None, mask_id=last_id, objective=by_attention),
+    described=dict(
+        architectures=['MDLM'], model_type='mdlm', vocab_size='vocab_size',
+        model_length='block_size', hidden_dim='n_embd', cond_dim='cond_dim',
+        n_blocks='n_layer', n_heads='n_head', dropout='dropout',
+        time_conditioning='time_conditioning', return_dict=False, torch_dtype='float32'),
+    tokenizers={50258: 'gpt2'},
+    constants=dict(packing='wrap', protocol='mdlm'),
+    inv_freq='backbone.rotary_emb.inv_freq')
+
+FAMILIES['xlm'] = Family(  # the last ids are <|pad|> <|unk|> <|mask|> <|sep|>
+    names={
+        'wte': 'embed_tokens',
+        'blocks.{i}.attn_out': 'encoder.{i}.o_proj',
+        'blocks.{i}.mlp_in': 'encoder.{i}.mlp.0',
+        'blocks.{i}.mlp_out': 'encoder.{i}.mlp.2',
+        'blocks.{i}': 'encoder.{i}',
+        'norm_f': 'output_layer.norm_final',
+        'lm_head': 'output_layer.linear',
+    },
+    settings=dict(
+        mixer='attention', norm='layernorm', mlp='relu', norm_bias=True, mlp_bias=True,
+        head_bias=False, cond_dim=0, causal=False),
+    assumed=dict(
+        block_size=1024, objective='mlm', init='xlm',
+        attn_dropout=lambda fields: fields.get('dropout', 0.0),
+        mask_id=lambda fields: fields['vocab_size'] - 2,
+        pad_id=lambda fields: fields['vocab_size'] - 4,
+        n_head=lambda fields: 12 if fields['n_embd'] == 768 else None),
+    described=dict(
+        num_embeddings='vocab_size', d_model='n_embd', num_layers='n_layer', nhead='n_head',
+        padding_idx='pad_id', mask_idx='mask_id', dim_feedforward='n_mlp', dropout='dropout',
+        activation='relu', layer_norm_eps=1e-5, max_length='block_size',
+        rotary_emb_dim=lambda fields: fields['n_embd'] // fields['n_head'],
+        force_flash_attn=False, final_layer_without_normalization=False),
+    tokenizers={50263: 'gpt2-xlm'},
+    constants=dict(packing='pad', protocol='xlm', judge_dtype='bfloat16'),
+    inv_freq='encoder.{i}.rotary_emb.inv_freq')
+
+FAMILIES['smdm'] = Family(  # the head has no row for the mask; AR nets have no mask
+    names={
+        'wte': 'transformer.wte',
+        'blocks.{i}.norm1': 'transformer.h.{i}.norm_1',
+        'blocks.{i}.norm2': 'transformer.h.{i}.norm_2',
+        'blocks.{i}.attn_qkv': 'transformer.h.{i}.attn.attn',
+        'blocks.{i}.attn_out': 'transformer.h.{i}.attn.proj',
+        'blocks.{i}.mlp_gate': 'transformer.h.{i}.mlp.swiglu.w1',
+        'blocks.{i}.mlp_in': 'transformer.h.{i}.mlp.swiglu.w2',
+        'blocks.{i}.mlp_out': 'transformer.h.{i}.mlp.swiglu.w3',
+        'norm_f': 'transformer.ln_f',
+        'lm_head': 'lm_head',
+    },
+    settings=dict(
+        mixer='attention', norm='rmsnorm', mlp='swiglu', norm_bias=False, mlp_bias=False,
+        head_bias=False, cond_dim=0),
+    assumed=dict(
+        block_size=2048, n_head=n_head_by_size, rotary_bf16=True, init='smdm',
+        causal=lambda fields: fields['head_rows'] == fields['vocab_size'],
+        mask_id=lambda fields: None if fields['causal'] else fields['head_rows'],
+        head_mask=lambda fields: fields['causal'], objective=by_attention),
+    constants=dict(packing='concat', prompt_bos=True, mc_eps=0.0, mc_draws=1024),
+    heads_interleaved=True)
+
+BIMAMBA = 'model.bimamba.backbone.'
+
+FAMILIES['dimamba'] = Family(
+    names={
+        'wte': BIMAMBA + 'embeddings.word_embeddings',
+        'sigma_map.fc1': 'sigma_map.mlp.0',
+        'sigma_map.fc2': 'sigma_map.mlp.2',
+        'blocks.{i}.norm1': BIMAMBA + 'layers.{i}.norm',
+        'blocks.{i}.mamba.in_proj': BIMAMBA + 'layers.{i}.mixer.mamba_fwd.in_proj',
+        'blocks.{i}.mamba.out_proj': BIMAMBA + 'layers.{i}.mixer.mamba_fwd.out_proj',
+        'blocks.{i}.mamba.fwd': BIMAMBA + 'layers.{i}.mixer.mamba_fwd',
+        'blocks.{i}.mamba.rev': BIMAMBA + 'layers.{i}.mixer.mamba_rev',
+        'blocks.{i}.adaLN': BIMAMBA + 'layers.{i}.adaLN_modulation',
+        'norm_f': BIMAMBA + 'norm_f',
+        'lm_head': 'model.lm_head',
+        'adaLN_f': BIMAMBA + 'adaLN_modulation_final',
+    },
+    settings=dict(
+        mixer='mamba', norm='rmsnorm', norm_bias=False, head_bias=False, head_mask=True,
+        cond_dim=lambda fields: max(1, fields['cond_dim']), causal=False),
+    assumed=dict(block_size=1024, mask_id=last_id),
+    tokenizers={50258: 'gpt2'},
+    constants=FAMILIES['mdlm'].constants)
+
+FAMILIES['native'] = Family(  # ours, for nets that no other layout fits
+    names={name: name for name in ('wte', 'sigma_map', 'blocks', 'norm_f', 'lm_head', 'adaLN_f')},
+    settings={},
+    assumed=dict(n_head=None))
+
+# what dimamba's directions share stands under the names of both
+SHARED = re.compile(r'(mixer\.mamba_)(fwd|rev)(\.(?:in|out)_proj\.)')
+# what torch.compile, DDP, FSDP and Fabric put before the names of the modules that they wrap
+WRAPPERS = re.compile(r'(?<![^.])(?:_orig_mod|module|_forward_module|_fsdp_wrapped_module)\.')
+
+
+def renamed(name, pairs):
+    """name in the other column of a table of (from, to) pairs, or None where no pair fits."""
+    for source, target in pairs:
+        pattern = re.escape(source).replace(r'\{i\}', r'(\d+)') + r'(?=\.|$)'
+        match = re.match(pattern, name)
+        if match:
+            return target.format(i=match.group(1) if match.groups() else '') + name[match.end():]
+
+
+def interleave_heads(weight, n_head, inverse=False):
+    """SMDM packs q, k, v head by head: (H, 3, head_dim, C) where ours is (3, H, head_dim, C)."""
+    first, second = (n_head, 3) if inverse else (3, n_head)
+    return weight.view(first, second, -1, weight.size(1)).transpose(0, 1).reshape(weight.shape)
+
+
+def without_copies(tensors, source):
+    """Drop the second name of what is SHARED. Raises ValueError where the values differ."""
+    for name in list(tensors):
+        first = SHARED.sub(r'\1fwd\3', name)
+        if first != name and first in tensors:
+            require(torch.equal(tensors.pop(name), tensors[first]),
+                    f'{source}: {name} is not equal to {first}: only nets whose directions share '
+                    'their projections can be read')
+    return tensors
+
+
+def family_of(names, source):
+    """(the key of FAMILIES whose embedding is among the names, what is in front of all names)."""
+    for key, family in FAMILIES.items():
+        for prefix in ('', 'model.', 'backbone.'):  # a LightningModule's
+            if prefix + renamed('wte.weight', family.names.items()) in names:
+                return key, prefix
+    first = ', '.join(sorted(names)[:5])
+    raise ValueError(f"{source} has none of the layouts {', '.join(FAMILIES)}: "
+                     f'its first names are {first}')
+
+
+
+def fields_of(family, described, tensors=None, inv_freq=None):
+    """ModelConfig fields by a config.json (of the family, or with our names), and by a net's
+    tensors (under our names) and rotary frequencies where they are given."""
+    theirs = {name: name for name in FIELDS} | family.described
+    fields = {ours: described[name] for name, ours in theirs.items()
+              if name in described and ours in FIELDS}
+    if tensors:
+        def size(name, dim=0):
+            return tensors[name].size(dim) if name in tensors else None
+
+        V, n_embd = tensors['wte.weight'].shape
+        E = size('blocks.0.mamba.fwd.A_log')
+        read = dict(
+            vocab_size=V, n_embd=n_embd, head_rows=size('lm_head.weight') or V,
+            n_layer=len({name.split('.')[1] for name in tensors if name.startswith('blocks.')}),
+            cond_dim=size('sigma_map.fc2.weight') or 0, n_mlp=size('blocks.0.mlp_in.weight'),
+            n_head=None if inv_freq is None else n_embd // (2 * len(inv_freq)),
+            d_state=size('blocks.0.mamba.fwd.A_log', 1),
+            d_conv=size('blocks.0.mamba.fwd.conv1d.weight', 2),
+            expand=E and E // n_embd)
+        fields |= {key: value for key, value in read.items() if value is not None}
+    fields |= evaluated(family.settings, fields)
+    for key, value in family.assumed.items():
+        if key not in fields:
+            fields |= evaluated({key: value}, fields)
+    fields.pop('head_rows', None)
+    untold = described.get('nanomdm', {})  # what save_pretrained found the layout not to tell
+    return fields | {key: untold[key] for key in untold.keys() - {'constants', 'tokenizer'}}
 
 
 TRAINING = ('.ckpt', '.pth')  # what Lightning and Fabric save
