@@ -162,10 +162,13 @@ class Norm(nn.Module):
         return x * weight if bias is None else torch.addcmul(bias.to(x.dtype), x, weight)
 
 
+def inv_freq(head_dim, device='cpu'):
+    return 1.0 / 10_000 ** (torch.arange(0, head_dim, 2, device=device) / head_dim)
+
+
 def rotary_table(position, head_dim, bf16=False):
     """cos and sin, (..., 1, 1, head_dim/2) float32, at positions (...)."""
-    exponent = torch.arange(0, head_dim, 2, device=position.device) / head_dim
-    angle = position[..., None, None, None] * (1.0 / 10_000 ** exponent)
+    angle = position[..., None, None, None] * inv_freq(head_dim, position.device)
     dtype = torch.bfloat16 if bf16 else torch.float32
     return angle.cos().to(dtype).float(), angle.sin().to(dtype).float()
 
@@ -989,9 +992,9 @@ def pick_device(name, local_rank=0):
     counts = dict(cuda=torch.cuda.device_count(), mps=int(mps), cpu=1)
     if name == 'auto':
         name = next(kind for kind, count in counts.items() if count)
-    kind, _, index = name.partition(':')
-    is_known = kind in counts and (not index or index.isdigit())
-    require(is_known, f"device='{name}' is not known: choose from auto, cpu, cuda, cuda:N, mps")
+    match = re.fullmatch(r'(cuda|mps|cpu)(?::(\d+))?', name)
+    require(match, f"device='{name}' is not known: choose from auto, cpu, cuda, cuda:N, mps")
+    kind, index = match.groups()
     count, processes = counts[kind], int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     require(
         kind != 'cuda' or index or processes <= count or count == 0,
@@ -1164,8 +1167,8 @@ def read_checkpoint(path):
     """The dict that train.py saved at path, tensors on the CPU. Nothing in the file is executed.
     Raises FileNotFoundError or ValueError."""
     if not os.path.isfile(path):
-        raise FileNotFoundError(f'no checkpoint at {path}: train one with train.py, '
-                                'or give another out_dir or init_from')
+        raise FileNotFoundError(
+            f'no checkpoint at {path}: train one, or give another out_dir or init_from')
     try:
         check_archive(path)
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
@@ -1177,7 +1180,8 @@ def read_checkpoint(path):
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: a wrong offset
             raise  # the machine's fault, not the file's
         why = str(error).partition('\n')[0]
-        raise ValueError(f'{path} is truncated or damaged ({why}): use another checkpoint') from None
+        raise ValueError(
+            f'{path} is truncated or damaged ({why}): use another checkpoint') from None
     sections = dict(
         model=dict, ema=dict, optimizer=list, iter=int, tokens_seen=int, best_val_loss=float,
         model_config=dict, constants=dict, tokenizer=dict)
@@ -1266,8 +1270,7 @@ def read_newest(folder):
 
 
 def say(text):
-    """print, but neither a full disk behind the output nor a terminal that lacks a letter ends the
-    run."""
+    """print, which neither a full disk nor a terminal that lacks a letter can fail."""
     encoding = getattr(sys.stdout, 'encoding', None) or 'utf-8'
     with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
         print(text.encode(encoding, 'backslashreplace').decode(encoding), flush=True)
@@ -1534,27 +1537,18 @@ def interleave_heads(weight, n_head, inverse=False):
     return weight.view(first, second, -1, weight.size(1)).transpose(0, 1).reshape(weight.shape)
 
 
-def without_copies(tensors, source):
-    """Drop the second name of what is SHARED. Raises ValueError where the values differ."""
-    for name in list(tensors):
-        first = SHARED.sub(r'\1fwd\3', name)
-        if first != name and first in tensors:
-            require(torch.equal(tensors.pop(name), tensors[first]),
-                    f'{source}: {name} is not equal to {first}: only nets whose directions share '
-                    'their projections can be read')
-    return tensors
-
-
 def family_of(names, source):
     """(the key of FAMILIES whose embedding is among the names, what is in front of all names)."""
     for key, family in FAMILIES.items():
         for prefix in ('', 'model.', 'backbone.'):  # a LightningModule's
             if prefix + renamed('wte.weight', family.names.items()) in names:
                 return key, prefix
-    first = ', '.join(sorted(names)[:5])
     raise ValueError(f"{source} has none of the layouts {', '.join(FAMILIES)}: "
-                     f'its first names are {first}')
+                     f'its first names are {some_of(names)}')
 
+
+def some_of(names):
+    return ', '.join(sorted(names)[:5]) + (' ...' if len(names) > 5 else '')
 
 
 def fields_of(family, described, tensors=None, inv_freq=None):
@@ -1609,53 +1603,41 @@ class _TensorUnpickler(pickle.Unpickler):
 
 
 def read_training(path, ema):
-    """The named tensors of a Lightning .ckpt, a Fabric .pth or a saved state_dict; `ema`: with the
-    averaged weights of ema.shadow_params, which are in the order of the parameters, if it has them.
-    """
+    """(named tensors, with ema their averages in this order or None) of a Lightning .ckpt, a Fabric
+    .pth or a saved state_dict."""
     reader = types.SimpleNamespace(Unpickler=_TensorUnpickler, __name__='nanomdm')
     try:
         check_archive(path)
         checkpoint = torch.load(path, map_location='cpu', weights_only=False, pickle_module=reader)
-        keys = [key for key in ('state_dict', 'model') if key in checkpoint]
-        tensors = checkpoint[keys[0]] if keys else checkpoint
-        tensors = {WRAPPERS.sub('', name): tensor for name, tensor in tensors.items()
+        tensors = checkpoint.get('state_dict', checkpoint.get('model', checkpoint))
+        tensors = {name: tensor for name, tensor in tensors.items()
                    if isinstance(tensor, torch.Tensor)}
-        shadow = checkpoint['ema']['shadow_params'] if ema and checkpoint.get('ema') else None
+        average = checkpoint['ema']['shadow_params'] if ema and checkpoint.get('ema') else None
     except Exception as error:  # whatever a broken or hostile file leads to
         kind = 'Lightning' if path.endswith('.ckpt') else 'Fabric'
         raise ValueError(f'{path} is not a {kind} checkpoint that can be read '
                          f'({type(error).__name__}: {error})') from None
-    tensors = without_copies(tensors, path)
-    if shadow is not None:
-        names = [name for name in tensors if 'rotary_emb' not in name]
-        require([tensors[name].shape for name in names] == [average.shape for average in shadow],
-                f'{path}: ema.shadow_params do not fit the {len(names)} parameters of its '
-                'state_dict; ema=False takes these')
-        tensors |= dict(zip(names, shadow, strict=True))
-    return tensors
+    return tensors, average
 
 
 def find_source(source):
     """source if it is a path, else where the hub's org/name[@revision][:file] was downloaded to."""
-    source = os.fspath(source)
     path = os.path.expanduser(source)
     match = re.fullmatch(r'([\w.-]+/[\w.-]+)(?:@([\w./-]+))?(?::([\w./-]+))?', source)
     if os.path.exists(path) or not match or path.endswith('.pt'):
         return path
     repository, revision, file = match.groups()
-    patterns = [file] if file else ['*.json', '*.safetensors']
     try:
         from huggingface_hub import snapshot_download
-        folder = snapshot_download(repository, revision=revision, allow_patterns=patterns)
+        folder = snapshot_download(
+            repository, revision=revision, allow_patterns=file or ['*.json', '*.safetensors'])
     except Exception as error:  # the hub's client has many, and the remedy is the same
-        what = ' '.join([repository, *patterns[:bool(file)]])
-        if revision:
-            what += f' --revision {revision}'
+        what = [repository, file, revision and f'--revision {revision}', '--local-dir FOLDER']
         raise ValueError(
             f'{source} is no file or folder here, and the hub cannot be used '
-            f'({type(error).__name__}); where there is a network: hf download {what} '
-            '--local-dir FOLDER, then give the FOLDER') from None
-    return os.path.join(folder, file) if file else folder
+            f'({type(error).__name__}); where there is a network: '
+            f"hf download {' '.join(filter(None, what))}, then give the FOLDER") from None
+    return os.path.join(folder, file or '')
 
 
 def read_json(path):
@@ -1668,36 +1650,49 @@ def read_json(path):
     return described
 
 
+def safetensors_of(folder):
+    """Paths of the files of the one model in a folder."""
+    index = os.path.join(folder, 'model.safetensors.index.json')
+    if os.path.isfile(index):
+        weight_map = read_json(index).get('weight_map')
+        require(isinstance(weight_map, dict), f'{index} has no weight_map')
+        files = sorted(set(map(str, weight_map.values())))
+        for file in files:
+            require(file == os.path.basename(file),
+                    f'{index} names {file}: only files in its folder are read')
+    else:
+        files = [file for file in os.listdir(folder) if file.endswith('.safetensors')]
+        require(len(files) < 2, f'{folder} holds several models: give one of {some_of(files)} '
+                '(hub: org/name:FILE)')
+    return [os.path.join(folder, file) for file in files]
+
+
 def read_published(path, ema):
     """(named tensors, config.json) of a folder, a .safetensors, a Lightning .ckpt or a .pth."""
-    described = {}
-    if path.endswith(TRAINING) and not os.path.isdir(path):
-        return read_training(path, ema), described
-    paths = [path]
-    if os.path.isdir(path):
-        if os.path.isfile(os.path.join(path, 'config.json')):
-            described = read_json(os.path.join(path, 'config.json'))
-        index = os.path.join(path, 'model.safetensors.index.json')
-        if os.path.isfile(index):
-            weight_map = read_json(index).get('weight_map')
-            require(isinstance(weight_map, dict), f'{index} has no weight_map')
-            files = sorted(set(map(str, weight_map.values())))
-            for file in files:
-                require(file == os.path.basename(file),
-                        f'{index} names {file}: only files in its folder are read')
-        else:
-            files = sorted(file for file in os.listdir(path) if file.endswith('.safetensors'))
-            some = ', '.join(files[:5]) + (' ...' if len(files) > 5 else '')
-            require(len(files) < 2,
-                    f'{path} holds several models: give one of {some} (hub: org/name:FILE)')
-        paths = [os.path.join(path, file) for file in files]
-    tensors = {}
-    for file in paths:
-        try:
-            read = load_file(file)
-        except Exception as error:  # safetensors' own
-            raise ValueError(f'{file} is not a whole .safetensors file ({error})') from None
-        tensors |= {WRAPPERS.sub('', name): tensor for name, tensor in read.items()}
+    described, tensors, average = {}, {}, None
+    if os.path.isfile(os.path.join(path, 'config.json')):
+        described = read_json(os.path.join(path, 'config.json'))
+    if os.path.isfile(path) and path.endswith(TRAINING):
+        tensors, average = read_training(path, ema)
+    else:
+        for file in safetensors_of(path) if os.path.isdir(path) else [path]:
+            try:
+                tensors |= load_file(file)
+            except Exception as error:  # safetensors' own
+                raise ValueError(f'{file} is not a whole .safetensors file ({error})') from None
+    tensors = {WRAPPERS.sub('', name): tensor for name, tensor in tensors.items()}
+    for name in list(tensors):
+        first = SHARED.sub(r'\1fwd\3', name)
+        if first != name and first in tensors:
+            require(torch.equal(tensors.pop(name), tensors[first]),
+                    f'{path}: {name} is not equal to {first}: only nets whose directions share '
+                    'their projections can be read')
+    if average is not None:
+        names = [name for name in tensors if 'rotary_emb' not in name]
+        require([tensors[name].shape for name in names] == [tensor.shape for tensor in average],
+                f'{path}: ema.shadow_params do not fit the {len(names)} parameters of its '
+                'state_dict; ema=False takes these')
+        tensors |= dict(zip(names, average, strict=True))
     return tensors, described
 
 
@@ -1718,9 +1713,8 @@ def load_state(net, tensors, source, assign=False):
     """Give net the named tensors. Raises ValueError naming what disagrees in name or shape."""
     own = net.state_dict()
     lacking, unknown = own.keys() - tensors.keys(), tensors.keys() - own.keys()
-    for what, names in (('lacks', lacking), ('has unknown', unknown)):
-        some = ', '.join(sorted(names)[:5]) + (' ...' if len(names) > 5 else '')
-        require(not names, f'{source} {what} {some}')
+    require(not lacking, f'{source} lacks {some_of(lacking)}')
+    require(not unknown, f'{source} has unknown {some_of(unknown)}')
     for name, tensor in tensors.items():
         shape = tuple(getattr(tensor, 'shape', ()))
         require(isinstance(tensor, torch.Tensor) and shape == own[name].shape,
@@ -1743,54 +1737,57 @@ def load_pretrained(source, ema=True, device='cpu', trainable=False, **overrides
     ema: the averaged weights where a file has both. trainable: its parameters take gradients.
     overrides: fields of ModelConfig that the file cannot tell. Sets net.tokenizer (arguments of
     data.get_tokenizer, None: unknown), net.constants (of the run that made the weights, or of the
-    published family), net.progress (of a run of ours: its iter and tokens_seen) and net.extra
-    (tensors that are no parameters).
-    Raises FileNotFoundError or ValueError."""
+    published family), net.progress (a run's iter and tokens_seen) and net.extra (tensors that are
+    no parameters). Raises FileNotFoundError or ValueError."""
+    source = os.fspath(source)
     path = find_source(source)
-    published = path.endswith(('.safetensors', *TRAINING))
+    is_own = not path.endswith(('.safetensors', *TRAINING))
     if os.path.isdir(path):
-        published |= any(file.endswith('.safetensors') for file in os.listdir(path))
-    if not published:
-        path = path if path.endswith('.pt') else os.path.join(path, 'ckpt.pt')
-        checkpoint = read_checkpoint(path)
-        weights = checkpoint['ema' if ema else 'model']
-        net = build(checkpoint['model_config'], overrides, weights, source)
-        name = str(checkpoint['tokenizer'].get('name'))
-        net.tokenizer = dict(
-            name=name, folder=os.path.dirname(path), meta=checkpoint['tokenizer'])
-        net.constants = checkpoint['constants']
-        net.progress = {key: checkpoint[key] for key in ('iter', 'tokens_seen')}
-        return net.to(device).eval().requires_grad_(trainable)
+        is_own = not any(file.endswith('.safetensors') for file in os.listdir(path))
+    load = load_own if is_own else load_published
+    return load(path, source, ema, overrides).to(device).eval().requires_grad_(trainable)
+
+
+def load_own(path, source, ema, overrides):
+    path = path if path.endswith('.pt') else os.path.join(path, 'ckpt.pt')
+    checkpoint = read_checkpoint(path)
+    weights, meta = checkpoint['ema' if ema else 'model'], checkpoint['tokenizer']
+    net = build(checkpoint['model_config'], overrides, weights, source)
+    net.tokenizer = dict(name=str(meta.get('name')), folder=os.path.dirname(path), meta=meta)
+    net.constants = checkpoint['constants']
+    net.progress = {key: checkpoint[key] for key in ('iter', 'tokens_seen')}
+    return net
+
+
+def load_published(path, source, ema, overrides):
     if not os.path.exists(path):
         raise FileNotFoundError(f'{source} is not there')
     tensors, described = read_published(path, ema)
     key, prefix = family_of(tensors, source)
     family, source = FAMILIES[key], f"{source}, read in the layout '{key}',"
-    tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()
-               if name.startswith(prefix)}
-    extra = {name: tensors.pop(name) for name in list(tensors) if name.endswith('inv_freq')}
-    tensors = without_copies(tensors, source)
-    pairs = [(theirs, ours) for ours, theirs in family.names.items()]
-    tensors = {renamed(name, pairs) or name: tensor for name, tensor in tensors.items()}
     untold = described.get('nanomdm', {})
     good = isinstance(untold, dict) and isinstance(untold.get('constants', {}), dict)
     require(good, f"{source} has no dict 'nanomdm' in its config.json")
-    tokenizer = untold.get('tokenizer')
-    fields = fields_of(family, described, tensors, next(iter(extra.values()), None))
-    n_head = overrides.get('n_head', fields.get('n_head'))
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()
+               if name.startswith(prefix)}
+    extra = {name: tensors.pop(name) for name in list(tensors) if name.endswith('inv_freq')}
+    pairs = [(theirs, ours) for ours, theirs in family.names.items()]
+    tensors = {renamed(name, pairs) or name: tensor for name, tensor in tensors.items()}
     for name in tensors:  # one by one: no second copy of the file in memory
-        tensor = tensors[name].float()
-        packed = family.heads_interleaved and name.endswith('attn_qkv.weight')
-        if packed and n_head and tensor.size(0) % (3 * n_head) == 0:
-            tensor = interleave_heads(tensor, n_head, inverse=True)
-        tensors[name] = tensor
+        tensors[name] = tensors[name].float()
+    fields = fields_of(family, described, tensors, next(iter(extra.values()), None))
     net = build(fields, overrides, tensors, source)
+    if family.heads_interleaved:
+        for block in net.blocks:
+            weight = block.attn_qkv.weight
+            weight.data = interleave_heads(weight.data, net.config.n_head, inverse=True)
     net.extra, net.constants = extra, dict(untold.get('constants', family.constants))
-    if tokenizer:
-        net.tokenizer = dict(name=str(tokenizer), folder=path)
-    elif net.config.vocab_size in family.tokenizers:
-        net.tokenizer = dict(name=family.tokenizers[net.config.vocab_size])
-    return net.to(device).eval().requires_grad_(trainable)
+    name = family.tokenizers.get(net.config.vocab_size)
+    if untold.get('tokenizer'):
+        net.tokenizer = dict(name=str(untold['tokenizer']), folder=path)
+    elif name:
+        net.tokenizer = dict(name=name)
+    return net
 
 
 # modeling_nanomdm.py of a folder, beside nanomdm.py, which is this file
@@ -1810,7 +1807,7 @@ class MDLMConfig(transformers.PretrainedConfig):
 
 
 class MDLM(transformers.PreTrainedModel):
-    """The network, its parameters under the names of the published layout."""
+    """The network, its parameters under the published names."""
     config_class = MDLMConfig
     base_model_prefix = 'mdlm'
     _keys_to_ignore_on_load_unexpected = [r'inv_freq$', r'mamba_rev[.](in|out)_proj']
@@ -1824,9 +1821,7 @@ class MDLM(transformers.PreTrainedModel):
             module = self
             *path, last = self.names[ours].split('.')
             for name in path:
-                if not hasattr(module, name):
-                    module.add_module(name, Module())
-                module = getattr(module, name)
+                module = module._modules.setdefault(name, Module())
             module.register_parameter(last, parameter)
         self.skeleton = [net.to('meta')]  # in a list: no submodule
         self.post_init()
@@ -1854,7 +1849,7 @@ def save_pretrained(net, folder):
     transformers.AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True) loads them."""
     config = dataclasses.asdict(net.config)
     key, family = next((key, family) for key, family in FAMILIES.items()
-                       if settings_of(family, config).items() <= config.items())
+                       if evaluated(family.settings, config).items() <= config.items())
     tensors = {}
     for name, tensor in net.state_dict().items():
         if family.heads_interleaved and name.endswith('attn_qkv.weight'):
@@ -1865,28 +1860,23 @@ def save_pretrained(net, folder):
             tensors[SHARED.sub(r'\1rev\3', name)] = tensors[name].clone()
     extra = net.extra
     if not extra and family.inv_freq:
-        head_dim = net.config.n_embd // net.config.n_head
-        inv_freq = 1.0 / 10_000 ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-        extra = {family.inv_freq.format(i=i): inv_freq.clone() for i in range(net.config.n_layer)}
-    described = {}
-    for theirs, ours in family.described.items():
-        if callable(ours):
-            described[theirs] = ours(config)
-        else:
-            described[theirs] = config[ours] if ours in FIELDS else ours
+        frequencies = inv_freq(net.config.n_embd // net.config.n_head)
+        extra = {family.inv_freq.format(i=i): frequencies.clone()
+                 for i in range(net.config.n_layer)}
+    described = {theirs: config[value] if value in FIELDS else value
+                 for theirs, value in evaluated(family.described, config).items()}
     # what the family's own config.json cannot tell
     told = dataclasses.asdict(ModelConfig(**fields_of(family, described)))
     untold = {field: value for field, value in config.items() if told[field] != value}
     if net.constants not in ({}, family.constants):
         untold['constants'] = net.constants
     os.makedirs(folder, exist_ok=True)
-    if net.tokenizer and net.tokenizer['name'] != family.tokenizers.get(net.config.vocab_size):
-        untold['tokenizer'] = net.tokenizer['name']
-        trained = os.path.join(net.tokenizer.get('folder') or '', 'tokenizer.json')
-        copy = os.path.join(folder, 'tokenizer.json')
-        ours = untold['tokenizer'].startswith('bpe-') and os.path.isfile(trained)
-        if ours and os.path.abspath(trained) != os.path.abspath(copy):
-            shutil.copyfile(trained, copy)
+    tokenizer = net.tokenizer or {}
+    if tokenizer.get('name') not in (None, family.tokenizers.get(net.config.vocab_size)):
+        untold['tokenizer'] = tokenizer['name']
+    if untold.get('tokenizer', '').startswith('bpe-'):
+        with contextlib.suppress(FileNotFoundError, shutil.SameFileError):
+            shutil.copy(os.path.join(tokenizer.get('folder') or '', 'tokenizer.json'), folder)
     if untold:
         described['nanomdm'] = untold
     described['auto_map'] = dict(AutoConfig='modeling_nanomdm.MDLMConfig',
@@ -1894,7 +1884,8 @@ def save_pretrained(net, folder):
     with whole_file(os.path.join(folder, 'model.safetensors')) as f:
         save_file(tensors | extra, f.name, metadata=dict(format='pt'))
         os.chmod(f.name, os.fstat(f.fileno()).st_mode)  # safetensors writes for its owner alone
-    source = inspect.getsource(sys.modules[__name__]).partition("\nif __name__ == '__main__'")[0]
+    with open(__file__, encoding='utf-8') as f:
+        source = f.read().partition("\nif __name__ == '__main__'")[0]
     source = source.replace(
         '\nfrom configurator import require\n', '\n\n' + inspect.getsource(require))
     write_whole(os.path.join(folder, 'nanomdm.py'), source)
@@ -1903,8 +1894,8 @@ def save_pretrained(net, folder):
 
 
 def model_card(net, repository, folder):
-    """README.md of a repository: how the net was trained, and its last evaluation by metrics.jsonl
-    in its out_dir. Raises ValueError where that is damaged."""
+    """README.md of a repository: how the net was trained, and its last validation by metrics.jsonl
+    in its out_dir."""
     config, step = net.config, net.progress.get('iter')
     facts = dict(
         objective=config.objective, parameters=f'{net.num_params():,}',
@@ -1914,16 +1905,17 @@ def model_card(net, repository, folder):
     for key in ('dataset', 'packing', 'learning_rate', 'global_batch_size', 'seed'):
         facts[key] = net.constants.get(key)
     if step is not None:
-        facts |= {'steps': f'{step:,}', 'tokens': f"{net.progress['tokens_seen']:,}",
-                  'weights': f"the average of decay {net.constants.get('ema')}"}
-    path = os.path.join(folder, 'metrics.jsonl')
-    if step is not None and os.path.isfile(path):
-        with open(path, encoding='utf-8') as f:
-            try:  # a kill may cut a line
-                lines = [json.loads(line) for line in f if line.endswith('}\n')]
-            except ValueError as error:
-                raise ValueError(f'{path} is not whole ({error})') from None
-        measured = [line for line in lines if 'val_loss' in line and line['iter'] <= step]
+        facts |= dict(steps=f'{step:,}', tokens=f"{net.progress['tokens_seen']:,}",
+                      weights=f"the average of decay {net.constants.get('ema')}")
+        path, lines = os.path.join(folder, 'metrics.jsonl'), []
+        try:
+            with open(path, encoding='utf-8') as f:
+                lines = [json.loads(line) for line in f if line.endswith('}\n')]  # a kill cuts one
+        except FileNotFoundError:
+            pass
+        except ValueError as error:
+            raise ValueError(f'{path} is not whole ({error})') from None
+        measured = [line for line in lines if line.get('val_bpb') and line['iter'] <= step]
         for line in measured[-1:]:
             facts[f"validation at step {line['iter']:,}"] = (
                 f"{line['val_loss']:.4f} nats/token, {line['val_bpb']:.4f} bits/byte "
@@ -1950,8 +1942,7 @@ Samples, with nanoMDM: `python sample.py --init_from={repository}`
 
 
 def push_to_hub(source, repository, private=False):
-    """Upload what save_pretrained writes and a model card. Raises ValueError where the hub refuses.
-    """
+    """Upload what save_pretrained writes and a model card. Raises ValueError where that fails."""
     require(repository and re.fullmatch(r'[\w.-]+/[\w.-]+', repository),
             f'push={repository!r}: give the name of a repository of yours, --push=you/name')
     net = load_pretrained(source)
@@ -1961,9 +1952,8 @@ def push_to_hub(source, repository, private=False):
         write_whole(os.path.join(folder, 'README.md'), model_card(net, repository, out_dir))
         try:
             from huggingface_hub import HfApi
-            api = HfApi()
-            api.create_repo(repository, private=private, exist_ok=True)
-            api.upload_folder(repo_id=repository, folder_path=folder)
+            HfApi().create_repo(repository, private=private, exist_ok=True)
+            HfApi().upload_folder(repo_id=repository, folder_path=folder)
         except Exception as error:  # the hub's client has many
             why = str(error).strip().partition('\n')[0]
             raise ValueError(
