@@ -18,9 +18,9 @@ SMDM (Nie et al. 2024, arXiv 2410.18514).
 import contextlib
 import ctypes
 import dataclasses
-import inspect
 import errno
 import functools
+import inspect
 import json
 import math
 import os
@@ -328,15 +328,15 @@ class DiT(nn.Module):
         self.lm_head = nn.Linear(C, V if config.head_mask else V - 1, bias=config.head_bias)
         self.adaLN_f = nn.Linear(cond_dim, 2 * C) if cond_dim else None
         if config.init == 'mdlm':
-            zeros = ['adaLN']  # every block starts as the identity
             if config.mixer == 'mamba':
                 nn.init.normal_(self.wte.weight, std=0.02)
             else:
                 nn.init.kaiming_uniform_(self.wte.weight, a=math.sqrt(5))
-                zeros.append('lm_head')
-            for name, p in self.named_parameters():
-                if any(part in name for part in zeros):
+                for p in self.lm_head.parameters():
                     nn.init.zeros_(p)
+            for name, p in self.named_parameters():
+                if 'adaLN' in name:
+                    nn.init.zeros_(p)  # every block starts as the identity
         elif config.init == 'smdm':
             for name, p in self.named_parameters():
                 if name.endswith(('attn_out.weight', 'mlp_out.weight')):
@@ -415,13 +415,11 @@ class DiT(nn.Module):
     def train_flops(self, rows, length, scored):
         """FLOPs of a step, matrix products only; `scored` positions are projected."""
         config, C = self.config, self.config.n_embd
-        if config.mixer == 'mamba':
-            E, R = config.expand * C, math.ceil(C / 16)
-            per_token = 3 * C * E + 4 * E * (R + config.d_state)
-        else:
-            matrices = 3 if config.mlp == 'swiglu' else 2
-            per_token = 4 * C ** 2 + matrices * C * config.n_mlp + 2 * length * C
-        return 6 * (rows * length * config.n_layer * per_token + scored * C * config.vocab_size)
+        per_token = sum(p.numel() for name, p in self.blocks.named_parameters()
+                        if p.dim() == 2 and not name.endswith(('adaLN.weight', 'A_log')))
+        if config.mixer == 'attention':
+            per_token += config.n_layer * 2 * length * C
+        return 6 * (rows * length * per_token + scored * C * config.vocab_size)
 
 
 def is_packed(attention_mask):
@@ -588,7 +586,6 @@ class Linear(Schedule):
     def sigma(self, t):
         return self.sigma_min + t * (self.sigma_max - self.sigma_min)
 
-
     def sigma_range(self):
         return self.sigma_min, self.sigma_max
 
@@ -665,8 +662,8 @@ def get_schedule(name, **parameters):
         falls = falls and 1 >= alpha[0] > alpha[-1] >= 0
     except (ArithmeticError, TypeError, ValueError):  # such as the logarithm of 0
         falls = False
-    require(falls, f"schedule '{name}' with {parameters}: alpha(t), the share that is not masked, "
-            'must fall from at most 1 to at least 0 over t = 0 ... 1')
+    require(falls, f"schedule '{name}' with {parameters}: alpha(t) must fall from at most 1 to at "
+            'least 0 over t = 0 ... 1')
     return schedule
 
 
@@ -1970,8 +1967,8 @@ class _NLL(torch.autograd.Function):
     """Linear layer and cross entropy in one, in chunks of the vocabulary that fit a CPU's cache.
 
     Forward keeps each chunk's softmax without the target, in the compute dtype, and the chunk's
-    probability; backward is two products a chunk. The target has a term of its own, exact where
-    its probability is near 1. Sums and exponentials are float32 whatever the autocast.
+    probability. The target has a term of its own, exact where its probability is near 1. Sums and
+    exponentials are float32 at least.
     """
 
     @staticmethod
@@ -2041,7 +2038,7 @@ def selective_scan(x, delta, A, B, C, D, bias):
     """y_l = S_l C_l + D x_l, S_l = exp(dt_l A) S_{l-1} + dt_l x_l B_l, dt = softplus(delta + bias).
 
     In G groups with weights of their own: x, delta, y (G, B, L, E), A (G, E, N), B, C (G, B, L, N),
-    D, bias (G, E). The states are float32 at least, whatever the autocast.
+    D, bias (G, E). The states are float32 at least.
     """
     if selective_scan_fn and x.device.type == 'cuda':
         x, delta, B, C = (tensor.transpose(2, 3) for tensor in (x, delta, B, C))
@@ -2061,8 +2058,8 @@ class _Scan(torch.autograd.Function):
     """y_l = S_l C_l with S_l = exp(dt_l A) S_{l-1} + u_l B_l, A (B, N, E), dt, u, y (B, L, E),
     B, C (B, L, N).
 
-    In chunks of positions that fit a CPU's cache. Only the states between chunks are kept for the
-    backward pass, which makes the others again.
+    In chunks of positions that fit a CPU's cache. Backward makes all states again but those between
+    chunks.
     """
 
     @staticmethod
@@ -2132,8 +2129,7 @@ class _Scan(torch.autograd.Function):
 
 
 def dropout(x, p):
-    """F.dropout, on a CPU with 16 random bits an element (p is rounded): torch's own, in one
-    thread, takes longer there than the mlp before it."""
+    """F.dropout, on a CPU with 16 random bits an element (p is rounded): torch's own is slow."""
     if p == 0:
         return x
     if x.device.type != 'cpu':
@@ -2148,8 +2144,7 @@ def attention(q, k, v, attn_mask=None, p=0.0, is_causal=False):
     """softmax(q k^T / sqrt(C/H)) v, q (B, H, L, C/H), k and v (B, H, K, C/H).
 
     attn_mask (B, 1, 1, K) bool: what is looked at. p: dropout of the weights.
-    In bfloat16 on a CPU plain products take half the time, with rounded scores: the quickstart's
-    net is 0.34% from its float32 output rather than 0.29%.
+    In bfloat16 on a CPU plain products take half the time, with rounded scores.
     """
     bfloat16 = q.dtype == torch.bfloat16
     small = q.size(2) * k.size(2) <= 2 ** 20
@@ -2169,8 +2164,7 @@ def attention(q, k, v, attn_mask=None, p=0.0, is_causal=False):
 def within_documents(documents, is_causal=False, p=0.0, way=None):
     """A function (q, k, v) of attention within documents, and positions in them (B, L).
 
-    documents (B, L) int: of rows that hold several, one after another, the number of each token's.
-    Padding has one too: nobody scores it. way: one of those below; None: the fastest there is.
+    documents (B, L) int: the number of each token's; padding has one too. way: None: the fastest.
     """
     (B, L), device = documents.shape, documents.device
     begins = F.pad(documents.diff(dim=1) != 0, (1, 0), value=True)
@@ -2223,7 +2217,7 @@ def attention_of_each(lengths, is_causal, p, q, k, v):
 
 
 def reuse_memory():
-    """Keep freed memory (glibc only): zeroing new pages is a tenth of a training step on a CPU."""
+    """Keep freed memory (glibc): zeroing new pages is a tenth of a training step on a CPU."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)   # M_MMAP_MAX: no mapping of its own for a large tensor
