@@ -1370,7 +1370,7 @@ FIELDS = [field.name for field in dataclasses.fields(ModelConfig)]
 class Family:
     """How the files of a published family spell its nets. A value that is a function is called on
     the fields known so far. A field is read off the tensors, then off config.json."""
-    names: dict       # ours -> theirs of parameters, {i}: the block; the first that fits counts
+    names: dict       # parts of parameters' names, ours -> theirs: replaced in this order
     settings: dict    # fields that all its nets share: save_pretrained tells the family by them
     assumed: dict     # fields where neither tensors nor config.json say
     # config.json, if not in our names: theirs -> a field of ours, a function of them, a constant
@@ -1403,19 +1403,18 @@ def n_head_by_size(fields):
 
 FAMILIES = {}
 
-
 FAMILIES['mdlm'] = Family(  # and its AR baseline, which is the same without conditioning
     names={
         'wte.weight': 'backbone.vocab_embed.embedding',
+        'blocks.': 'backbone.blocks.',
+        'mlp_in': 'mlp.0',
+        'mlp_out': 'mlp.2',
         'sigma_map.fc1': 'backbone.sigma_map.mlp.0',
         'sigma_map.fc2': 'backbone.sigma_map.mlp.2',
-        'blocks.{i}.mlp_in': 'backbone.blocks.{i}.mlp.0',
-        'blocks.{i}.mlp_out': 'backbone.blocks.{i}.mlp.2',
-        'blocks.{i}.adaLN': 'backbone.blocks.{i}.adaLN_modulation',
-        'blocks.{i}': 'backbone.blocks.{i}',
+        'adaLN.': 'adaLN_modulation.',
+        'adaLN_f.': 'backbone.output_layer.adaLN_modulation.',
         'norm_f': 'backbone.output_layer.norm_final',
         'lm_head': 'backbone.output_layer.linear',
-        'adaLN_f': 'backbone.output_layer.adaLN_modulation',
     },
     settings=dict(
         mixer='attention', norm='layernorm', mlp='gelu', norm_bias=False, mlp_bias=True,
@@ -1434,10 +1433,10 @@ FAMILIES['mdlm'] = Family(  # and its AR baseline, which is the same without con
 FAMILIES['xlm'] = Family(  # the last ids are <|pad|> <|unk|> <|mask|> <|sep|>
     names={
         'wte': 'embed_tokens',
-        'blocks.{i}.attn_out': 'encoder.{i}.o_proj',
-        'blocks.{i}.mlp_in': 'encoder.{i}.mlp.0',
-        'blocks.{i}.mlp_out': 'encoder.{i}.mlp.2',
-        'blocks.{i}': 'encoder.{i}',
+        'blocks.': 'encoder.',
+        'attn_out': 'o_proj',
+        'mlp_in': 'mlp.0',
+        'mlp_out': 'mlp.2',
         'norm_f': 'output_layer.norm_final',
         'lm_head': 'output_layer.linear',
     },
@@ -1463,15 +1462,15 @@ FAMILIES['xlm'] = Family(  # the last ids are <|pad|> <|unk|> <|mask|> <|sep|>
 FAMILIES['smdm'] = Family(  # the head has no row for the mask; AR nets have no mask
     names={
         'wte': 'transformer.wte',
-        'blocks.{i}.norm1': 'transformer.h.{i}.norm_1',
-        'blocks.{i}.norm2': 'transformer.h.{i}.norm_2',
-        'blocks.{i}.attn_qkv': 'transformer.h.{i}.attn.attn',
-        'blocks.{i}.attn_out': 'transformer.h.{i}.attn.proj',
-        'blocks.{i}.mlp_gate': 'transformer.h.{i}.mlp.swiglu.w1',
-        'blocks.{i}.mlp_in': 'transformer.h.{i}.mlp.swiglu.w2',
-        'blocks.{i}.mlp_out': 'transformer.h.{i}.mlp.swiglu.w3',
+        'blocks.': 'transformer.h.',
+        'norm1': 'norm_1',
+        'norm2': 'norm_2',
+        'attn_qkv': 'attn.attn',
+        'attn_out': 'attn.proj',
+        'mlp_gate': 'mlp.swiglu.w1',
+        'mlp_in': 'mlp.swiglu.w2',
+        'mlp_out': 'mlp.swiglu.w3',
         'norm_f': 'transformer.ln_f',
-        'lm_head': 'lm_head',
     },
     settings=dict(
         mixer='attention', norm='rmsnorm', mlp='swiglu', norm_bias=False, mlp_bias=False,
@@ -1489,17 +1488,18 @@ BIMAMBA = 'model.bimamba.backbone.'
 FAMILIES['dimamba'] = Family(
     names={
         'wte': BIMAMBA + 'embeddings.word_embeddings',
+        'blocks.': BIMAMBA + 'layers.',
+        '.norm1.': '.norm.',
+        'mamba.fwd': 'mixer.mamba_fwd',
+        'mamba.rev': 'mixer.mamba_rev',
+        'mamba.in_proj': 'mixer.mamba_fwd.in_proj',
+        'mamba.out_proj': 'mixer.mamba_fwd.out_proj',
         'sigma_map.fc1': 'sigma_map.mlp.0',
         'sigma_map.fc2': 'sigma_map.mlp.2',
-        'blocks.{i}.norm1': BIMAMBA + 'layers.{i}.norm',
-        'blocks.{i}.mamba.in_proj': BIMAMBA + 'layers.{i}.mixer.mamba_fwd.in_proj',
-        'blocks.{i}.mamba.out_proj': BIMAMBA + 'layers.{i}.mixer.mamba_fwd.out_proj',
-        'blocks.{i}.mamba.fwd': BIMAMBA + 'layers.{i}.mixer.mamba_fwd',
-        'blocks.{i}.mamba.rev': BIMAMBA + 'layers.{i}.mixer.mamba_rev',
-        'blocks.{i}.adaLN': BIMAMBA + 'layers.{i}.adaLN_modulation',
+        'adaLN.': 'adaLN_modulation.',
+        'adaLN_f': BIMAMBA + 'adaLN_modulation_final',
         'norm_f': BIMAMBA + 'norm_f',
         'lm_head': 'model.lm_head',
-        'adaLN_f': BIMAMBA + 'adaLN_modulation_final',
     },
     settings=dict(
         mixer='mamba', norm='rmsnorm', norm_bias=False, head_bias=False, head_mask=True,
@@ -1509,7 +1509,7 @@ FAMILIES['dimamba'] = Family(
     constants=FAMILIES['mdlm'].constants)
 
 FAMILIES['native'] = Family(  # ours, for nets that no other layout fits
-    names={name: name for name in ('wte', 'sigma_map', 'blocks', 'norm_f', 'lm_head', 'adaLN_f')},
+    names={},
     settings={},
     assumed=dict(n_head=None))
 
@@ -1519,13 +1519,10 @@ SHARED = re.compile(r'(mixer\.mamba_)(fwd|rev)(\.(?:in|out)_proj\.)')
 WRAPPERS = re.compile(r'(?<![^.])(?:_orig_mod|module|_forward_module|_fsdp_wrapped_module)\.')
 
 
-def renamed(name, pairs):
-    """name in the other column of a table of (from, to) pairs, or None where no pair fits."""
-    for source, target in pairs:
-        pattern = re.escape(source).replace(r'\{i\}', r'(\d+)') + r'(?=\.|$)'
-        match = re.match(pattern, name)
-        if match:
-            return target.format(i=match.group(1) if match.groups() else '') + name[match.end():]
+def renamed(name, names):
+    for part, theirs in names.items():
+        name = name.replace(part, theirs)
+    return name
 
 
 def interleave_heads(weight, n_head, inverse=False):
@@ -1538,7 +1535,7 @@ def family_of(names, source):
     """(the key of FAMILIES whose embedding is among the names, what is in front of all names)."""
     for key, family in FAMILIES.items():
         for prefix in ('', 'model.', 'backbone.'):  # a LightningModule's
-            if prefix + renamed('wte.weight', family.names.items()) in names:
+            if prefix + renamed('wte.weight', family.names) in names:
                 return key, prefix
     raise ValueError(f"{source} has none of the layouts {', '.join(FAMILIES)}: "
                      f'its first names are {some_of(names)}')
@@ -1768,8 +1765,8 @@ def load_published(path, source, ema, overrides):
     tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()
                if name.startswith(prefix)}
     extra = {name: tensors.pop(name) for name in list(tensors) if name.endswith('inv_freq')}
-    pairs = [(theirs, ours) for ours, theirs in family.names.items()]
-    tensors = {renamed(name, pairs) or name: tensor for name, tensor in tensors.items()}
+    ours = {theirs: part for part, theirs in reversed(family.names.items())}
+    tensors = {renamed(name, ours): tensor for name, tensor in tensors.items()}
     for name in tensors:  # one by one: no second copy of the file in memory
         tensors[name] = tensors[name].float()
     fields = fields_of(family, described, tensors, next(iter(extra.values()), None))
@@ -1814,7 +1811,7 @@ class MDLM(transformers.PreTrainedModel):
         net = DiT(ModelConfig(**fields_of(FAMILY, config.to_dict())))
         self.names = {{}}
         for ours, parameter in net.named_parameters():
-            self.names[ours] = renamed(ours, FAMILY.names.items())
+            self.names[ours] = renamed(ours, FAMILY.names)
             module = self
             *path, last = self.names[ours].split('.')
             for name in path:
@@ -1851,7 +1848,7 @@ def save_pretrained(net, folder):
     for name, tensor in net.state_dict().items():
         if family.heads_interleaved and name.endswith('attn_qkv.weight'):
             tensor = interleave_heads(tensor, net.config.n_head)
-        tensors[renamed(name, family.names.items())] = tensor.contiguous().cpu()
+        tensors[renamed(name, family.names)] = tensor.contiguous().cpu()
     for name in list(tensors):
         if SHARED.search(name):
             tensors[SHARED.sub(r'\1rev\3', name)] = tensors[name].clone()
