@@ -1228,10 +1228,9 @@ def write_whole(path, text):
 
 
 def write_checkpoint(checkpoint, folder, files, tokenizer=None):
-    """Write a checkpoint under the names `files` in folder. It is flushed to the disk before it has
-    them, and an older ckpt.pt becomes ckpt.prev.pt: a kill leaves a whole one.
-    tokenizer: the bytes of tokenizer.json, which goes there first. Raises OSError or RuntimeError.
-    """
+    """Write a checkpoint under the names `files` in folder, where an older ckpt.pt becomes
+    ckpt.prev.pt: a kill leaves a whole one. tokenizer: the bytes of tokenizer.json, which goes
+    there first. Raises OSError or RuntimeError."""
     os.makedirs(folder, exist_ok=True)
     if tokenizer:
         with whole_file(os.path.join(folder, 'tokenizer.json')) as f:
@@ -1252,8 +1251,7 @@ def write_checkpoint(checkpoint, folder, files, tokenizer=None):
 
 def read_newest(folder):
     """(checkpoint, None) of folder/ckpt.pt; where that is missing or damaged, (checkpoint, why) of
-    the one before it (ckpt_best.pt, where a run was killed before its first ckpt.pt). Raises as
-    read_checkpoint does where neither is whole."""
+    the one before it (ckpt_best.pt, where a run was killed before its first ckpt.pt)."""
     try:
         return read_checkpoint(os.path.join(folder, 'ckpt.pt')), None
     except (ValueError, FileNotFoundError) as error:
@@ -1368,8 +1366,8 @@ FIELDS = [field.name for field in dataclasses.fields(ModelConfig)]
 
 @dataclass
 class Family:
-    """How the files of a published family spell its nets. A value that is a function is called on
-    the fields known so far. A field is read off the tensors, then off config.json."""
+    """How the files of a published family spell its nets. Fields are read off the tensors, then off
+    config.json; functions among the values are called on those known so far."""
     names: dict       # parts of parameters' names, ours -> theirs: replaced in this order
     settings: dict    # fields that all its nets share: save_pretrained tells the family by them
     assumed: dict     # fields where neither tensors nor config.json say
@@ -1382,7 +1380,6 @@ class Family:
 
 
 def evaluated(table, fields):
-    """A table of a Family, its functions called on the fields."""
     return {key: value(fields) if callable(value) else value for key, value in table.items()}
 
 
@@ -1513,9 +1510,9 @@ FAMILIES['native'] = Family(  # ours, for nets that no other layout fits
     settings={},
     assumed=dict(n_head=None))
 
-# what dimamba's directions share stands under the names of both
+# what dimamba's directions share has the names of both
 SHARED = re.compile(r'(mixer\.mamba_)(fwd|rev)(\.(?:in|out)_proj\.)')
-# what torch.compile, DDP, FSDP and Fabric put before the names of the modules that they wrap
+# what torch.compile, DDP, FSDP and Fabric put before the names of modules
 WRAPPERS = re.compile(r'(?<![^.])(?:_orig_mod|module|_forward_module|_fsdp_wrapped_module)\.')
 
 
@@ -1532,7 +1529,7 @@ def interleave_heads(weight, n_head, inverse=False):
 
 
 def family_of(names, source):
-    """(the key of FAMILIES whose embedding is among the names, what is in front of all names)."""
+    """(the key of FAMILIES whose embedding is among the names, what is before all names)."""
     for key, family in FAMILIES.items():
         for prefix in ('', 'model.', 'backbone.'):  # a LightningModule's
             if prefix + renamed('wte.weight', family.names) in names:
@@ -1546,8 +1543,8 @@ def some_of(names):
 
 
 def fields_of(family, described, tensors=None, inv_freq=None):
-    """ModelConfig fields by a config.json (of the family, or with our names), and by a net's
-    tensors (under our names) and rotary frequencies where they are given."""
+    """ModelConfig fields by a config.json (in the family's names or ours), a net's tensors (under
+    our names) and its rotary frequencies."""
     theirs = {name: name for name in FIELDS} | family.described
     fields = {ours: described[name] for name, ours in theirs.items()
               if name in described and ours in FIELDS}
@@ -1571,7 +1568,7 @@ def fields_of(family, described, tensors=None, inv_freq=None):
         if key not in fields:
             fields |= evaluated({key: value}, fields)
     fields.pop('head_rows', None)
-    untold = described.get('nanomdm', {})  # what save_pretrained found the layout not to tell
+    untold = described.get('nanomdm', {})  # what the family's own config.json cannot tell
     return fields | {key: untold[key] for key in untold.keys() - {'constants', 'tokenizer'}}
 
 
@@ -1597,7 +1594,7 @@ class _TensorUnpickler(pickle.Unpickler):
 
 
 def read_training(path, ema):
-    """(named tensors, with ema their averages in this order or None) of a Lightning .ckpt, a Fabric
+    """(named tensors, if `ema` their averages in this order or None) of a Lightning .ckpt, a Fabric
     .pth or a saved state_dict."""
     reader = types.SimpleNamespace(Unpickler=_TensorUnpickler, __name__='nanomdm')
     try:
@@ -1628,9 +1625,8 @@ def find_source(source):
     except Exception as error:  # the hub's client has many, and the remedy is the same
         what = [repository, file, revision and f'--revision {revision}', '--local-dir FOLDER']
         raise ValueError(
-            f'{source} is no file or folder here, and the hub cannot be used '
-            f'({type(error).__name__}); where there is a network: '
-            f"hf download {' '.join(filter(None, what))}, then give the FOLDER") from None
+            f'{source} is not here, and the hub cannot be used ({type(error).__name__}): with a '
+            f"network, hf download {' '.join(filter(None, what))}, then give the FOLDER") from None
     return os.path.join(folder, file or '')
 
 
@@ -1717,10 +1713,8 @@ def load_state(net, tensors, source, assign=False):
 
 
 def check_overrides(overrides):
-    """Refuse what is not a dict of fields of ModelConfig, or None."""
     require(overrides is None or isinstance(overrides, dict) and set(overrides) <= set(FIELDS),
-            f'overrides={overrides!r}: a dict of fields of ModelConfig is needed, which are '
-            f"{', '.join(FIELDS)}")
+            f"overrides={overrides!r}: a dict of fields of ModelConfig is needed: {FIELDS}")
 
 
 def load_pretrained(source, ema=True, device='cpu', trainable=False, **overrides):
@@ -1730,9 +1724,9 @@ def load_pretrained(source, ema=True, device='cpu', trainable=False, **overrides
 
     ema: the averaged weights where a file has both. trainable: its parameters take gradients.
     overrides: fields of ModelConfig that the file cannot tell. Sets net.tokenizer (arguments of
-    data.get_tokenizer, None: unknown), net.constants (of the run that made the weights, or of the
-    published family), net.progress (a run's iter and tokens_seen) and net.extra (tensors that are
-    no parameters). Raises FileNotFoundError or ValueError."""
+    data.get_tokenizer, None: unknown), net.constants (of the run or the published family),
+    net.progress (iter and tokens_seen of a run) and net.extra (tensors that are no parameters).
+    Raises FileNotFoundError or ValueError."""
     source = os.fspath(source)
     path = find_source(source)
     is_own = not path.endswith(('.safetensors', *TRAINING))
@@ -1839,7 +1833,7 @@ class MDLM(transformers.PreTrainedModel):
 
 def save_pretrained(net, folder):
     """Write config.json and model.safetensors as the released code of the net's family loads them,
-    or with our own names where the net is of no published family; and two Python files, with which
+    in our own names where it has none; and two Python files, with which
     transformers.AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True) loads them."""
     config = dataclasses.asdict(net.config)
     key, family = next((key, family) for key, family in FAMILIES.items()
@@ -1854,12 +1848,10 @@ def save_pretrained(net, folder):
             tensors[SHARED.sub(r'\1rev\3', name)] = tensors[name].clone()
     extra = net.extra
     if not extra and family.inv_freq:
-        frequencies = inv_freq(net.config.n_embd // net.config.n_head)
-        extra = {family.inv_freq.format(i=i): frequencies.clone()
-                 for i in range(net.config.n_layer)}
+        head_dim = net.config.n_embd // net.config.n_head
+        extra = {family.inv_freq.format(i=i): inv_freq(head_dim) for i in range(len(net.blocks))}
     described = {theirs: config[value] if value in FIELDS else value
                  for theirs, value in evaluated(family.described, config).items()}
-    # what the family's own config.json cannot tell
     told = dataclasses.asdict(ModelConfig(**fields_of(family, described)))
     untold = {field: value for field, value in config.items() if told[field] != value}
     if net.constants not in ({}, family.constants):
@@ -1898,23 +1890,21 @@ def model_card(net, repository, folder):
         tokenizer=net.tokenizer and net.tokenizer['name'])
     for key in ('dataset', 'packing', 'learning_rate', 'global_batch_size', 'seed'):
         facts[key] = net.constants.get(key)
+    path, lines = os.path.join(folder, 'metrics.jsonl'), []
     if step is not None:
         facts |= dict(steps=f'{step:,}', tokens=f"{net.progress['tokens_seen']:,}",
                       weights=f"the average of decay {net.constants.get('ema')}")
-        path, lines = os.path.join(folder, 'metrics.jsonl'), []
-        try:
-            with open(path, encoding='utf-8') as f:
-                lines = [json.loads(line) for line in f if line.endswith('}\n')]  # a kill cuts one
-        except FileNotFoundError:
-            pass
-        except ValueError as error:
-            raise ValueError(f'{path} is not whole ({error})') from None
-        measured = [line for line in lines if line.get('val_bpb') and line['iter'] <= step]
-        for line in measured[-1:]:
-            facts[f"validation at step {line['iter']:,}"] = (
-                f"{line['val_loss']:.4f} nats/token, {line['val_bpb']:.4f} bits/byte "
-                f"(at most {net.constants.get('eval_iters') or 'all'} global batches of rows)")
-    facts = ''.join(f'| {key} | {value} |\n' for key, value in facts.items() if value is not None)
+        with contextlib.suppress(FileNotFoundError), open(path, encoding='utf-8') as f:
+            lines = [line for line in f if line.endswith('}\n')]  # a kill may cut one
+    try:
+        lines = [json.loads(line) for line in lines if '"val_bpb"' in line]
+    except ValueError as error:
+        raise ValueError(f'{path} is not whole ({error})') from None
+    for line in [line for line in lines if line['val_bpb'] and line['iter'] <= step][-1:]:
+        facts[f"validation at step {line['iter']:,}"] = (
+            f"{line['val_loss']:.4f} nats/token, {line['val_bpb']:.4f} bits/byte "
+            f"(at most {net.constants.get('eval_iters') or 'all'} global batches of rows)")
+    rows = ''.join(f'| {key} | {value} |\n' for key, value in facts.items() if value is not None)
     return f"""---
 library_name: transformers
 tags: [masked-diffusion, nanomdm]
@@ -1925,7 +1915,7 @@ A language model by nanoMDM. All that its source says of its data, training and 
 
 | | |
 |---|---|
-{facts}
+{rows}
 ```python
 from transformers import AutoModelForMaskedLM
 model = AutoModelForMaskedLM.from_pretrained('{repository}', trust_remote_code=True)
