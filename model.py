@@ -658,7 +658,7 @@ def get_schedule(name, **parameters):
         schedule = SCHEDULES[name](**parameters)
         t = torch.linspace(0, 1, 11, dtype=torch.float64)
         alpha, dsigma = schedule.alpha(t), schedule.dsigma(t[1:-1])
-        falls = bool((alpha.diff() <= 0).all() and dsigma.isfinite().all())
+        falls = (alpha.diff() <= 0).all() and dsigma.isfinite().all()
         falls = falls and 1 >= alpha[0] > alpha[-1] >= 0
     except (ArithmeticError, TypeError, ValueError):  # such as the logarithm of 0
         falls = False
@@ -1707,7 +1707,7 @@ def load_state(net, tensors, source, assign=False):
     require(not unknown, f'{source} has unknown {some_of(unknown)}')
     for name, tensor in tensors.items():
         shape = tuple(getattr(tensor, 'shape', ()))
-        require(isinstance(tensor, torch.Tensor) and shape == own[name].shape,
+        require(shape == own[name].shape,
                 f'{source}: {name} has shape {shape}, the model {tuple(own[name].shape)}')
     net.load_state_dict(tensors, assign=assign)
 
@@ -1770,11 +1770,10 @@ def load_published(path, source, ema, overrides):
             weight = block.attn_qkv.weight
             weight.data = interleave_heads(weight.data, net.config.n_head, inverse=True)
     net.extra, net.constants = extra, dict(untold.get('constants', family.constants))
-    name = family.tokenizers.get(net.config.vocab_size)
     if untold.get('tokenizer'):
         net.tokenizer = dict(name=str(untold['tokenizer']), folder=path)
-    elif name:
-        net.tokenizer = dict(name=name)
+    elif net.config.vocab_size in family.tokenizers:
+        net.tokenizer = dict(name=family.tokenizers[net.config.vocab_size])
     return net
 
 
@@ -2051,10 +2050,8 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def chunks(A, L):
-        """Slices of L positions, and room for a chunk's states, (positions, B, N, E)."""
         length = min(max(2 ** 20 // A.numel(), 8), 32, L)
-        chunks = [slice(i, min(i + length, L)) for i in range(0, L, length)]
-        return chunks, lambda: A.new_empty(length, *A.shape)
+        return [slice(i, min(i + length, L)) for i in range(0, L, length)]
 
     @staticmethod
     def states(A, dt, u, B, S, decay, states):
@@ -2068,8 +2065,8 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, A, *rows):
         dt, u, B, C = (tensor.transpose(0, 1) for tensor in rows)  # (L, B, .)
-        chunks, room = _Scan.chunks(A, len(u))
-        decay, states = room(), room()
+        chunks = _Scan.chunks(A, len(u))
+        decay, states = A.new_empty(2, chunks[0].stop, *A.shape)
         y = torch.empty_like(u)
         S = torch.zeros_like(A)
         first = A.new_empty(len(chunks), *A.shape)  # the state before each chunk
@@ -2086,8 +2083,8 @@ class _Scan(torch.autograd.Function):
     def backward(ctx, dy):
         A, dt, u, B, C, first = ctx.saved_tensors
         dy = dy.transpose(0, 1)
-        chunks, room = _Scan.chunks(A, len(u))
-        decays, states, grads = room(), room(), room()
+        chunks = _Scan.chunks(A, len(u))
+        decays, states, grads = A.new_empty(3, chunks[0].stop, *A.shape)
         dA = torch.zeros_like(A)
         ddt, du, dB, dC = (torch.empty_like(tensor) for tensor in (dt, u, B, C))
         later = torch.zeros_like(A)  # what the next chunk says of the state before it
