@@ -12,8 +12,8 @@ Measure a trained net, or samples:
     python eval.py config/eval_smdm_harness.py  tasks of lm-evaluation-harness
     python eval.py --metric=report              results.jsonl -> results.md and plots
 
-Under torchrun the processes share rows and samples; the figures are the same. Every perplexity has
-its tokens, unit and standard error. The loglinear schedule masks with probability (1 - eps) t but
+Under torchrun the processes share rows and samples; the figures are the same. A new metric is a
+function and an entry of METRICS. The loglinear schedule masks with probability (1 - eps) t but
 weighs by 1/t, as published: a NELBO by sampled times reads eps = 0.1% low, one by counts does not.
 """
 import collections
@@ -88,8 +88,7 @@ input = None            # samples: a .jsonl file with a "text" field; None: draw
 judge = 'gpt2-large'    # causal net of generative perplexity: a Hugging Face name or folder
 judge_dtype = None      # [float32 | bfloat16] None: as the weights' release, else float32
 judge_length = 1024     # [int >= 1] texts are cut to so many tokens of the judge
-protocol = None         # [xlm | mdlm] texts without special tokens, or with their <|endoftext|>,
-                        # batches padded together; None: as the weights' release, else xlm
+protocol = None         # [xlm | mdlm] see PROTOCOLS; None: as the weights' release, else xlm
 featurizer = 'gpt2-large'  # of MAUVE: a gpt2 or bert, Hugging Face name or folder; '': no MAUVE
 num_samples = 16        # [>= 1]
 length = None           # tokens a sample; None: the net's block_size
@@ -103,8 +102,7 @@ draw_dtype = 'float64'  # [float64 | float32] see draw() of sample.py
 table_steps = (128, 256, 512, 1024)  # table, frontier: the steps of each column
 temperatures = (0.7, 0.8, 0.9, 1.0, 1.1)  # frontier: of each curve
 samplers = ()           # frontier: names, or dicts of one and its options; (): sampler
-samples_dir = None      # samples are kept here, a folder for each steps; None: <out_dir>/samples,
-                        # or /frontier
+samples_dir = None      # they are kept here by steps; None: <out_dir>/samples, or /frontier
 cfg_scale = 0.0         # generation, harness: guidance, as in sample.py
 
 # generation: the net's answers to the prompts of `input`, a .jsonl file or {'name': FILE, ...}
@@ -243,9 +241,8 @@ def nelbo(
 
 def text_nll(net, clean, **sampling):
     """-log p of rows of data.TokenRows under a sampler that chooses positions by the net alone
-    (DUEL: Turok et al. 2026, arXiv 2603.01367): it unmasks each token of the row where it would
-    draw one. sampling: of generate(); temperature, top_k and top_p play no part.
-    -> (B, L) nats, evaluations of the rows (B,)"""
+    (DUEL: Turok et al. 2026, arXiv 2603.01367). sampling: of generate(); temperature, top_k and
+    top_p play no part. -> (B, L) nats, evaluations of the rows (B,)"""
     x0, attention_mask = clean['x0'], clean['attention_mask']
     require(not is_packed(attention_mask), "estimator 'duel' is not for packing 'documents'")
     lengths = attention_mask.sum(dim=1)
@@ -310,8 +307,7 @@ def prefix_and_target(net, prefix, target, cfg_scale):
     return pair
 
 
-# Which of the n tokens of a target each of R rows hides, and which it scores, (R, n) bool; and the
-# weights of the rows (R,)
+# Rows of a target: which of its n tokens each hides, and which it scores, (R, n) bool; weights (R,)
 
 
 def causal_masks(n):
@@ -340,10 +336,10 @@ def monte_carlo_masks(n, num_mc, seed, eps):
 
 @torch.no_grad()
 def evaluate_rows(net, pairs, rows, cfg_scale, padding, batch_size):
-    """Of pairs (P,), (n,) and rows (index of the pair, hidden (n,), scored (n,), weight): the sums
-    of -log p of what is scored (k,) float64; whether the net's best tokens are the target's, in
-    causal nets all, in others that of the most confident position of a row that hides all or scores
-    nothing, (k,) bool; and which position of the target this is (k,)."""
+    """pairs: (P,), (n,); rows: (index of the pair, hidden (n,), scored (n,), weight) -> for each
+    pair -log p of what is scored (k,) float64; are the net's best tokens the target's, (k,) bool:
+    all of a causal net, else at the most confident position of a row that hides all or scores
+    nothing; and where in the target this is (k,)."""
     mask_id, causal, L = net.config.mask_id, net.config.causal, net.config.block_size
     nats, agrees = torch.zeros(len(pairs), dtype=torch.float64), torch.ones(len(pairs)).bool()
     surest = torch.zeros(len(pairs), dtype=torch.int64)
@@ -384,8 +380,7 @@ def evaluate_rows(net, pairs, rows, cfg_scale, padding, batch_size):
 
 def conditional_nll(net, pairs, masks, cfg_scale=0.0, padding=False, batch_size=16):
     """Of pairs of prefix_and_target: -log p(target | prefix) by masks(n), as above -> nats (k,)
-    float64; and whether the target may be what the net gives greedily, (k,) bool: of a causal net
-    it is, of others the first step agrees."""
+    float64; does the net give the target greedily (others than causal: in the first step)?"""
     require_positive(batch_size=batch_size)
     order = sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i])))
     rows = ((i, *row) for i in order for row in zip(*masks(len(pairs[i][1])), strict=True))
@@ -393,8 +388,7 @@ def conditional_nll(net, pairs, masks, cfg_scale=0.0, padding=False, batch_size=
 
 
 def reached_greedily(net, pairs, cfg_scale=0.0, padding=False, batch_size=16):
-    """Of pairs of prefix_and_target: does a diffusion net give the target if it unmasks the most
-    confident position with its most probable token, one a step? -> (k,) bool"""
+    """greedy_matches of pairs of prefix_and_target, for diffusion nets -> (k,) bool"""
     hidden = [torch.ones(len(target), dtype=torch.bool) for _, target in pairs]
     agrees, weight = torch.ones(len(pairs), dtype=torch.bool), torch.zeros(())
     left = sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i])))
@@ -416,9 +410,8 @@ def masks_of(net, method, num_mc=None, seed=0, eps=None):
     require_positive(num_mc=num_mc)
     if net.config.causal:
         return causal_masks
-    if method == 'chain_rule':
-        return chain_rule_masks
-    return functools.partial(monte_carlo_masks, num_mc=num_mc, seed=seed, eps=eps)
+    draw = functools.partial(monte_carlo_masks, num_mc=num_mc, seed=seed, eps=eps)
+    return chain_rule_masks if method == 'chain_rule' else draw
 
 
 def continuation_nll(
@@ -452,8 +445,7 @@ def continuation_nll(
 
 def greedy_matches(net, prefix, target, cfg_scale=0.0, padding=False):
     """Does unmasking the most confident position with its most probable token, one a step, give
-    target? Of a causal net: from left to right. ids (P,), (n,) -> bool. Raises as
-    continuation_nll."""
+    target? Of a causal net: from left to right. ids (P,), (n,) -> bool"""
     pairs = [prefix_and_target(net, prefix, target, cfg_scale)]
     if net.config.causal:
         return bool(conditional_nll(net, pairs, causal_masks)[1])
@@ -728,8 +720,8 @@ def read_drawn(folder, settings):
 
 def kept_rows(folder, n, batch_size, settings, make):
     """Rows 0 ... n - 1 (dicts) by make(list of row numbers), kept in folder. Those already there
-    are not made again; torch.distributed shares the rest. Raises ValueError where the folder holds
-    rows made with other settings (a dict), or another eval.py fills it."""
+    are not made again. Raises ValueError where they were made with other settings (a dict), or
+    another eval.py fills the folder."""
     rank, world_size = ranks()
     os.makedirs(folder, exist_ok=True)
     lock = contextlib.nullcontext()
@@ -774,8 +766,7 @@ def draw_rows(net, folder, n, settings, **options):
 
 
 def streamed(total, buffer_size):
-    """The order in which datasets, before its version 5, streams `total` rows of one file through a
-    shuffle buffer."""
+    """The order of `total` rows of one file in the shuffle buffer of datasets before version 5."""
     rng, buffer = np.random.default_rng(42), list(range(min(total, buffer_size)))
     for start in range(buffer_size, total, 1000):
         draws = rng.integers(0, buffer_size, size=1000).tolist()
@@ -787,8 +778,7 @@ def streamed(total, buffer_size):
 
 
 def reference_texts(folder, split, tok, n, num_texts=1):
-    """n documents of a split (fewer where it has fewer), those and in the order that xlm compares
-    num_texts texts with."""
+    """The first n documents of a split in the order that xlm compares num_texts texts with."""
     rows = TokenRows(folder, split, 1, 'concat')
     offsets, total = rows.offsets, len(rows.offsets) - 1
     chosen = itertools.islice(streamed(total, max(10_000, 20 * num_texts)), n)
@@ -858,7 +848,7 @@ def table(rows):
 
 def plot(rows, x, ys, path, along='steps'):
     """A panel for each of ys that was measured against x, in it a line for each way to draw samples
-    but for `along` -> whether there is one. Raises ImportError without matplotlib."""
+    but for `along` -> is there one? Raises ImportError without matplotlib."""
     ys = [y for y in ys if any(row.get(x) and row.get(y) is not None for row in rows)]
     if not ys:
         return False
@@ -890,8 +880,7 @@ def plot(rows, x, ys, path, along='steps'):
 
 
 def report(path):
-    """results.jsonl -> results.md, and plots of quality against steps and of generative perplexity
-    against entropy, at each temperature in frontier.png, beside it."""
+    """results.jsonl -> results.md and plots beside it."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f'there is no {path}: every run of eval.py appends to it')
     kinds = collections.defaultdict(list)
@@ -915,8 +904,8 @@ def report(path):
 
 
 # -----------------------------------------------------------------------------
-# what --metric names: functions of the constants, c, that load what they need, record each result
-# as soon as it is there, and return the results and the text to print
+# what --metric names: functions of the constants, c -> results, which they record, and the text to
+# print
 
 
 @dataclasses.dataclass
@@ -997,16 +986,16 @@ def likelihood(run, name):
         require(rows.length, f'max_tokens={max_tokens} are less than a row of {block_size}')
     ours, theirs = run.tok.meta(), rows.meta['tokenizer']
     require(ours == theirs, f'the net has ids of the tokenizer {ours}, the data those of {theirs}')
-    schedule, own, how = schedule_of(net.constants), c.sampler_options or {}, {}
+    schedule, how = schedule_of(net.constants), {}
+    sampling = dict(cfg_scale=c.cfg_scale) | (c.sampler_options or {})
     if c.estimator == 'duel':
         how = dict(sampler=sampler_of(run), steps=c.steps)
-        check_sampler(net.config.objective, how['sampler'], own)
+        check_sampler(net.config.objective, how['sampler'], c.sampler_options or {})
     with autocast(run.device, c.dtype):
         result = nelbo(
             net, rows, c.num_mc, c.batch_size, c.seed, c.max_rows, schedule, run.trained('T', 0),
-            net.constants, c.estimator, progress=True,
-            sampling_eps=run.trained('sampling_eps', 1e-3),
-            sampling=how | dict(cfg_scale=c.cfg_scale) | own)
+            net.constants, c.estimator, progress=True, sampling=how | sampling,
+            sampling_eps=run.trained('sampling_eps', 1e-3))
     kept = float(schedule.alpha(torch.ones((), dtype=torch.float64)))
     if result['estimator'] == 'time' and kept > 0.01 and ranks()[0] == 0:
         print(f'warning: the schedule leaves {kept:.1%} of the tokens unmasked at t = 1: without '
@@ -1025,9 +1014,9 @@ def measure_ppl(c):
     how = f"x {r['num_mc']} {r['estimator'] or 'pass'}s"
     if 'nfe' in r:
         how = f"by {r['sampler']} in {r['steps']} steps, {r['nfe']:.1f} evaluations a row"
+    what = objective if objective in r else what
     lines = [
-        f"{objective if objective in r else what} of {run.source} on {name}/{r['split']}, "
-        f"{r['rows']:,} rows {how}, "
+        f"{what} of {run.source} on {name}/{r['split']}, {r['rows']:,} rows {how}, "
         f"{r['tokens']:,} tokens ({r['document_tokens']:,} of documents)"]
     for key, digits, unit in (
             ('nats_per_token', 4, 'nats/token'), ('ppl', 2, 'perplexity (exp of nats/token)'),
@@ -1066,19 +1055,17 @@ def measure_zero_shot(c):
 
 def load_references(run, num_texts):
     """What samples are compared with: a folder of data, its tokenizer and, for MAUVE, a function
-    n -> documents to compare n texts with; Nones where no data are named, or the net's are not on
-    this machine."""
-    c, name = run.c, run.trained('dataset')
-    nothing = None, None, None
-    if not name:
-        return nothing
+    n -> documents to compare n texts with; Nones where there are no data."""
+    c, name, folder = run.c, run.trained('dataset'), None
+    own = run.tok.name if run.tok else 'gpt2'
     try:
-        folder = find_or_prepare(name, str(c.tokenizer or (run.tok.name if run.tok else 'gpt2')))
+        folder = find_or_prepare(name, str(c.tokenizer or own)) if name else None
     except FileNotFoundError as error:
         if c.dataset is not None:
             raise
         print(f'no MAUVE and no memorisation: {error}')
-        return nothing
+    if not folder:
+        return None, None, None
     tok = get_tokenizer(read_meta(folder)['tokenizer']['name'], folder)
     if not c.featurizer:
         return folder, tok, None
@@ -1130,8 +1117,8 @@ def draw(run):
 
 
 def quality(run, columns, drawn, measures):
-    """All that is measured of each of columns, lists of texts -> dicts, in the first process.
-    drawn: for each, a dict of how. measures: see measured."""
+    """All that is measured of each of columns, lists of texts -> dicts. drawn: for each, a dict of
+    how. measures: see measured."""
     c, (judge, (folder, reference_tok, references)) = run.c, measures
     tok, verbatim, results = judge[1], None, []
     protocol, judge_dtype = run.trained('protocol', 'xlm'), run.trained('judge_dtype', 'float32')
@@ -1349,8 +1336,8 @@ MATCHES = {
 
 def same_answer(generation, target, pattern='#### (.*)$', match='number'):
     """GSM8K's verdict on a whole generation: what the last match of the pattern holds against the
-    target, both normalized. As the released environment decides, which compares strings, as it
-    has no LaTeX parser; match='latex' as it would with one."""
+    target, both normalized, as strings, as the released environment has no LaTeX parser;
+    match='latex' as it would with one."""
     return MATCHES[match](last_match(pattern, generation), target)
 
 
@@ -1486,24 +1473,19 @@ def encode_pair(tok, context, continuation):
 def among_processes(items, work):
     """work(items) -> a list as long, of items that torch.distributed shares."""
     rank, world_size = ranks()
-    mine = work(items[rank::world_size])
-    if world_size == 1:
-        return mine
-    parts = [None] * world_size
-    dist.all_gather_object(parts, mine)
-    results = [None] * len(items)
-    for i, part in enumerate(parts):
-        results[i::world_size] = part
-    return results
+    parts = [work(items[rank::world_size])]
+    if world_size > 1:
+        mine, parts = parts[0], [None] * world_size
+        dist.all_gather_object(parts, mine)
+    return [parts[i % world_size][i // world_size] for i in range(len(items))]
 
 
 def score_pairs(
     net, pairs, method='chain_rule', cfg_scale=0.0, num_mc=1024, greedy=True, padding=False,
     batch_size=32, seed=0,
 ):
-    """(log p(target | prefix), is it what the net gives greedily?) of pairs of ids (P,), (n,), by
-    continuation_nll and greedy_matches, over many at a time. A prefix that is too long loses its
-    beginning; an empty target has probability 1."""
+    """(-continuation_nll, greedy_matches) of pairs of ids (P,), (n,), many at a time. A prefix that
+    is too long loses its beginning; an empty target has probability 1."""
     masks, results = masks_of(net, method, num_mc, seed), [(0.0, greedy)] * len(pairs)
     options = cfg_scale, padding, batch_size
 
@@ -1558,9 +1540,8 @@ def harness_lm(
     net, method='chain_rule', cfg_scale=0.0, num_mc=1024, greedy=True, padding=False, batch_size=32,
     seed=0, **sampling,
 ):
-    """The net as a model of lm-evaluation-harness (lm_eval.simple_evaluate(model=...)): the
-    arguments are those of score_pairs; sampling: those of generate(), for tasks that generate.
-    Text is encoded by net.tokenizer. Raises ValueError where lm-eval is not installed."""
+    """The net as a model of lm-evaluation-harness (lm_eval.simple_evaluate(model=...)). Arguments
+    of score_pairs; sampling: of generate(), for tasks that generate; net.tokenizer encodes."""
     with one_line('lm-eval, the harness (pip install lm-eval),'):
         from lm_eval.api.model import LM
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -1612,21 +1593,18 @@ def measure_harness(c):
             include_path=c.task_folder, include_defaults=not c.task_folder)
     for name, own in tasks.items():
         near = difflib.get_close_matches(name, manager.all_tasks, n=1, cutoff=0)[0]
-        known = name in manager.all_tasks
-        require(known, f"task '{name}' is not known to lm-eval; the nearest is '{near}'")
+        require(name == near, f"task '{name}' is not known to lm-eval; the nearest is '{near}'")
         for key in own:
             require_known(f'the option of {name} ', key, HARNESS_OPTIONS)
-    run, rows = load(c), []
-    constants = {key: getattr(c, key) for key in HARNESS_OPTIONS}
+    run, rows, options = load(c), [], c.sampler_options or {}
     for name, own in tasks.items():
-        settings = constants | own
+        settings = {key: getattr(c, key) for key in HARNESS_OPTIONS} | own
         with one_line(f"task '{name}' of lm-eval"):
             loaded = manager.load([name])['tasks']
         if any(task.OUTPUT_TYPE == 'generate_until' for task in loaded.values()):
-            objective = run.net.config.objective
-            sampler = settings['sampler'] or OBJECTIVES[objective].sampler
-            check_sampler(objective, sampler, c.sampler_options or {})
-        lm = harness_lm(run.net, **settings | (c.sampler_options or {}))
+            sampler = settings['sampler'] or sampler_of(run)
+            check_sampler(run.net.config.objective, sampler, options)
+        lm = harness_lm(run.net, **settings | options)
         with autocast(run.device, c.dtype):
             done = lm_eval.simple_evaluate(
                 model=lm, tasks=[name], num_fewshot=c.num_fewshot, limit=c.max_rows,
@@ -1637,9 +1615,10 @@ def measure_harness(c):
                 if not filtered or measure.endswith('_stderr'):
                     continue
                 error = values.get(f'{measure}_stderr,{filtered}')
-                result = dict(task=task, measure=measure, value=float(value))
-                result['value_se'] = error if isinstance(error, float) else None
-                result['items'] = done['n-samples'].get(task, {}).get('effective')
+                result = dict(
+                    task=task, measure=measure, value=float(value),
+                    value_se=error if isinstance(error, float) else None,
+                    items=done['n-samples'].get(task, {}).get('effective'))
                 run.record(result | dict(options=settings))
                 rows.append(result)
     return rows, table(rows)
@@ -1740,19 +1719,19 @@ def measure_scaling(c):
     require(folders, '--metric=scaling needs runs: out_dirs of train.py, or a pattern of them')
     runs, optima = [read_run(folder) for folder in folders], []
     for budget in sorted({run['budget'] for run in runs}):
-        N, loss = zip(
-            *((run['N'], run['loss']) for run in runs if run['budget'] == budget), strict=True)
+        some = [run for run in runs if run['budget'] == budget]
+        N, loss = [[run[key] for run in some] for key in ('N', 'loss')]
         sizes = len(set(N))
         require(sizes >= 3, f'{budget:g} FLOPs have {sizes} sizes: a parabola needs three')
         log_n, error, lowest, parabola = isoflop_optimum(N, loss)
-        best, D = math.exp(log_n), budget / (6 * math.exp(log_n))
+        best = math.exp(log_n)
+        D = budget / (6 * best)
         optima.append(dict(
             flops=budget, runs=len(N), N=best, N_se=best * error, D=D, D_se=D * error, loss=lowest,
             parabola=parabola))
     require(len(optima) >= 2, 'a power law needs two budgets at least')
-    laws = {
-        key: power_law([row['flops'] for row in optima], [row[key] for row in optima])
-        for key in ('N', 'D', 'loss')}
+    budgets = [row['flops'] for row in optima]
+    laws = {key: power_law(budgets, [row[key] for row in optima]) for key in ('N', 'D', 'loss')}
     result = dict(optima=optima, laws=laws, runs=runs)
     Run(c, 'runs').record(result)
     stem = os.path.splitext(c.results)[0]
