@@ -545,7 +545,7 @@ def generative_perplexity(
 
     device, config = next(model.parameters()).device, model.config
     limits = [getattr(config, key, 0) for key in ('n_positions', 'max_position_embeddings')]
-    max_length = min(max_length, *filter(None, limits)) if any(limits) else max_length
+    max_length = min([max_length, *filter(None, limits)])
     rows = tok(list(texts), add_special_tokens=False)['input_ids'] if texts else []
     rows = [ids[:max_length] for ids in rows]
     n = generated_batch or max(1, len(rows))
