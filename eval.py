@@ -42,6 +42,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from configurator import configure, require
@@ -52,7 +54,7 @@ from model import (
     OBJECTIVES, DiT, autocast, check_overrides, corrupt_batch, float64, is_packed, likelihood_of,
     load_pretrained, loglinear, on_grid, options_of, per_token_loss, pick_device, ratio_with_error,
     require_known, reuse_memory, row_sums, schedule_of, stratified_times, write_whole)
-from sample import check_sampler, flags, generate, tokenizer_of
+from sample import check_output, check_sampler, flags, generate, tokenizer_of
 
 metric = 'ppl'          # a key of METRICS
 out_dir = 'out'         # where train.py left ckpt.pt
@@ -153,15 +155,6 @@ def exp(nats):
     return math.exp(nats) if nats <= 709 else math.inf
 
 
-
-
-def natural_estimator(net, T=0):
-    """'count' has the smaller variance; it needs continuous time and a net that ignores time."""
-    config = net.config
-    timeless = OBJECTIVES[config.objective].bound == 'subs' and not config.time_conditioning
-    return 'count' if timeless and not T else 'time'
-
-
 def draw_times(u, stratum, num_strata, estimator, T, maskable, sampling_eps=1e-3):
     """Times (B,) of rows that share the uniform u, each in its stratum (B,). 'count': t = k/n, k
     uniform in 1 ... n, the number of maskable (B,) tokens. T > 0: on the grid of T steps."""
@@ -185,33 +178,36 @@ def nelbo(
 
     estimator 'time': each position is masked by chance at a drawn time. 'count': exactly k of n
     are, k uniform in 1 ... n, and losses weigh n/k; the same mean but for eps (Ou et al. 2024,
-    arXiv 2406.03736, section 3.3). 'duel': no bound, but the likelihood under a sampler, see
-    text_nll; sampling: dict of its sampler, steps and options. Of a causal net nothing changes.
+    arXiv 2406.03736, section 3.3), with less variance. 'duel': no bound, but the likelihood under
+    a sampler, see text_nll; sampling: dict of its sampler, steps and options. None: 'count' where
+    it is defined, else 'time'. A causal net has but one likelihood.
     -> what model.likelihood_of gives, ppl, num_mc, estimator; 'duel': nfe, evaluations a row.
     Raises ValueError for a bad number, or an estimator that is not defined for the net."""
-    max_rows = len(rows) if max_rows is None else max_rows
-    duel = estimator == 'duel' and not net.config.causal
-    num_mc = 1 if net.config.causal or duel else num_mc   # nothing is drawn
-    natural = natural_estimator(net, T)
-    estimator = natural if estimator is None else estimator
-    require_positive(num_mc=num_mc, batch_size=batch_size, max_rows=max_rows)
+    config, objective = net.config, net.config.objective
+    bound = OBJECTIVES[objective].bound
+    duel = estimator == 'duel' and not config.causal
+    countable = bound == 'subs' and not config.time_conditioning and not T
+    if estimator is None:
+        estimator = 'count' if countable else 'time'
+    by_count = estimator == 'count'
     require_known('estimator ', estimator, ('time', 'count', 'duel'))
     require(
-        estimator in ('time', 'duel', natural),
+        countable or not by_count,
         "estimator 'count' is for subs and mlm nets without time conditioning in continuous time")
+    if config.causal or duel:
+        num_mc = 1                                        # nothing is drawn
+    n = len(rows) if max_rows is None else max_rows
+    require_positive(num_mc=num_mc, batch_size=batch_size, max_rows=n)
 
     rank, world_size = ranks()
     device = next(net.parameters()).device
-    objective = net.config.objective
-    bound = OBJECTIVES[objective].bound
     options = options_of(bound or objective, (options or {}) | dict(importance=False))
-    by_count = estimator == 'count'
     schedule = loglinear if by_count else schedule        # weighs by 1/t = n/k
-    n = min(len(rows), max_rows)
+    n = min(len(rows), n)
     chosen = np.arange(n) * len(rows) // n
     generator = torch.Generator().manual_seed(key_of(seed))
     u = torch.rand((), generator=generator, dtype=torch.float64)
-    sums = torch.zeros(5, n, dtype=torch.float64)
+    sums = torch.zeros(5, n, dtype=torch.float64)         # row_sums and nfe
     starts = range(rank * batch_size, n, world_size * batch_size)
     quiet = not progress or rank > 0
     for start in tqdm(starts, desc='rows', unit_scale=batch_size, disable=quiet):
@@ -226,7 +222,7 @@ def nelbo(
             maskable = clean['maskable'].sum(dim=1)
             t = draw_times(u, stratum, num_mc * n, estimator, T, maskable, sampling_eps)
             keys = [key_of(seed, row, j) for row in chosen[index]]
-            batch = corrupt_batch(clean, t, net.config, schedule, keys, device, exactly=by_count)
+            batch = corrupt_batch(clean, t, config, schedule, keys, device, exactly=by_count)
             loss = per_token_loss(
                 net, batch['x0'], batch['xt'], batch['t'], bound or objective, schedule, T,
                 batch['masked'], batch['attention_mask'], reconstruction=True, **options)
@@ -244,7 +240,7 @@ def nelbo(
     if bound:
         found['ppl'] = exp(found['nats_per_token'])
         found['ppl_se'] = found['ppl'] * found['nats_per_token_se']
-    return found | dict(num_mc=num_mc, estimator=None if net.config.causal else estimator)
+    return found | dict(num_mc=num_mc, estimator=None if config.causal else estimator)
 
 
 def text_nll(net, clean, **sampling):
@@ -271,16 +267,18 @@ def guided_log_probs(
 ):
     """log p at the N positions (row, col) of x (B, L) -> (N, V) float32, the mask excluded; guided
     away from the net with the prompts, prompt_length (B,), masked (SMDM: Nie et al. 2024, arXiv
-    2410.18514)."""
-    mask_id, column = net.config.mask_id, torch.arange(x.size(1), device=x.device)
-    masked = x == (-1 if mask_id is None else mask_id)
+    2410.18514). Takes tensors of any device."""
+    mask_id, device = net.config.mask_id, next(net.parameters()).device
+    masked, length = x == (-1 if mask_id is None else mask_id), x.size(1)
     if attention_mask is not None:
-        masked &= attention_mask
-    length = x.size(1) if attention_mask is None else attention_mask.sum(dim=1)
-    sigma = schedule.conditioning_at(float64(masked).sum(dim=1) / length).float()
+        masked, length = masked & attention_mask, attention_mask.sum(dim=1)
+        attention_mask = None if attention_mask.all() else attention_mask.to(device)
+    sigma = schedule.conditioning_at(float64(masked).sum(dim=1) / length).float().to(device)
+    x, position = x.to(device), [part.to(device) for part in position]
     logits = net.head(net.trunk(x, sigma, attention_mask)[position])
     if cfg_scale:
-        x = torch.where(column < prompt_length[:, None], mask_id, x)
+        is_prompt = torch.arange(x.size(1), device=device) < prompt_length.to(device)[:, None]
+        x = x.masked_fill(is_prompt, mask_id)
         unconditional = net.head(net.trunk(x, sigma, attention_mask)[position])
         logits = unconditional + (1 + cfg_scale) * (logits - unconditional)
     if mask_id is not None:
@@ -297,22 +295,17 @@ def prefix_and_target(net, prefix, target, cfg_scale):
     require(finite, f'cfg_scale={cfg_scale!r}: it must be -1 or more, and finite')
     guided = cfg_scale and config.causal
     require(not guided, f'cfg_scale={cfg_scale}: a causal net does not know a masked prompt')
-    pair = []
-    for name, ids in (('prefix', prefix), ('target', target)):
-        ids = torch.as_tensor(ids, dtype=torch.int64, device='cpu')
-        good = (ids >= 0) & (ids < config.vocab_size)
-        if config.mask_id is not None:
-            good &= ids != config.mask_id
-        good = ids.dim() == 1 and good.all()
-        require(good, f'{name}: ids (n,) below {config.vocab_size}, not the mask, are needed')
-        pair.append(ids)
+    pair = [torch.as_tensor(ids, dtype=torch.int64, device='cpu') for ids in (prefix, target)]
+    V, mask_id, L = config.vocab_size, config.mask_id, config.block_size
+    for name, ids in zip(('prefix', 'target'), pair, strict=True):
+        good = ids.dim() == 1 and all(0 <= i < V and i != mask_id for i in ids.tolist())
+        require(good, f'{name}: ids (n,) below {V}, not the mask, are needed')
     P, n = map(len, pair)
     begins = P > 0 or not config.causal
     require(begins, 'a causal net begins with a token: give a prefix, such as its BOS')
-    most = config.block_size
     found = f'prefix and target have {P} and {n} tokens'
     require(n > 0, f'{found}: at least one target token is needed')
-    require(P + n <= most, f'{found}: they may have at most {most} in all')
+    require(P + n <= L, f'{found}: they may have at most {L} in all')
     return pair
 
 
@@ -344,29 +337,25 @@ def monte_carlo_masks(n, num_mc, seed, eps):
     return hidden, hidden, weight
 
 
-def row_batches(pairs, masks, batch_size):
-    """The rows of all pairs, the shortest first, so many at a time -> lists of (index of the pair,
-    hidden, scored, weight)."""
-    batch, room = [], batch_size
-    for i in sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i]))):
-        parts = masks(len(pairs[i][1]))
-        while len(parts[0]):
-            batch.append((i, *(part[:room] for part in parts)))
-            taken = len(batch[-1][1])
-            parts = [part[taken:] for part in parts]
-            room -= taken
-            if not room:
-                yield batch
-                batch, room = [], batch_size
-    if batch:
-        yield batch
+def by_length(pairs):
+    """Indices of the pairs, the shortest first."""
+    return sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i])))
 
 
-def width_of(net, longest, padding=False):
-    """The columns of a batch: a multiple of 8, which is faster (on a CPU 32 take less than 27), or
-    with padding all that the net takes."""
-    block_size = net.config.block_size
-    return block_size if padding else min(-(-longest // 8) * 8, block_size)
+def masked_rows(pairs, masks):
+    """Of every row of every pair: the index of the pair, hidden (n,), scored (n,), weight."""
+    for i in by_length(pairs):
+        for row in zip(*masks(len(pairs[i][1])), strict=True):
+            yield i, *row
+
+
+def padded(net, rows, value, padding):
+    """Rows of ids -> (B, L), filled up to a multiple of 8, which is faster (on a CPU 32 take less
+    than 27), or with padding to all that the net takes."""
+    block_size, longest = net.config.block_size, max(map(len, rows))
+    width = block_size if padding else min(-(-longest // 8) * 8, block_size)
+    rows = pad_sequence(rows, batch_first=True, padding_value=value)
+    return F.pad(rows, (0, width - longest), value=value)
 
 
 @torch.no_grad()
@@ -376,43 +365,38 @@ def conditional_nll(
     """Of pairs of prefix_and_target: -log p(target | prefix) by masks(n), as above -> nats (k,)
     float64; and whether the target may be what the net gives greedily, (k,) bool: of a causal net
     it is, of others the first step agrees, which the row that hides all of the target tells."""
-    mask_id, causal, device = net.config.mask_id, net.config.causal, next(net.parameters()).device
+    require_positive(batch_size=batch_size)
+    mask_id, causal = net.config.mask_id, net.config.causal
     nats = torch.zeros(len(pairs), dtype=torch.float64)
     greedy = torch.ones(len(pairs), dtype=torch.bool)
-    for batch in row_batches(pairs, masks, batch_size):
-        longest = max(sum(map(len, pairs[i])) for i, *_ in batch)
-        width = width_of(net, longest, padding and not causal)
-        rows = []
-        for i, hidden, scored, weight in batch:
-            ids, P, R = torch.cat(pairs[i]), len(pairs[i][0]), len(hidden)
-            behind = width - len(ids)
-            rows.append((
-                F.pad(ids, (0, behind)).expand(R, -1), F.pad(hidden, (P, behind)),
-                F.pad(scored, (P, behind)), hidden.all(dim=1), weight,
-                *torch.tensor([[i, P, len(ids)]] * R).T))
-        columns = map(torch.cat, zip(*rows, strict=True))
-        x0, hidden, scored, first, weight, index, P, length = columns
-        inside = torch.arange(width) < length[:, None]
+    whole, rows = [torch.cat(pair) for pair in pairs], masked_rows(pairs, masks)
+    while batch := list(itertools.islice(rows, batch_size)):
+        index, *parts, weight = zip(*batch, strict=True)
+        x0 = padded(net, [whole[i] for i in index], 0, padding and not causal)
+        P, length = torch.tensor([(len(pairs[i][0]), len(whole[i])) for i in index]).T
+        column = torch.arange(x0.size(1))
+        inside = column < length[:, None]
+        is_target = inside & (column >= P[:, None])
+        hidden, scored = [
+            torch.zeros_like(inside).masked_scatter(is_target, torch.cat(part)) for part in parts]
+        first = (hidden == is_target).all(dim=1)
         row, col = (scored | hidden & first[:, None]).nonzero(as_tuple=True)
-        counts = scored[row, col]
-        goal = x0[row, col].to(device)
-        if causal:
-            x, attention_mask, col = x0, None, col - 1
-        else:
-            x = torch.where(hidden | ~inside, mask_id, x0)
-            attention_mask = None if padding or inside.all() else inside.to(device)
-        log_p = guided_log_probs(
-            net, x.to(device), (row.to(device), col.to(device)), P.to(device), cfg_scale, schedule,
-            attention_mask)
-        highest, best = log_p.max(dim=1)
-        agrees = (best == goal).cpu()
+        x, at, attention_mask = x0, col - 1, None
+        if not causal:
+            x, at = torch.where(hidden | ~inside, mask_id, x0), col
+            attention_mask = None if padding else inside
+        log_p = guided_log_probs(net, x, (row, at), P, cfg_scale, schedule, attention_mask)
+        index, goal = torch.tensor(index)[row], x0[row, col]
+        highest, best = (part.cpu() for part in log_p.max(dim=1))
+        agrees = best == goal
         if not causal:                                    # only the most confident of a row decides
             scores = torch.full(x0.shape, -torch.inf)
-            scores[row, col] = torch.where(first[row], highest.cpu(), -torch.inf)
+            scores[row, col] = torch.where(first[row], highest, -torch.inf)
             agrees |= ~first[row] | (scores.argmax(dim=1)[row] != col)
-        greedy[index[row[~agrees]]] = False
-        log_p = log_p.gather(1, goal[:, None]).squeeze(1).cpu().double()
-        nats.index_add_(0, index[row], -log_p * weight[row].double() * counts)
+        greedy[index[~agrees]] = False
+        log_p = log_p.gather(1, goal[:, None].to(log_p.device)).squeeze(1).cpu().double()
+        weight = torch.stack(weight)[row].double() * scored[row, col]
+        nats.index_add_(0, index, -log_p * weight)
     return nats, greedy
 
 
@@ -422,36 +406,28 @@ def reached_greedily(
 ):
     """Of pairs of prefix_and_target: does a diffusion net give the target if it unmasks the most
     confident position with its most probable token, one a step? -> (k,) bool"""
-    mask_id, device = net.config.mask_id, next(net.parameters()).device
+    mask_id = net.config.mask_id
     agrees = torch.ones(len(pairs), dtype=torch.bool)
-    queue = collections.deque(sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i]))))
-    work, rows = [], []                                   # indices, and rows with masks left
-    while queue or work:
-        while queue and len(work) < batch_size:
-            work.append(queue.popleft())
-            prefix, target = pairs[work[-1]]
-            rows.append(torch.cat((prefix, torch.full_like(target, mask_id))))
-        P = torch.tensor([len(pairs[i][0]) for i in work])
-        length = torch.tensor([len(row) for row in rows])
-        width = width_of(net, int(length.max()), padding)
-        x = torch.stack([F.pad(row, (0, width - len(row)), value=mask_id) for row in rows])
+    queue, rows = by_length(pairs), {}                    # rows: index -> ids, while masks are left
+    while queue or rows:
+        while queue and len(rows) < batch_size:
+            prefix, target = pairs[queue[0]]
+            rows[queue.pop(0)] = torch.cat((prefix, torch.full_like(target, mask_id)))
+        P, length = torch.tensor([(len(pairs[i][0]), len(row)) for i, row in rows.items()]).T
+        x = padded(net, list(rows.values()), mask_id, padding)
         inside = torch.arange(x.size(1)) < length[:, None]
-        attention_mask = None if padding or inside.all() else inside.to(device)
         row, col = ((x == mask_id) & inside).nonzero(as_tuple=True)
         log_p = guided_log_probs(
-            net, x.to(device), (row.to(device), col.to(device)), P.to(device), cfg_scale, schedule,
-            attention_mask)
+            net, x, (row, col), P, cfg_scale, schedule, None if padding else inside)
         highest, ids = (part.cpu() for part in log_p.max(dim=1))
         scores = torch.full(x.shape, -torch.inf)
         scores[row, col] = highest
         x[row, col] = ids
-        going_on = []
-        for k, col in enumerate(scores.argmax(dim=1).tolist()):
-            rows[k][col] = x[k, col]
-            agrees[work[k]] = x[k, col] == pairs[work[k]][1][col - P[k]]
-            going_on.append(bool(agrees[work[k]] and (rows[k] == mask_id).any()))
-        work = list(itertools.compress(work, going_on))
-        rows = list(itertools.compress(rows, going_on))
+        for k, (i, col) in enumerate(zip([*rows], scores.argmax(dim=1).tolist(), strict=True)):
+            rows[i][col] = x[k, col]
+            agrees[i] = x[k, col] == pairs[i][1][col - P[k]]
+            if not agrees[i] or not (rows[i] == mask_id).any():
+                del rows[i]
     return agrees
 
 
@@ -480,22 +456,21 @@ def continuation_nll(
     and 1e-3. 'duel': exactly under a sampler in so many steps (None: one a token), with its
     options, see text_nll. 'ar' nets: exactly. cfg_scale: of guided_log_probs. padding: with masks
     to block_size, as SMDM evaluates. Raises ValueError for what does not fit the net."""
-    require_positive(batch_size=batch_size)
-    pairs = [prefix_and_target(net, prefix, target, cfg_scale)]
+    pair = prefix_and_target(net, prefix, target, cfg_scale)
     if method == 'duel':
         require(not padding, "method 'duel' goes without padding")
-        ids = torch.cat(pairs[0])[None]
-        maskable = torch.arange(ids.size(1))[None] >= len(pairs[0][0])
+        ids = torch.cat(pair)[None]
+        maskable = torch.arange(ids.size(1))[None] >= len(pair[0])
         clean = dict(x0=ids, maskable=maskable, attention_mask=torch.ones_like(maskable))
-        nll, _ = text_nll(
-            net, clean, sampler=sampler, steps=len(pairs[0][1]) if steps is None else steps,
+        nats, _ = text_nll(
+            net, clean, sampler=sampler, steps=len(pair[1]) if steps is None else steps,
             cfg_scale=cfg_scale, schedule=schedule, **options)
-        return not_nan(float(nll.sum()))
-    good = sampler is None and steps is None and not options
-    require(good, "a sampler, its steps and options go with method 'duel'")
-    masks = masks_of(net, method, num_mc, seed, eps)
-    nats, _ = conditional_nll(net, pairs, masks, cfg_scale, padding, batch_size, schedule)
-    return not_nan(nats.item())
+    else:
+        good = sampler is None and steps is None and not options
+        require(good, "a sampler, its steps and options go with method 'duel'")
+        masks = masks_of(net, method, num_mc, seed, eps)
+        nats, _ = conditional_nll(net, [pair], masks, cfg_scale, padding, batch_size, schedule)
+    return not_nan(float(nats.sum()))
 
 
 def greedy_matches(net, prefix, target, cfg_scale=0.0, padding=False):
@@ -530,23 +505,21 @@ ENGLISH = (
 def load_judge(name, device='cpu'):
     """(causal language model, its tokenizer) of a Hugging Face name or folder, else ValueError.
     Warns where English is no likelier to it than the same tokens backwards: it is not trained."""
+    require(name, "judge='': samples are measured by a causal net: give a name, such as gpt2")
     import transformers
     transformers.utils.logging.disable_progress_bar()
     with one_line(f"the judge '{name}'"):
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, trust_remote_code=False)
-        model = model.to(device).eval()
+            name, dtype=torch.float32, trust_remote_code=False).to(device).eval()
         tok = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    x = torch.zeros(2, 4, dtype=torch.int64, device=device)
-    x[1, 3] = 1                                           # only the last token differs
+    x = torch.tensor([[0, 0, 0, 0], [0, 0, 0, 1]], device=device)
+    ids = tok(ENGLISH, add_special_tokens=False)['input_ids'][:32]
     with torch.no_grad():
         first, second = model(x).logits[:, 0]
+        texts = [torch.tensor([text], device=device) for text in (ids, ids[::-1])]
+        forward, backward = [model(text, labels=text).loss.item() for text in texts]
     causal = torch.allclose(first, second, atol=1e-4)
     require(causal, f"the judge '{name}' looks ahead: a causal language model is needed")
-    ids = tok(ENGLISH, add_special_tokens=False)['input_ids'][:32]
-    ids = torch.tensor([ids], device=device)
-    with torch.no_grad():
-        forward, backward = [model(x, labels=x).loss.item() for x in (ids, ids.flip(1))]
     if not forward < backward - 0.5:
         print(
             f"warning: the judge '{name}' gives English {forward:.2f} nats/token and the same "
@@ -601,32 +574,29 @@ def generative_perplexity(
     closable = protocol != 'mdlm' or tok.eos_token_id is not None
     require(closable, "protocol 'mdlm' needs an EOS in the judge's tokenizer")
 
-    device, texts = next(model.parameters()).device, list(texts)
-    for key in ('n_positions', 'max_position_embeddings'):
-        max_length = min(max_length, getattr(model.config, key, None) or max_length)
-    rows = tok(texts, add_special_tokens=False)['input_ids'] if texts else []
+    device, config = next(model.parameters()).device, model.config
+    limits = [getattr(config, key, 0) for key in ('n_positions', 'max_position_embeddings')]
+    max_length = min(max_length, *filter(None, limits)) if any(limits) else max_length
+    rows = tok(list(texts), add_special_tokens=False)['input_ids'] if texts else []
     rows = [ids[:max_length] for ids in rows]
     n = generated_batch or max(1, len(rows))
-    batches = [rows[i:i + n] for i in range(0, len(rows), n)] or [[]]
-    parts = [PROTOCOLS[protocol](batch, tok.eos_token_id) for batch in batches]
+    parts = [
+        PROTOCOLS[protocol](rows[i:i + n], tok.eos_token_id) for i in range(0, len(rows) or 1, n)]
     rows, scored, entropies = (list(itertools.chain(*part)) for part in zip(*parts, strict=True))
     kept = [i for i in range(len(rows)) if scored[i][1:].any()]
     require(kept, f'of {len(texts)} texts none has a token that can be scored')
     nats, counts = torch.zeros(2, len(rows), dtype=torch.float64)
     order = sorted(kept, key=lambda i: len(rows[i]))      # texts of one length together
+    pad = functools.partial(pad_sequence, batch_first=True)
     starts = range(0, len(order), batch_size)
     for start in tqdm(starts, desc='judging', unit_scale=batch_size, disable=not progress):
         chunk = order[start:start + batch_size]
-        width = len(rows[chunk[-1]])
-        ids, attention_mask, loss_mask = torch.zeros(3, len(chunk), width, dtype=torch.int64)
-        for row, i in enumerate(chunk):
-            L = len(rows[i])
-            ids[row, :L] = torch.tensor(rows[i])
-            attention_mask[row, :L] = 1
-            loss_mask[row, :L] = torch.from_numpy(scored[i])
-        ids, loss_mask = ids.to(device), loss_mask[:, 1:]
+        ids = [torch.tensor(rows[i]) for i in chunk]
+        attention_mask = pad([torch.ones_like(row) for row in ids]).to(device)
+        loss_mask = pad([torch.from_numpy(scored[i]) for i in chunk])[:, 1:]
+        ids = pad(ids).to(device)
         with autocast(device, judge_dtype):
-            logits = model(ids, attention_mask=attention_mask.to(device)).logits[:, :-1]
+            logits = model(ids, attention_mask=attention_mask).logits[:, :-1]
         pairs = zip(logits, ids[:, 1:], strict=True)
         nll = [F.cross_entropy(row.float(), goal, reduction='none') for row, goal in pairs]
         nats[chunk] = (torch.stack(nll).cpu().double() * loss_mask).sum(dim=1)
@@ -661,24 +631,22 @@ def mauve(texts, references, featurizer='gpt2-large', max_length=256, device='cp
     require(min(n, len(references)) >= 2, f'MAUVE: {found} are too few')
     require(n <= len(references), f'MAUVE takes as many references as texts: there are {found}')
     device = torch.device(device)
-    device_id = (device.index or 0) if device.type == 'cuda' else -1
     with one_line(f"MAUVE with the featurizer '{featurizer}'"):
         from mauve import compute_mauve
         result = compute_mauve(
             p_text=references[:n], q_text=kept, featurize_model_name=featurizer, seed=25,
-            max_text_length=max_length, num_buckets='auto', device_id=device_id, batch_size=8,
-            verbose=False)
+            max_text_length=max_length, num_buckets='auto', batch_size=8, verbose=False,
+            device_id=(device.index or 0) if device.type == 'cuda' else -1)
     return dict(mauve=float(result.mauve), mauve_texts=n, mauve_skipped=len(texts) - n)
 
 
 def load_featurizer(name):
     """Raises ValueError if MAUVE or its featurizer cannot be had."""
     import transformers
-    with one_line('mauve-text'):
-        import mauve as _  # noqa: F401 (is it installed?)
     good = 'gpt2' in name or 'bert' in name
     require(good, f"featurizer='{name}': mauve-text needs gpt2 or bert in the name; '': no MAUVE")
-    with one_line(f"the featurizer '{name}'"):
+    with one_line(f"mauve-text or the featurizer '{name}'"):
+        import mauve as _  # noqa: F401 (is it installed?)
         transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
@@ -691,20 +659,16 @@ def distinct(rows, n):
 
 def hashes(ids, n):
     """64-bit hashes of the n-grams of ids (N,) -> uint64 (N - n + 1,), none where it is shorter:
-    a polynomial modulo 2^64, put together from runs of 1, 2, 4, ... ids."""
+    a polynomial modulo 2^64, from differences of its running sum."""
     ids = splitmix64(np.asarray(ids).astype(np.uint64))
     if len(ids) < n:
         return ids[:0]
-    total = np.zeros(len(ids) - n + 1, dtype=np.uint64)
-    runs, width, done = ids, 1, 0
-    while width <= n:
-        factor = np.uint64(pow(0x9E3779B97F4A7C15, width, 2 ** 64))
-        if n & width:
-            total = total * factor + runs[done:done + len(total)]
-            done += width
-        runs = runs[:-width] * factor + runs[width:] if len(runs) > width else runs[:0]
-        width *= 2
-    return total
+    factor = 0x9E3779B97F4A7C15                           # odd: it has an inverse
+    powers = np.full(len(ids), factor, dtype=np.uint64).cumprod()
+    inverse = np.full(len(ids) - n + 1, pow(factor, -1, 2 ** 64), dtype=np.uint64).cumprod()
+    sums = np.cumsum(ids * powers)
+    sums[n:] -= sums[:-n].copy()
+    return sums[n - 1:] * inverse
 
 
 def verbatim_shares(columns, path, dtype, n=20, chunk=2 ** 22):
@@ -730,84 +694,85 @@ def verbatim_shares(columns, path, dtype, n=20, chunk=2 ** 22):
 # samples
 
 
-def read_rows(path):
-    """The objects of a .jsonl file with a "text" field."""
+def read_lines(path, read, problem):
+    """read(object) of each line of a .jsonl file. Raises ValueError, which names the line, where it
+    holds none or `read` fails."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f'input={path}: there is no such file')
-    rows = []
-    with open(path, encoding='utf-8') as f:
+    found = []
+    with open(path, encoding='utf-8-sig') as f:
         for number, line in enumerate(f, 1):
             try:
-                row = json.loads(line)
-                row['text'].encode()                      # a string of whole characters
-                rows.append(row)
-            except (ValueError, KeyError, TypeError, AttributeError):
-                message = f'{path}, line {number}: not a JSON object with a "text" that is a string'
-                raise ValueError(message) from None
-    require(rows, f'{path} holds no text')
-    return rows
+                found.append(read(json.loads(line)))
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                why = f'{problem} ({type(error).__name__}: {error})'
+                raise ValueError(f'{path}, line {number}: {why}') from None
+    require(found, f'{path} holds no text')
+    return found
 
 
-def read_samples(path):
-    """(texts, ids or None for each) of a .jsonl file with a "text" field."""
-    rows = read_rows(path)
-    return [row['text'] for row in rows], [row.get('ids') for row in rows]
+def read_texts(path):
+    """The objects of a .jsonl file with a "text" field."""
+    def read(row):
+        row['text'].encode()                              # a string of whole characters
+        return row
+    return read_lines(path, read, 'not a JSON object with a "text" that is a string')
 
 
 def how_drawn(settings):
     """What a list of settings has in common, of those that are shown beside the measures."""
-    if not all(isinstance(each, dict) for each in settings):
-        return {}
     shown = ('steps', 'sampler', 'top_p', 'temperature', 'batch_size')
-    common = {key: settings[0].get(key) for key in shown}
+    first, *others = [each if isinstance(each, dict) else {} for each in settings]
     return {
-        key: value for key, value in common.items()
-        if value is not None and all(each.get(key) == value for each in settings)}
+        key: first[key] for key in shown if first.get(key) is not None
+        and all(each.get(key) == first[key] for each in others)}
 
 
 def read_drawn(folder, settings):
     """number -> row of the samples in a folder; ValueError where other settings drew them."""
-    rows = {}
+    rows, settings = {}, json.loads(json.dumps(settings))  # as they will be read
     for path in glob.glob(os.path.join(glob.escape(folder), '*.jsonl')):
-        with open(path, encoding='utf-8') as f:
-            for line in f:
-                try:
-                    row = json.loads(line)
-                    theirs = row['settings']
-                    rows[row['row']] = row
-                except (ValueError, KeyError, TypeError):
-                    raise ValueError(f'{path} holds no samples of eval.py') from None
-                for key in {**theirs, **settings}:
-                    value, wanted = theirs.get(key), settings.get(key)
-                    message = f'{folder} holds samples drawn with {key}={value!r}, not {wanted!r}'
-                    require(value == wanted, f'{message}: remove it, or give another samples_dir')
+        problem = 'no sample of eval.py'
+        for number, theirs, row in read_lines(
+                path, lambda row: (row['row'], dict(row['settings']), row), problem):
+            rows[number] = row
+            for key in {**theirs, **settings}:
+                value, wanted = theirs.get(key), settings.get(key)
+                message = f'{folder} holds samples drawn with {key}={value!r}, not {wanted!r}'
+                require(value == wanted, f'{message}: remove it, or give another samples_dir')
     return rows
 
 
 def kept_rows(folder, n, batch_size, settings, make):
     """Rows 0 ... n - 1 (dicts) by make(list of row numbers), kept in folder. Those already there
     are not made again; torch.distributed shares the rest. Raises ValueError where the folder holds
-    rows made with other settings (a dict)."""
+    rows made with other settings (a dict), or another eval.py fills it."""
     rank, world_size = ranks()
     os.makedirs(folder, exist_ok=True)
-    settings = json.loads(json.dumps(settings))           # as they will be read
-    done = read_drawn(folder, settings)
-    missing = np.array([i for i in range(n) if i not in done], dtype=np.int64)
-    batches = []                                          # of consecutive rows
-    for run in np.split(missing, np.flatnonzero(np.diff(missing) != 1) + 1):
-        batches += [run[i:i + batch_size].tolist() for i in range(0, len(run), batch_size)]
-    if dist.is_initialized():
-        dist.barrier()                                    # all have read before one writes
-    title = f'sampling {os.path.basename(folder)}'
-    for batch in tqdm(batches[rank::world_size], desc=title, disable=rank > 0):
-        rows = make(batch)
-        lines = [json.dumps(dict(row=i) | row | dict(settings=settings)) + '\n'
-                 for i, row in zip(batch, rows, strict=True)]
-        path = os.path.join(folder, f'{batch[0]:06}-{batch[-1]:06}.jsonl')
-        write_whole(path, ''.join(lines))
-    if dist.is_initialized():
-        dist.barrier()
-    rows = read_drawn(folder, settings)
+    lock = contextlib.nullcontext()
+    if rank == 0:
+        try:
+            lock = FileLock(f'{folder}.lock').acquire(timeout=0)
+        except Timeout:
+            advice = 'wait for it, or give another samples_dir'
+            raise ValueError(f'{folder}: another eval.py draws into it: {advice}') from None
+    with lock:
+        done = read_drawn(folder, settings)
+        missing = np.array([i for i in range(n) if i not in done], dtype=np.int64)
+        batches = []                                      # of consecutive rows
+        for run in np.split(missing, np.flatnonzero(np.diff(missing) != 1) + 1):
+            batches += [run[i:i + batch_size].tolist() for i in range(0, len(run), batch_size)]
+        if dist.is_initialized():
+            dist.barrier()                                # all have read before one writes
+        title = f'sampling {os.path.basename(folder)}'
+        for batch in tqdm(batches[rank::world_size], desc=title, disable=rank > 0):
+            lines = [json.dumps(dict(row=i) | row | dict(settings=settings)) + '\n'
+                     for i, row in zip(batch, make(batch), strict=True)]
+            path = os.path.join(folder, f'{batch[0]:06}-{batch[-1]:06}.jsonl')
+            write_whole(path, ''.join(lines))
+        if dist.is_initialized():
+            dist.barrier()
+        rows = read_drawn(folder, settings)
     return [rows[i] for i in range(n)]
 
 
@@ -823,12 +788,6 @@ def draw_rows(net, folder, n, settings, **options):
                 for ids, nfe in zip(rows, out.nfe.tolist(), strict=True)]
 
     return kept_rows(folder, n, options['batch_size'], settings, make)
-
-
-def draw_samples(net, folder, n, settings, **options):
-    """draw_rows -> (texts, ids)."""
-    rows = draw_rows(net, folder, n, settings, **options)
-    return [row['text'] for row in rows], [row['ids'] for row in rows]
 
 
 def streamed(total, buffer_size, seed=42):
@@ -879,8 +838,22 @@ def record(path, **line):
     except OSError as error:
         if size is not None:
             os.truncate(path, size)
-        why = f'{path} cannot be written ({error.strerror})'
-        raise OSError(f"{why}; what it lacks: {json.dumps(line['result'])}") from None
+        raise OSError(f'{path} cannot be written ({error.strerror}); what it lacks: '
+                      f"{json.dumps(line['result'])}") from None
+
+
+def read_results(path):
+    """(metric, row of the report) of each result in a file of `record`."""
+    def read(line):
+        row = dict(source=line['source']) | line['result']
+        row |= dict(seed=line['settings']['seed'], weights=line['weights'])
+        released = line.get('released')
+        return line['metric'], row | (dict(settings=released) if released else {})
+    return read_lines(path, read, 'not a result of eval.py')
+
+
+def chosen(row, keys):
+    return {key: row[key] for key in keys if key in row}
 
 
 def cell(value, error):
@@ -906,22 +879,19 @@ def plot(rows, x, ys, path, along='steps'):
     ys = [y for y in ys if any(row.get(x) and row.get(y) is not None for row in rows)]
     if not ys:
         return False
-    import matplotlib
-    matplotlib.use('Agg')
     from matplotlib import pyplot
+    pyplot.switch_backend('Agg')
     keys = ('source', 'sampler', 'steps', 'top_p', 'temperature', 'judge', 'protocol')
     keys = [key for key in keys if key != along and len({row.get(key) for row in rows}) > 1]
     lines = collections.defaultdict(list)
     for row in rows:
         lines[', '.join(f'{key} {row[key]}' for key in keys if key in row)].append(row)
-    width = 4 * len(ys)
     figure, axes = pyplot.subplots(
-        1, len(ys), figsize=(width, 3.2), squeeze=False, layout='constrained')
+        1, len(ys), figsize=(4 * len(ys), 3.2), squeeze=False, layout='constrained')
     for axis, y in zip(axes[0], ys, strict=True):
         for label, line in lines.items():
-            line = [row for row in line if row.get(x) and row.get(y) is not None]
             points = {(row[x], row[y], row.get(x + '_se') or 0, row.get(y + '_se') or 0)
-                      for row in line}
+                      for row in line if row.get(x) and row.get(y) is not None}
             xs, values, x_errors, errors = np.array(sorted(points)).reshape(-1, 4).T
             axis.errorbar(xs, values, errors, x_errors, marker='o', capsize=3, label=label)
         scale = 'log' if x == 'steps' else 'linear'
@@ -929,7 +899,7 @@ def plot(rows, x, ys, path, along='steps'):
         axis.grid(alpha=0.3)
     if keys:
         handles, labels = axes[0][0].get_legend_handles_labels()
-        labels = [textwrap.fill(label, 14 * width) for label in labels]
+        labels = [textwrap.fill(label, 56 * len(ys)) for label in labels]
         figure.legend(handles, labels, loc='outside lower center', fontsize=8)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
@@ -942,27 +912,17 @@ def report(path):
     if not os.path.isfile(path):
         raise FileNotFoundError(f'there is no {path}: every run of eval.py appends to it')
     kinds = collections.defaultdict(list)
-    with open(path, encoding='utf-8') as f:
-        for number, line in enumerate(f, 1):
-            try:
-                row = json.loads(line)
-                made_by = dict(seed=row['settings']['seed'], weights=row['weights'])
-                if row.get('released'):
-                    made_by['settings'] = row['released']
-                kinds[row['metric']].append(dict(source=row['source']) | row['result'] | made_by)
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f'{path}, line {number}: not a result of eval.py') from None
-    require(kinds, f'{path} holds no result')
+    for metric, row in read_results(path):
+        kinds[metric].append(row)
     text = '\n\n'.join(f'## {kind}\n\n{table(rows)}' for kind, rows in kinds.items())
     drawn = [row for row in kinds['table'] + kinds['samples'] if row.get('gen_ppl')]
     stem = os.path.splitext(path)[0]
     write_whole(stem + '.md', text + '\n')                # whatever becomes of the plots
-    figures = dict(
-        steps=(drawn, 'steps', ('gen_ppl', 'entropy', 'mauve'), 'steps'),
-        entropy=(drawn, 'entropy', ('gen_ppl',), 'steps'),
-        frontier=(kinds.get('frontier', []), 'entropy', ('gen_ppl', 'nfe'), 'temperature'))
     try:
-        for name, (rows, x, ys, along) in figures.items():
+        for name, rows, x, ys, along in (
+                ('steps', drawn, 'steps', ('gen_ppl', 'entropy', 'mauve'), 'steps'),
+                ('entropy', drawn, 'entropy', ('gen_ppl',), 'steps'),
+                ('frontier', kinds['frontier'], 'entropy', ('gen_ppl', 'nfe'), 'temperature')):
             if plot(rows, x, ys, f'{stem}-{name}.png', along):
                 text += f'\n\n![{name}]({os.path.basename(stem)}-{name}.png)'
     except ImportError:
@@ -981,7 +941,7 @@ class Run:
     """What is measured, and the constants."""
     c: types.SimpleNamespace
     source: str               # of the weights, or of the texts
-    device: torch.device
+    device: torch.device = None
     net: DiT = None           # None: texts come from a file
     tok: Tokenizer = None
     weights: str = None       # weights_hash
@@ -993,57 +953,59 @@ class Run:
             value = self.net.constants.get(key)
         return default if value is None else value
 
+    def having(self, **constants):
+        """The same with other constants."""
+        return dataclasses.replace(self, c=types.SimpleNamespace(**vars(self.c) | constants))
+
     def record(self, result):
         if ranks()[0] > 0:
             return
         settings = {key: value for key, value in vars(self.c).items() if value is not None}
-        made_of = dict(metric=self.c.metric, source=self.source, result=result)
-        made_of |= dict(released=settings.pop('released', None))
-        record(self.c.results, **made_of, weights=self.weights, settings=settings)
+        released = settings.pop('released', None)
+        record(
+            self.c.results, metric=self.c.metric, source=self.source, result=result,
+            released=released, weights=self.weights, settings=settings)
 
 
-def load(c):
-    """The net and its tokenizer, or a file with texts. Starts torch.distributed under torchrun."""
-    source, from_file = str(c.init_from or c.out_dir), False
-    if c.metric == 'samples' and c.input is not None:
-        source, from_file = str(c.input), str(c.input).endswith('.jsonl')
-    distributed = 'RANK' in os.environ
-    require(not (from_file and distributed), 'samples in a file are measured without torchrun')
+def load(c, source=None):
+    """The net and its tokenizer. Starts torch.distributed under torchrun."""
+    source = str(source or c.init_from or c.out_dir)
     device = pick_device(c.device, int(os.environ.get('LOCAL_RANK', 0)))
     if device.type == 'cpu':
         reuse_memory()
-    if from_file:
-        return Run(c, source, device)
     path = os.path.join(source, 'ckpt.pt') if source == c.out_dir else source
     net = load_pretrained(path, c.ema, device, **(c.overrides or {}))
     if c.tokenizer or net.tokenizer is None:
         net.tokenizer = (net.tokenizer or {}) | dict(name=str(c.tokenizer or 'gpt2'))
     tok = tokenizer_of(net)
-    if distributed and not dist.is_initialized():
-        hours = datetime.timedelta(hours=4)
+    if 'RANK' in os.environ and not dist.is_initialized():
+        options = dict(backend='gloo', timeout=datetime.timedelta(hours=4))
         if device.type == 'cuda':
             torch.cuda.set_device(device)
-            dist.init_process_group('nccl', device_id=device, timeout=hours)
-        else:
-            dist.init_process_group('gloo', timeout=hours)
+            options |= dict(backend='nccl', device_id=device)
+        dist.init_process_group(**options)
     return Run(c, source, device, net, tok, weights_hash(net))
 
 
+def dataset_of(folder):
+    """What the data were made from."""
+    return read_meta(folder)['source']['dataset']
+
+
 def split_of(folder, c):
-    return c.split or BENCHMARKS.get(read_meta(folder)['source']['dataset'], 'validation')
+    return c.split or BENCHMARKS.get(dataset_of(folder), 'validation')
 
 
-def likelihood(run, name, folder):
-    """nelbo of the data in a folder, which the result calls by name."""
-    c, net, split = run.c, run.net, split_of(folder, run.c)
-    usual = MEASURED_AS.get(read_meta(folder)['source']['dataset'], {})
+def likelihood(run, name):
+    """nelbo of the data that are called so."""
+    c, net, folder = run.c, run.net, find_or_prepare(name, run.tok.name)
+    split, usual = split_of(folder, c), MEASURED_AS.get(dataset_of(folder), {})
     packing = c.packing or usual.get('packing') or run.trained('packing', 'wrap')
     max_tokens = c.max_tokens or usual.get('max_tokens')
     block_size = net.config.block_size if c.block_size is None else c.block_size
     if net.config.causal and packing in ('concat', 'crop'):
         block_size += 1                                   # the first token is not predicted
-    pad_to = run.trained('pad_to', 'block')
-    padding = run.trained('loss_on_padding', True)
+    pad_to, padding = run.trained('pad_to', 'block'), run.trained('loss_on_padding', True)
     if packing == 'pair' and (net.config.causal or pad_to == 'batch'):
         padding = False                                   # or it would depend on the batch
     rows = TokenRows(folder, split, block_size, packing, padding, pad_to, c.grouping)
@@ -1052,14 +1014,13 @@ def likelihood(run, name, folder):
         require(rows.length, f'max_tokens={max_tokens} are less than a row of {block_size}')
     ours, theirs = run.tok.meta(), rows.meta['tokenizer']
     require(ours == theirs, f'the net has ids of the tokenizer {ours}, the data those of {theirs}')
-    schedule, T = schedule_of(net.constants), run.trained('T', 0)
-    own, how = c.sampler_options or {}, {}
+    schedule, own, how = schedule_of(net.constants), c.sampler_options or {}, {}
     if c.estimator == 'duel':
         how = dict(sampler=sampler_of(run), steps=c.steps)
         check_sampler(net.config.objective, how['sampler'], own)
     with autocast(run.device, c.dtype):
         result = nelbo(
-            net, rows, c.num_mc, c.batch_size, c.seed, c.max_rows, schedule, T,
+            net, rows, c.num_mc, c.batch_size, c.seed, c.max_rows, schedule, run.trained('T', 0),
             net.constants, c.estimator, progress=True,
             sampling_eps=run.trained('sampling_eps', 1e-3),
             sampling=how | dict(cfg_scale=c.cfg_scale) | own)
@@ -1073,16 +1034,13 @@ def likelihood(run, name, folder):
 def measure_ppl(c):
     """The NELBO of one split."""
     run = load(c)
-    name = run.trained('dataset')
+    name, objective = run.trained('dataset'), run.net.config.objective
     require(name is not None, 'the weights do not say which data to measure: give --dataset=NAME')
-    r = likelihood(run, name, find_or_prepare(name, run.tok.name))
+    r = likelihood(run, name)
     run.record(r)
-    objective = run.net.config.objective
-    what, how = 'NELBO', f"x {r['num_mc']} {r['estimator'] or 'pass'}s"
-    if run.net.config.causal:
-        what = 'NLL'
-    elif 'nfe' in r:
-        what = 'NLL'
+    what = 'NLL' if run.net.config.causal or 'nfe' in r else 'NELBO'
+    how = f"x {r['num_mc']} {r['estimator'] or 'pass'}s"
+    if 'nfe' in r:
         how = f"by {r['sampler']} in {r['steps']} steps, {r['nfe']:.1f} evaluations a row"
     lines = [
         f"{objective if objective in r else what} of {run.source} on {name}/{r['split']}, "
@@ -1106,16 +1064,15 @@ def measure_zero_shot(c):
     for name in c.datasets:
         try:
             folder = find_or_prepare(name, run.tok.name)
-            origin = read_meta(folder)['source']['dataset']
+            origin = dataset_of(folder)
             good = origin == name or name not in DATASETS
             require(good, f'{folder} was made from {origin}, which is not the benchmark')
-            result = likelihood(run, name, folder)
+            result = likelihood(run, name)
         except (ValueError, OSError) as error:
             failed.append(f'{name}: {error}')
             continue
         run.record(result)
-        row = {key: result[key] for key in shown if key in result}
-        rows.append(row | dict(published=(c.published or {}).get(name)))
+        rows.append(chosen(result, shown) | dict(published=(c.published or {}).get(name)))
     text = table(rows)
     if failed and rows and ranks()[0] == 0:
         print(text)
@@ -1142,10 +1099,9 @@ def load_references(run, num_texts):
     if not c.featurizer:
         return folder, tok, None
     load_featurizer(c.featurizer)
-    split = split_of(folder, c)
 
     def references(n):
-        return reference_texts(folder, split, tok, 2 * n + 100, n)
+        return reference_texts(folder, split_of(folder, c), tok, 2 * n + 100, n)
 
     usable = sum(len(text.strip()) >= 8 for text in references(num_texts))
     require(
@@ -1153,14 +1109,6 @@ def load_references(run, num_texts):
         f'MAUVE takes as many references as texts, at least 2: {folder} has {usable} of 8 '
         f'characters for {num_texts} texts; --featurizer= leaves it out')
     return folder, tok, references
-
-
-def load_measures(run, num_texts):
-    """(judge, references), in the first process alone: what can fail fails before hours of
-    sampling."""
-    if ranks()[0] > 0:
-        return None
-    return load_judge(run.c.judge, run.device), load_references(run, num_texts)
 
 
 def sampler_of(run):
@@ -1173,33 +1121,38 @@ def home_of(run, name):
     return run.c.samples_dir or os.path.join(home, name)
 
 
-def draw(run, steps):
-    """num_samples texts of the net in so many steps, kept in samples_dir -> see draw_rows."""
+def sampling(run, own):
+    """(arguments of generate(), the settings that a kept sample must have). own: sampler_options"""
     c, config = run.c, run.net.config
-    own = dict(c.sampler_options or {})
-    if sampler_of(run) == 'ar' and run.trained('protocol') == 'mdlm':
-        own.setdefault('eos_id', -1)                      # to full length, as released
     shared = dict(
         length=config.block_size if c.length is None else c.length, sampler=c.sampler,
-        temperature=c.temperature, top_p=c.top_p, top_k=c.top_k, seed=c.seed)
+        steps=c.steps, temperature=c.temperature, top_p=c.top_p, top_k=c.top_k, seed=c.seed)
     if c.draw_dtype != 'float64':
         shared |= dict(draw_dtype=c.draw_dtype)
-    options = shared | dict(steps=steps, batch_size=c.batch_size) | own
-    settings = shared | dict(sampler_options=own or None, dtype=c.dtype, weights=run.weights)
-    settings |= dict(model=dataclasses.asdict(config), steps=steps)
+    settings = shared | dict(
+        sampler_options=own or None, dtype=c.dtype, weights=run.weights,
+        model=dataclasses.asdict(config))
+    return shared | dict(batch_size=c.batch_size) | own, settings
+
+
+def draw(run):
+    """(folder, num_samples, settings, options) of kept_samples, by the constants. Raises ValueError
+    where the folder holds other samples."""
+    c, own = run.c, dict(run.c.sampler_options or {})
+    if sampler_of(run) == 'ar' and run.trained('protocol') == 'mdlm':
+        own.setdefault('eos_id', -1)                      # to full length, as released
+    options, settings = sampling(run, own)
     if own.get('across_rows'):                            # a row depends on those beside it
         settings |= dict(batch_size=c.batch_size)
-    folder = os.path.join(home_of(run, 'samples'), str(steps))
-    with autocast(run.device, c.dtype):
-        return draw_rows(run.net, folder, c.num_samples, settings, **options)
+    folder = os.path.join(home_of(run, 'samples'), str(c.steps))
+    read_drawn(folder, settings)
+    return folder, c.num_samples, settings, options
 
 
-def quality(run, columns, measures, drawn):
+def quality(run, columns, drawn, measures):
     """All that is measured of each of columns, lists of texts -> dicts, in the first process.
-    drawn: for each, a dict of how (see how_drawn)."""
-    if measures is None:
-        return []
-    c, judge, (folder, reference_tok, references) = run.c, *measures
+    drawn: for each, a dict of how. measures: see measured."""
+    c, (judge, (folder, reference_tok, references)) = run.c, measures
     tok, verbatim, results = judge[1], None, []
     protocol, judge_dtype = run.trained('protocol', 'xlm'), run.trained('judge_dtype', 'float32')
     plain = [[without_special(text, tok) for text in texts] for texts in columns]
@@ -1226,78 +1179,74 @@ def quality(run, columns, measures, drawn):
     return results
 
 
+def measured(run, points):
+    """quality of samples of the net; points: runs with the constants of each."""
+    drawings, columns, drawn = [draw(point) for point in points], [], []
+    rank, c = ranks()[0], run.c
+    if rank == 0:                                         # what can fail fails before the sampling
+        measures = load_judge(c.judge, run.device), load_references(run, c.num_samples)
+    for point, (*where, options) in zip(points, drawings, strict=True):
+        with autocast(run.device, c.dtype):
+            rows = draw_rows(run.net, *where, **options)
+        columns.append([row['text'] for row in rows])
+        nfe = np.array([row['nfe'] for row in rows])
+        nfe_se = nfe.std() / math.sqrt(max(1, len(nfe) - 1))
+        constants = dict(label=sampler_of(point)) | vars(point.c)
+        how = how_drawn([constants | dict(sampler=constants['label'])])
+        drawn.append(how | dict(nfe=float(nfe.mean()), nfe_se=float(nfe_se)))
+    return quality(run, columns, drawn, measures) if rank == 0 else []
+
+
 def measure_samples(c):
     """The quality of the texts of a file, or of samples of the net."""
-    run = load(c)
-    rows = [] if run.net else read_rows(run.source)
-    measures = load_measures(run, len(rows) or c.num_samples)
-    texts = [row['text'] for row in rows or draw(run, c.steps)]
-    settings = [row.get('settings') for row in rows]
-    drawn = how_drawn(settings or [vars(c) | dict(sampler=sampler_of(run))])
-    found = quality(run, [texts], measures, [drawn])
+    if str(c.input).endswith('.jsonl'):
+        require('RANK' not in os.environ, 'samples in a file are measured without torchrun')
+        run, rows = Run(c, str(c.input), pick_device(c.device)), read_texts(c.input)
+        measures = load_judge(c.judge, run.device), load_references(run, len(rows))
+        drawn = how_drawn([row.get('settings') for row in rows])
+        found = quality(run, [[row['text'] for row in rows]], [drawn], measures)
+    else:
+        run = load(c, c.input)
+        found = measured(run, [run])
     return found, table(found)
 
 
 def measure_table(c):
     """The quality of samples of the net in each number of table_steps."""
-    run = load(c)
+    run, rows = load(c), []
     if c.released and ranks()[0] == 0:
         steps = f'{c.table_steps[0]} … {c.table_steps[-1]}'
         judge = run.trained('judge_dtype', 'float32')
         print(f'sampler {sampler_of(run)}, {c.dtype}, judge {judge}, T {steps}', flush=True)
-    measures = load_measures(run, c.num_samples)
-    columns = []                                          # all, before other processes leave
-    for steps in c.table_steps:
-        columns.append([row['text'] for row in draw(run, steps)])
     shown = (
-        'gen_ppl', 'gen_ppl_se', 'gen_ppl_mean', 'entropy', 'entropy_se', 'mauve', 'mauve_texts',
-        'distinct_2', 'verbatim_20', 'texts', 'skipped')
-    rows = []
-    own = vars(c) | dict(sampler=sampler_of(run))
-    drawn = [how_drawn([own | dict(steps=steps)]) for steps in c.table_steps]
-    for i, result in enumerate(quality(run, columns, measures, drawn)):
-        steps = c.table_steps[i]
-        row = dict(steps=steps) | {key: result[key] for key in shown if key in result}
+        'steps', 'gen_ppl', 'gen_ppl_se', 'gen_ppl_mean', 'entropy', 'entropy_se', 'mauve',
+        'mauve_texts', 'distinct_2', 'verbatim_20', 'texts', 'skipped')
+    for result in measured(run, [run.having(steps=steps) for steps in c.table_steps]):
         known = (c.published or {}).items()
-        rows.append(row | {f'{key} published': values.get(steps) for key, values in known})
+        published = {f'{key} published': values.get(result['steps']) for key, values in known}
+        rows.append(chosen(result, shown) | published)
     return rows, table(rows)
-
-
-def curves(run):
-    """What each sampler of the frontier is called -> its constants."""
-    c, found = run.c, {}
-    given = c.samplers or [dict(sampler=sampler_of(run)) | (c.sampler_options or {})]
-    require(c.temperatures, 'temperatures=(): --metric=frontier needs one at least')
-    for entry in given:
-        own = dict(entry) if isinstance(entry, dict) else dict(sampler=entry)
-        name = own.pop('sampler', None)
-        check_sampler(run.net.config.objective, name, own)
-        label = ' '.join([name, *(f'{key}={value}' for key, value in own.items())])
-        found[label] = dict(sampler=name, sampler_options=own)
-    return found
 
 
 def measure_frontier(c):
     """Generative perplexity and entropy of the samplers at each of temperatures, in each number of
     table_steps (arXiv 2604.02718: a single point of a curve cannot be compared)."""
-    run, columns, drawn = load(c), [], []
-    points = list(itertools.product(curves(run).items(), c.table_steps, c.temperatures))
-    measures = load_measures(run, c.num_samples)
-    for (label, own), steps, temperature in points:
-        point = re.sub(r'[^\w.-]+', '_', f'{label} {temperature}')
-        folder = os.path.join(home_of(run, 'frontier'), point)
-        own = vars(c) | own | dict(temperature=temperature, samples_dir=folder)
-        rows = draw(dataclasses.replace(run, c=types.SimpleNamespace(**own)), steps)
-        columns.append([row['text'] for row in rows])
-        nfe = np.array([row['nfe'] for row in rows])
-        nfe_se = nfe.std() / math.sqrt(max(1, len(nfe) - 1))
-        how = how_drawn([own | dict(sampler=label, steps=steps)])
-        drawn.append(how | dict(nfe=float(nfe.mean()), nfe_se=float(nfe_se)))
+    run, points = load(c), []
+    given = c.samplers or [dict(sampler=sampler_of(run)) | (c.sampler_options or {})]
+    require(c.temperatures, 'temperatures=(): --metric=frontier needs one at least')
+    for entry, steps, temperature in itertools.product(given, c.table_steps, c.temperatures):
+        own = dict(entry) if isinstance(entry, dict) else dict(sampler=entry)
+        name = own.pop('sampler', None)
+        check_sampler(run.net.config.objective, name, own)
+        label = ' '.join([name, *(f'{key}={value}' for key, value in own.items())])
+        folder = re.sub(r'[^\w.-]+', '_', f'{label} {temperature}')
+        points.append(run.having(
+            sampler=name, sampler_options=own, steps=steps, temperature=temperature, label=label,
+            samples_dir=os.path.join(home_of(run, 'frontier'), folder)))
     shown = (
         'sampler', 'steps', 'temperature', 'nfe', 'nfe_se', 'gen_ppl', 'gen_ppl_se', 'entropy',
         'entropy_se', 'mauve', 'distinct_2', 'texts', 'skipped')
-    found = quality(run, columns, measures, drawn)
-    rows = [{key: result[key] for key in shown if key in result} for result in found]
+    rows = [chosen(result, shown) for result in measured(run, points)]
     return rows, table(rows)
 
 
@@ -1340,26 +1289,15 @@ def read_tasks(path, prompt_template, target_template):
     Targets are None where there is no template."""
     require(not os.path.isdir(path), f'input={path} is a folder: give one file; eval_reverse.py '
             'takes one if it stands before: --input=FOLDER config/eval_reverse.py')
-    require(os.path.isfile(path), f'input={path}: there is no such file')
-    rows, texts = [], []
-    with open(path, encoding='utf-8-sig') as f:
-        for number, line in enumerate(f, 1):
-            try:
-                row = json.loads(line)
-                if prompt_template == 'vicuna':
-                    prompt = vicuna_prompt(row['turns'][0])
-                else:
-                    prompt = prompt_template.format(**row)
-                target = target_template.format(**row) if target_template else None
-            except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-                why = f'{type(error).__name__}: {error}'
-                raise ValueError(
-                    f'{path}, line {number}: not a JSON object with the fields of the templates '
-                    f'{prompt_template!r} and {target_template!r} ({why})') from None
-            rows.append(row)
-            texts.append((prompt, target))
-    require(rows, f'{path} holds no row')
-    return rows, *zip(*texts, strict=True)
+
+    def read(row):
+        vicuna = prompt_template == 'vicuna'
+        prompt = vicuna_prompt(row['turns'][0]) if vicuna else prompt_template.format(**row)
+        return row, prompt, target_template.format(**row) if target_template else None
+
+    templates = f'{prompt_template!r} and {target_template!r}'
+    problem = f'not a JSON object with the fields of the templates {templates}'
+    return zip(*read_lines(path, read, problem), strict=True)
 
 
 def last_match(pattern, text, otherwise=''):
@@ -1464,27 +1402,26 @@ def decode_prompts(net, tok, prompts, passes, length, seed, first_row, **options
     return results
 
 
-def judge_answers(run, name, path, prompts, targets, drawn):
+def judge_answers(c, name, path, prompts, targets, drawn):
     """The table's row of a task. What was said to each prompt goes to a .jsonl file at path."""
-    c, right, bleu = run.c, [], []
-    lines = []
+    items = []
     for prompt, target, row in zip(prompts, targets, drawn, strict=True):
-        item = dict(prompt=prompt, generation=row['text'])
+        said = row['text']
+        item = dict(prompt=prompt, generation=said)
         if target is not None:
-            said = row['text']
+            if c.bleu:
+                item |= dict(bleu=character_bleu(said, target))
             if c.answer_pattern:
                 said = last_match(c.answer_pattern, said)
                 target = last_match(c.answer_pattern, target, target)
-            right.append(MATCHES[c.match](said, target))
-            item |= dict(answer=target, verdict=right[-1])
-        if target is not None and c.bleu:
-            bleu.append(character_bleu(row['text'], target))
-            item |= dict(bleu=bleu[-1])
-        lines.append(json.dumps(item) + '\n')
-    write_whole(path, ''.join(lines))
-    n, result = len(prompts), dict(task=name, items=len(prompts))
-    if right:
-        k = sum(right)
+            item |= dict(answer=target, verdict=MATCHES[c.match](said, target))
+        items.append(item)
+    write_whole(path, ''.join(json.dumps(item) + '\n' for item in items))
+    n, result = len(items), dict(task=name, items=len(items))
+    verdicts = [item['verdict'] for item in items if 'verdict' in item]
+    bleu = [item['bleu'] for item in items if 'bleu' in item]
+    if verdicts:
+        k = sum(verdicts)
         q = k / n if 0 < k < n else (k + 1) / (n + 2)     # none or all: Laplace's, or it would be 0
         result |= dict(correct=k, accuracy=k / n, accuracy_se=math.sqrt(q * (1 - q) / n))
     if bleu:
@@ -1497,68 +1434,57 @@ def write_fastchat(path, tok, rows, drawn):
     """Answers to the first turns, as FastChat's judge reads them; it knows a model by the name of
     the file."""
     model = os.path.splitext(os.path.basename(path))[0]
-    lines = {}
+    answers = []
     for row, made in zip(rows, drawn, strict=True):
         said = fastchat_answer(tok.decode(made['ids'])) if made['ids'] else made['text']
-        choice = dict(index=0, turns=[said, ''])
-        lines[row['question_id']] = dict(
+        answers.append(dict(
             question_id=row['question_id'], answer_id=uuid.uuid4().hex[:22], model_id=model,
-            choices=[choice], tstamp=time.time())
+            choices=[dict(index=0, turns=[said, ''])], tstamp=time.time()))
+    answers.sort(key=lambda answer: answer['question_id'])
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    write_whole(path, ''.join(json.dumps(line) + '\n' for _, line in sorted(lines.items())))
+    write_whole(path, ''.join(json.dumps(answer) + '\n' for answer in answers))
 
 
 def measure_generation(c):
     """The answers of the net to the prompts of files, judged."""
     require(c.input, "--metric=generation needs --input=FILE.jsonl, or {'a name': 'FILE.jsonl'}")
-    require_known('match=', c.match, MATCHES)
-    if c.answer_pattern:
-        try:
-            re.compile(c.answer_pattern)
-        except re.error as error:
-            why = f'it is no regular expression ({error})'
-            raise ValueError(f'answer_pattern={c.answer_pattern!r}: {why}') from None
+    try:
+        re.compile(c.answer_pattern or '')
+    except re.error as error:
+        why = f'it is no regular expression ({error})'
+        raise ValueError(f'answer_pattern={c.answer_pattern!r}: {why}') from None
+    MATCHES[c.match]('1', '1')                            # are the libraries there?
     if c.bleu:
-        character_bleu('a', 'a')                          # is nltk there?
-    if c.match == 'latex':
-        same_formula('1', '1')
-    named = {os.path.splitext(os.path.basename(str(c.input)))[0]: c.input}
-    files = c.input if isinstance(c.input, dict) else named
-    read = {
+        character_bleu('a', 'a')
+    files = c.input
+    if not isinstance(files, dict):
+        files = {os.path.splitext(os.path.basename(str(files)))[0]: files}
+    tasks = {
         name: read_tasks(str(path), c.prompt_template, c.target_template)
         for name, path in files.items()}
     run, results = load(c), []
-    require(run.net.tokenizer, 'the net names no tokenizer: give --tokenizer=NAME')
-    length = run.net.config.block_size if c.length is None else c.length
-    home = home_of(run, 'answers')
-    shared = dict(
-        length=length, sampler=c.sampler, steps=c.steps, temperature=c.temperature, top_p=c.top_p,
-        top_k=c.top_k, cfg_scale=c.cfg_scale, seed=c.seed, batch_size=c.batch_size)
-    if c.draw_dtype != 'float64':
-        shared |= dict(draw_dtype=c.draw_dtype)
-    for name, (rows, prompts, targets) in read.items():
-        prompts, targets, rows = prompts[:c.max_rows], targets[:c.max_rows], rows[:c.max_rows]
-        said = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
-        settings = shared | dict(
-            sampler_options=c.sampler_options, dtype=c.dtype, weights=run.weights,
-            passes=c.passes, prompts=said, model=dataclasses.asdict(run.net.config))
+    options, settings = sampling(run, c.sampler_options or {})
+    options |= dict(cfg_scale=c.cfg_scale)
+    for name, columns in tasks.items():
+        rows, prompts, targets = (column[:c.max_rows] for column in columns)
 
-        def make(batch, prompts=prompts):
-            some = [prompts[i] for i in batch]
+        def make(numbers, prompts=prompts):
             made = decode_prompts(
-                run.net, run.tok, some, c.passes, first_row=batch[0],
-                **shared | (c.sampler_options or {}))
+                run.net, run.tok, [prompts[i] for i in numbers], c.passes, first_row=numbers[0],
+                **options)
             return [dict(ids=ids, text=text) for ids, text in made]
 
-        folder = os.path.join(home, re.sub(r'[^\w.-]+', '_', name))
+        folder = os.path.join(home_of(run, 'answers'), re.sub(r'[^\w.-]+', '_', name))
+        said = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
+        own = dict(
+            cfg_scale=c.cfg_scale, batch_size=c.batch_size, passes=c.passes, prompts=said)
         with autocast(run.device, c.dtype):
-            drawn = kept_rows(folder, len(prompts), c.batch_size, settings, make)
+            drawn = kept_rows(folder, len(prompts), c.batch_size, settings | own, make)
         if ranks()[0] > 0:
             continue
-        result = judge_answers(run, name, folder + '.jsonl', prompts, targets, drawn)
+        results.append(judge_answers(c, name, folder + '.jsonl', prompts, targets, drawn))
         if c.answer_file:
             write_fastchat(c.answer_file, run.tok, rows, drawn)
-        results.append(result)
     for result in results:                                # after all: a stopped run recorded none
         run.record(result)
     return results, table(results)
@@ -1625,29 +1551,29 @@ def score_pairs(
 def continue_until(net, tok, requests, batch_size=32, seed=0, steps=256, **options):
     """Continuations (str) of requests, (number, (text, generation arguments of the harness)), which
     end before the first of the strings `until`, and at EOS. The number makes the row's seed."""
-    groups, texts = collections.defaultdict(list), [''] * len(requests)
-    numbers, requests = zip(*requests, strict=True) if requests else ((), ())
-    for i, (_, arguments) in enumerate(requests):
+    groups, texts, L = collections.defaultdict(list), {}, net.config.block_size
+    for number, (text, arguments) in requests:
         sampled = arguments.get('do_sample', bool(arguments.get('temperature')))
         temperature = float(arguments.get('temperature', 1.0)) if sampled else 0.0
-        groups[temperature, int(arguments.get('max_gen_toks', 256))].append(i)
+        most = int(arguments.get('max_gen_toks', 256))
+        prompt = encode(tok, text)[-max(L - most, 1):]
+        groups[temperature, most].append((number, prompt, arguments.get('until') or []))
     for (temperature, most), group in groups.items():
-        room = max(net.config.block_size - most, 1)
-        prompts = [encode(tok, requests[i][0])[-room:] for i in group]
-        lengths = [min(len(prompt) + most, net.config.block_size) for prompt in prompts]
+        numbers, prompts, ends = zip(*group, strict=True)
         out = generate(
-            net, len(group), lengths, steps, prompt=prompts, temperature=temperature, seed=seed,
-            batch_size=batch_size, numbers=[numbers[i] for i in group], **options)
-        for i, prompt, row, n in zip(group, prompts, out.tokens.tolist(), out.length, strict=True):
+            net, len(group), [min(len(prompt) + most, L) for prompt in prompts], steps,
+            prompt=list(prompts), temperature=temperature, seed=seed, batch_size=batch_size,
+            numbers=list(numbers), **options)
+        for number, prompt, until, row, n in zip(
+                *(numbers, prompts, ends), out.tokens.tolist(), out.length, strict=True):
             made = row[len(prompt):n]
             if tok.eos_id in made:
                 made = made[:made.index(tok.eos_id)]
-            until = requests[i][1].get('until') or []
             text = plain_text(tok, made)
-            for end in [until] if isinstance(until, str) else until:
-                text = text.partition(end)[0] if end else text
-            texts[i] = text
-    return texts
+            for end in filter(None, [until] if isinstance(until, str) else until):
+                text = text.partition(end)[0]
+            texts[number] = text
+    return [texts[number] for number, _ in requests]
 
 
 def harness_lm(
@@ -1671,20 +1597,20 @@ def harness_lm(
             return score([encode_pair(tok, *request.args) for request in requests])
 
         def loglikelihood_rolling(self, requests):
-            windows = [list(map(make_disjoint_window, get_rolling_token_windows(
-                tok.encode(request.args[0]), tok.bos_id, net.config.block_size - 1, 1)))
+            windows = [
+                [make_disjoint_window(window) for window in get_rolling_token_windows(
+                    tok.encode(request.args[0]), tok.bos_id, net.config.block_size - 1, 1)]
                 for request in requests]
             results = iter(score([pair for pairs in windows for pair in pairs], greedy=False))
             return [sum(next(results)[0] for _ in pairs) for pairs in windows]
 
         def generate_until(self, requests):
-            sampler = sampling.get('sampler') or OBJECTIVES[net.config.objective].sampler
-            options = sampling | dict(batch_size=batch_size, seed=seed, sampler=sampler)
+            options = sampling | dict(batch_size=batch_size, seed=seed)
+            options['sampler'] = sampling.get('sampler')
             if not net.config.causal:
                 options['cfg_scale'] = cfg_scale
             work = functools.partial(continue_until, net, tok, **options)
-            numbered = list(enumerate(request.args for request in requests))
-            return among_processes(numbered, work)
+            return among_processes([*enumerate(request.args for request in requests)], work)
 
     return Adapter()
 
@@ -1699,15 +1625,17 @@ def measure_harness(c):
     tasks = c.tasks.split(',') if isinstance(c.tasks, str) else c.tasks or ()
     tasks = tasks if isinstance(tasks, dict) else {name: {} for name in tasks}
     require(tasks, '--metric=harness needs --tasks=arc_easy,hellaswag')
+    own_words = c.length is None and c.temperature == 1
+    require(own_words, '--metric=harness takes neither --length nor --temperature: a task says '
+            'max_gen_toks, do_sample and temperature itself')
     with one_line('lm-eval, the harness (pip install lm-eval),'):
         import lm_eval.tasks
-        folder = c.task_folder
         manager = lm_eval.tasks.TaskManager(
-            include_path=folder, include_defaults=not folder)
-    known = manager.all_tasks
+            include_path=c.task_folder, include_defaults=not c.task_folder)
     for name, own in tasks.items():
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-        require(name in known, f"task '{name}' is not known to lm-eval; the nearest is '{near}'")
+        near = difflib.get_close_matches(name, manager.all_tasks, n=1, cutoff=0)[0]
+        known = name in manager.all_tasks
+        require(known, f"task '{name}' is not known to lm-eval; the nearest is '{near}'")
         for key in own:
             require_known(f'the option of {name} ', key, HARNESS_OPTIONS)
     run, rows = load(c), []
@@ -1749,16 +1677,15 @@ def measure_shift(c):
     require(c.nets and c.datasets, '--metric=shift needs nets and datasets')
     rows = []
     for source in c.nets:
-        run = load(types.SimpleNamespace(**vars(c) | dict(init_from=str(source))))
-        row, nats = dict(net=str(source)), []
-        for name in c.datasets:
-            result = likelihood(run, name, find_or_prepare(name, run.tok.name))
+        run = load(c, source)
+        found = [likelihood(run, name) for name in c.datasets]
+        row = dict(net=str(source))
+        for result in found:
             run.record(result)
-            row |= {name: result['ppl'], f'{name}_se': result['ppl_se']}
-            nats.append((result['nats_per_token'], result['nats_per_token_se']))
-        shift, error = nats[-1][0] - nats[0][0], math.hypot(nats[0][1], nats[-1][1])
-        ratio = math.exp(shift)
-        rows.append(row | dict(shift_nats=shift, shift_nats_se=error, ratio=ratio))
+            row |= {result['dataset']: result['ppl'], f"{result['dataset']}_se": result['ppl_se']}
+        shift = found[-1]['nats_per_token'] - found[0]['nats_per_token']
+        error = math.hypot(found[0]['nats_per_token_se'], found[-1]['nats_per_token_se'])
+        rows.append(row | dict(shift_nats=shift, shift_nats_se=error, ratio=math.exp(shift)))
     return rows, table(rows)
 
 
@@ -1766,36 +1693,31 @@ def read_run(folder):
     """dict of N (parameters without embeddings), D (tokens), C (6 N D FLOPs), loss (nats a token,
     the last validation) and budget of a finished run of train.py."""
     net, path = load_pretrained(folder), os.path.join(folder, 'metrics.jsonl')
-    c, last = net.constants, None
-    require(os.path.isfile(path), f'there is no {path}: it is no folder of train.py')
-    with open(path, encoding='utf-8') as f:
-        for line in f:
-            row = json.loads(line)
-            last = row if row.get('val_loss') is not None else last
-    require(last, f'{path} holds no validation')
+    validated = [row for row in read_lines(path, dict, 'not of train.py') if 'val_loss' in row]
+    require(validated, f'{path} holds no validation')
+    c, last = net.constants, validated[-1]
     cut, L, N = c.get('ssl_ratio', 0.0), c['block_size'], net.num_params(embedding=False)
     one_step = c['global_batch_size'] * (L * (1 - cut) + cut * (1 + L) / 2)
     D, budget = last['iter'] * one_step, c.get('flops')
     steps = round(budget / (6 * N * one_step)) if budget else c['max_iters']
     done = f"validated at step {last['iter']:,} of {steps:,}"
     require(last['iter'] == steps, f'{folder} is not finished: it was {done}')
-    C = 6 * N * D
-    budget = budget or float(f'{C:.1e}')
-    return dict(run=folder, N=N, D=D, C=C, loss=last['val_loss'], budget=budget)
+    budget = budget or float(f'{6 * N * D:.1e}')
+    return dict(run=folder, N=N, D=D, C=6 * N * D, loss=last['val_loss'], budget=budget)
 
 
 def isoflop_optimum(N, loss):
     """The lowest point of a parabola of loss over log N (n,) -> log N*, its standard error (nan for
-    three points), the loss there, and the parabola (3,)."""
+    three points), the loss there, and the parabola (middle, a, b, c)."""
     x = np.log(N)
-    middle = x.mean()                                     # or the fit is ill-conditioned
-    exact = len(x) == 3
-    p = np.polyfit(x - middle, loss, 2, cov=not exact)
-    p, cov = (p, np.full((3, 3), math.nan)) if exact else p
-    a, b, c = p
+    middle, cov = x.mean(), np.full((3, 3), math.nan)     # around the middle: well-conditioned
+    a, b, c = np.polyfit(x - middle, loss, 2)
+    if len(x) > 3:
+        _, cov = np.polyfit(x - middle, loss, 2, cov=True)
     require(a > 0, 'the losses have no minimum over the sizes: add smaller or larger ones')
     slope = np.array([b / (2 * a ** 2), -1 / (2 * a), 0])  # of -b/2a, by a, b, c
-    return middle - b / (2 * a), math.sqrt(slope @ cov @ slope), c - b ** 2 / (4 * a), (middle, *p)
+    log_n, error = middle - b / (2 * a), math.sqrt(slope @ cov @ slope)
+    return log_n, error, c - b ** 2 / (4 * a), (middle, a, b, c)
 
 
 def power_law(x, y):
@@ -1809,36 +1731,27 @@ def power_law(x, y):
 def plot_scaling(stem, runs, optima, laws):
     """IsoFLOP curves; N* and D* over budgets."""
     with one_line('matplotlib, which plots (pip install matplotlib),'):
-        import matplotlib
-        matplotlib.use('Agg')
-        from matplotlib import pyplot
-    figure, axis = pyplot.subplots(figsize=(5, 3.6))
+        from matplotlib.figure import Figure
+    figures = {name: Figure((5, 3.6), layout='constrained') for name in ('isoflop', 'laws')}
+    curves, lines = [figure.subplots() for figure in figures.values()]
     for row in optima:
-        some = [run for run in runs if run['budget'] == row['flops']]
-        N = np.array(sorted(run['N'] for run in some))
-        dots = axis.plot([run['N'] for run in some], [run['loss'] for run in some], 'o')[0]
-        grid = np.geomspace(N[0], N[-1], 100)
+        N, loss = np.array(sorted(
+            (run['N'], run['loss']) for run in runs if run['budget'] == row['flops'])).T
+        dots, = curves.plot(N, loss, 'o')
         middle, *p = row['parabola']
-        label = f"{row['flops']:.0e} FLOPs"
-        curve = np.polyval(p, np.log(grid) - middle)
-        axis.plot(grid, curve, color=dots.get_color(), label=label)
-    axis.set(xscale='log', xlabel='N, parameters without embeddings', ylabel='nats a token')
-    axis.legend(fontsize=8)
-    save_figure(figure, f'{stem}-isoflop.png')
-    figure, axis = pyplot.subplots(figsize=(5, 3.6))
+        grid = np.geomspace(N[0], N[-1], 100)
+        parabola = np.polyval(p, np.log(grid) - middle)
+        curves.plot(grid, parabola, color=dots.get_color(), label=f"{row['flops']:.0e} FLOPs")
+    curves.set(xscale='log', xlabel='N, parameters without embeddings', ylabel='nats a token')
     C = np.array([row['flops'] for row in optima])
     for key in ('N', 'D'):
-        dots = axis.plot(C, [row[key] for row in optima], 'o')[0]
+        dots, = lines.plot(C, [row[key] for row in optima], 'o')
         a, _, k = laws[key]
-        axis.plot(C, k * C ** a, color=dots.get_color(), label=f'{key}* = {k:.2g} C^{a:.3f}')
-    axis.set(xscale='log', yscale='log', xlabel='C, FLOPs', ylabel='parameters, tokens')
-    axis.legend(fontsize=8)
-    save_figure(figure, f'{stem}-laws.png')
-
-
-def save_figure(figure, path):
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+        lines.plot(C, k * C ** a, color=dots.get_color(), label=f'{key}* = {k:.2g} C^{a:.3f}')
+    lines.set(xscale='log', yscale='log', xlabel='C, FLOPs', ylabel='parameters, tokens')
+    for name, figure in figures.items():
+        figure.axes[0].legend(fontsize=8)
+        figure.savefig(f'{stem}-{name}.png', dpi=150)
 
 
 def measure_scaling(c):
@@ -1849,24 +1762,21 @@ def measure_scaling(c):
     require(folders, '--metric=scaling needs runs: out_dirs of train.py, or a pattern of them')
     runs, optima = [read_run(folder) for folder in folders], []
     for budget in sorted({run['budget'] for run in runs}):
-        some = [run for run in runs if run['budget'] == budget]
-        sizes = {run['N'] for run in some}
-        enough = len(sizes) >= 3
-        require(enough, f'{budget:g} FLOPs have {len(sizes)} sizes: a parabola needs three')
-        log_n, error, loss, parabola = isoflop_optimum(
-            [run['N'] for run in some], [run['loss'] for run in some])
-        N = math.exp(log_n)
-        D = budget / (6 * N)
+        N, loss = zip(
+            *((run['N'], run['loss']) for run in runs if run['budget'] == budget), strict=True)
+        sizes = len(set(N))
+        require(sizes >= 3, f'{budget:g} FLOPs have {sizes} sizes: a parabola needs three')
+        log_n, error, lowest, parabola = isoflop_optimum(N, loss)
+        best, D = math.exp(log_n), budget / (6 * math.exp(log_n))
         optima.append(dict(
-            flops=budget, runs=len(some), N=N, N_se=N * error, D=D, D_se=D * error, loss=loss,
+            flops=budget, runs=len(N), N=best, N_se=best * error, D=D, D_se=D * error, loss=lowest,
             parabola=parabola))
     require(len(optima) >= 2, 'a power law needs two budgets at least')
     laws = {
         key: power_law([row['flops'] for row in optima], [row[key] for row in optima])
         for key in ('N', 'D', 'loss')}
     result = dict(optima=optima, laws=laws, runs=runs)
-    record(c.results, metric=c.metric, source='runs', result=result, weights=None,
-           settings=dict(seed=c.seed))
+    Run(c, 'runs').record(result)
     stem = os.path.splitext(c.results)[0]
     figures = f'drawn in {stem}-isoflop.png and {stem}-laws.png'
     try:
@@ -1893,8 +1803,10 @@ if __name__ == '__main__':
     constants = configure(globals(), **flags())
     check_overrides(overrides)
     require_known('metric ', metric, METRICS)
-    folder = os.path.dirname(results) or '.'
-    require(os.path.isdir(folder), f'results={results}: there is no folder {folder}')
+    check_output('results', results)
+    require(results.endswith('.jsonl'), f'results={results}: it must end in .jsonl')
+    if os.path.exists(results) and os.path.getsize(results):
+        read_results(results)                             # nothing is appended to another file
     whole = table_steps and all(type(n) is int and n >= 1 for n in table_steps)
     require(whole, f'table_steps={table_steps}: whole numbers of at least 1 are needed')
     dicts = metric != 'table' or all(isinstance(d, dict) for d in (published or {}).values())

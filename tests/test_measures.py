@@ -14,7 +14,7 @@ import torch
 
 from data import train_bpe
 from eval import (
-    ENGLISH, TokenRows, draw_samples, exp, greedy_matches, load_judge, nelbo, plot,
+    ENGLISH, TokenRows, draw_rows, exp, greedy_matches, load_judge, nelbo, plot,
     record, report, write_whole
 )
 from model import FAMILIES, load_pretrained, save_pretrained
@@ -101,10 +101,10 @@ def test_samples_drawn_before_the_disk_was_full_are_not_drawn_again(tiny_net, tm
     net, folder = tiny_net(vocab_size=258, mask_id=257), str(tmp_path / 'samples')
     net.tokenizer = dict(name='bytes')
     options = dict(length=8, steps=2, seed=1)
-    draw_samples(net, folder, 2, {}, batch_size=1, **options)
+    draw_rows(net, folder, 2, {}, batch_size=1, **options)
     failure = r'samples/000002-000005.jsonl cannot be written'
     with full_disk(300), pytest.raises(OSError, match=failure):
-        draw_samples(net, folder, 6, {}, batch_size=4, **options)
+        draw_rows(net, folder, 6, {}, batch_size=4, **options)
     assert sorted(os.listdir(folder)) == ['000000-000000.jsonl', '000001-000001.jsonl']
 
 

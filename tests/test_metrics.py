@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from data import TokenRows, get_tokenizer, prepare
 from eval import (
-    continuation_nll, distinct, draw_samples, entropy_of, generative_perplexity, greedy_matches,
-    hashes, load_judge, mauve, nelbo, read_samples, record, reference_texts, report,
+    continuation_nll, distinct, draw_rows, entropy_of, generative_perplexity, greedy_matches,
+    hashes, load_judge, mauve, nelbo, read_texts, record, reference_texts, report,
     verbatim_shares, without_special
 )
 from model import load_pretrained
@@ -364,18 +364,18 @@ def test_samples_on_disk_are_not_drawn_again(tiny_net, tmp_path):
     net = tiny_net(vocab_size=258, mask_id=257)
     net.tokenizer = dict(name='bytes')
     options = dict(length=8, steps=4, seed=1, batch_size=3)
-    texts, ids = draw_samples(net, str(tmp_path / 's'), 5, dict(steps=4), **options)
+    rows = draw_rows(net, str(tmp_path / 's'), 5, dict(steps=4), **options)
     assert sorted(os.listdir(tmp_path / 's')) == ['000000-000002.jsonl', '000003-000004.jsonl']
-    assert len(texts) == 5
+    assert len(rows) == 5
     os.remove(tmp_path / 's' / '000003-000004.jsonl')
     before = os.stat(tmp_path / 's' / '000000-000002.jsonl').st_mtime_ns
-    again, _ = draw_samples(
+    again = draw_rows(
         net, str(tmp_path / 's'), 7, dict(steps=4), **options | dict(batch_size=2)
     )
-    assert again[:5] == texts
+    assert again[:5] == rows
     assert os.stat(tmp_path / 's' / '000000-000002.jsonl').st_mtime_ns == before
     with pytest.raises(ValueError, match='holds samples drawn with steps=4, not 5'):
-        draw_samples(net, str(tmp_path / 's'), 5, dict(steps=5), **options)
+        draw_rows(net, str(tmp_path / 's'), 5, dict(steps=5), **options)
 
 
 @pytest.fixture
@@ -497,7 +497,7 @@ def test_bad_results_are_refused(tmp_path):
     with pytest.raises(ValueError, match='line 1: not a result of eval.py'):
         report(str(tmp_path / 'results.jsonl'))
     with pytest.raises(FileNotFoundError):
-        read_samples(str(tmp_path / 'none.jsonl'))
+        read_texts(str(tmp_path / 'none.jsonl'))
 
 
 # --- a language of known entropy

@@ -120,8 +120,7 @@ def test_a_folder_after_the_config_that_names_its_files_is_told(refused):
 
 
 def test_none_right_has_an_error_too():
-    run = types.SimpleNamespace(
-        c=types.SimpleNamespace(answer_pattern=None, match='exact', bleu=False))
+    c = types.SimpleNamespace(answer_pattern=None, match='exact', bleu=False)
     drawn = [dict(text='no')] * 8
-    found = judge_answers(run, 'name', 'items.jsonl', ['?'] * 8, ['yes'] * 8, drawn)
+    found = judge_answers(c, 'name', 'items.jsonl', ['?'] * 8, ['yes'] * 8, drawn)
     assert found['accuracy'] == 0 and found['accuracy_se'] == pytest.approx(0.3 / math.sqrt(8))
