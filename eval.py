@@ -173,16 +173,14 @@ def nelbo(
 ):
     """The negative evidence lower bound of rows (data.TokenRows) by the net's own objective ('mlm':
     MDLM's equation 10; 'ar': the likelihood itself; one without a bound: its loss), in continuous
-    time or in T steps, with num_mc draws a row, stratified within and over the rows, which
-    torch.distributed shares. options: a dict with those of the loss, as d3pm's subs_masking.
+    time or in T steps, with num_mc draws a row, stratified within and over the rows.
+    options: a dict with those of the loss, as d3pm's subs_masking.
 
     estimator 'time': each position is masked by chance at a drawn time. 'count': exactly k of n
-    are, k uniform in 1 ... n, and losses weigh n/k; the same mean but for eps (Ou et al. 2024,
-    arXiv 2406.03736, section 3.3), with less variance. 'duel': no bound, but the likelihood under
-    a sampler, see text_nll; sampling: dict of its sampler, steps and options. None: 'count' where
-    it is defined, else 'time'. A causal net has but one likelihood.
-    -> what model.likelihood_of gives, ppl, num_mc, estimator; 'duel': nfe, evaluations a row.
-    Raises ValueError for a bad number, or an estimator that is not defined for the net."""
+    are, k uniform in 1 ... n, and losses weigh n/k; the same mean but for eps, less variance (Ou et
+    al. 2024, arXiv 2406.03736, section 3.3). 'duel': the likelihood under a sampler, see text_nll;
+    sampling: dict of its sampler, steps and options. None: 'count' where it is defined.
+    -> what model.likelihood_of gives, ppl, num_mc, estimator; 'duel': nfe, evaluations a row."""
     config, objective = net.config, net.config.objective
     bound = OBJECTIVES[objective].bound
     duel = estimator == 'duel' and not config.causal
@@ -267,19 +265,23 @@ def guided_log_probs(
 ):
     """log p at the N positions (row, col) of x (B, L) -> (N, V) float32, the mask excluded; guided
     away from the net with the prompts, prompt_length (B,), masked (SMDM: Nie et al. 2024, arXiv
-    2410.18514). Takes tensors of any device."""
+    2410.18514). The tensors may be the CPU's."""
     mask_id, device = net.config.mask_id, next(net.parameters()).device
+    if attention_mask is not None and attention_mask.all():
+        attention_mask = None
+    parts = x, prompt_length, attention_mask, *position
+    if x.device != device:
+        parts = [part if part is None else part.to(device) for part in parts]
+    x, prompt_length, attention_mask, *position = parts
     masked, length = x == (-1 if mask_id is None else mask_id), x.size(1)
     if attention_mask is not None:
         masked, length = masked & attention_mask, attention_mask.sum(dim=1)
-        attention_mask = None if attention_mask.all() else attention_mask.to(device)
-    sigma = schedule.conditioning_at(float64(masked).sum(dim=1) / length).float().to(device)
-    x, position = x.to(device), [part.to(device) for part in position]
-    logits = net.head(net.trunk(x, sigma, attention_mask)[position])
+    sigma = schedule.conditioning_at(float64(masked).sum(dim=1) / length).float()
+    logits = net.head(net.trunk(x, sigma, attention_mask)[tuple(position)])
     if cfg_scale:
-        is_prompt = torch.arange(x.size(1), device=device) < prompt_length.to(device)[:, None]
+        is_prompt = torch.arange(x.size(1), device=device) < prompt_length[:, None]
         x = x.masked_fill(is_prompt, mask_id)
-        unconditional = net.head(net.trunk(x, sigma, attention_mask)[position])
+        unconditional = net.head(net.trunk(x, sigma, attention_mask)[tuple(position)])
         logits = unconditional + (1 + cfg_scale) * (logits - unconditional)
     if mask_id is not None:
         logits[:, mask_id] = -torch.inf
@@ -620,24 +622,29 @@ def without_special(text, tok=None):
     return text
 
 
+def comparable(n, references):
+    """The n references that MAUVE compares n texts with."""
+    usable = [text.strip() for text in references if len(text.strip()) >= 8]
+    found = f'{n} texts, not empty, and {len(usable)} references of at least 8 characters'
+    require(2 <= n <= len(usable), 'MAUVE takes as many references as texts, at least 2: '
+            f'{found} are too few (--featurizer= leaves it out)')
+    return usable[:n]
+
+
 def mauve(texts, references, featurizer='gpt2-large', max_length=256, device='cpu'):
     """MAUVE (Pillutla et al. 2021, arXiv 2102.01454) as the xlm experiment computes it: all texts
     that are not empty, as many of the references, the first of at least 8 characters, all stripped,
     256 tokens, its own seed 25 -> dict of mauve, mauve_texts, mauve_skipped."""
     kept = [text.strip() for text in texts if text.strip()]
-    references = [text.strip() for text in references if len(text.strip()) >= 8]
-    n = len(kept)
-    found = f'{n} texts, not empty, and {len(references)} references of at least 8 characters'
-    require(min(n, len(references)) >= 2, f'MAUVE: {found} are too few')
-    require(n <= len(references), f'MAUVE takes as many references as texts: there are {found}')
-    device = torch.device(device)
+    references, device = comparable(len(kept), references), torch.device(device)
     with one_line(f"MAUVE with the featurizer '{featurizer}'"):
         from mauve import compute_mauve
         result = compute_mauve(
-            p_text=references[:n], q_text=kept, featurize_model_name=featurizer, seed=25,
+            p_text=references, q_text=kept, featurize_model_name=featurizer, seed=25,
             max_text_length=max_length, num_buckets='auto', batch_size=8, verbose=False,
             device_id=(device.index or 0) if device.type == 'cuda' else -1)
-    return dict(mauve=float(result.mauve), mauve_texts=n, mauve_skipped=len(texts) - n)
+    skipped = len(texts) - len(kept)
+    return dict(mauve=float(result.mauve), mauve_texts=len(kept), mauve_skipped=skipped)
 
 
 def load_featurizer(name):
@@ -645,7 +652,7 @@ def load_featurizer(name):
     import transformers
     good = 'gpt2' in name or 'bert' in name
     require(good, f"featurizer='{name}': mauve-text needs gpt2 or bert in the name; '': no MAUVE")
-    with one_line(f"mauve-text or the featurizer '{name}'"):
+    with one_line(f"the featurizer '{name}' of mauve-text"):
         import mauve as _  # noqa: F401 (is it installed?)
         transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -1086,15 +1093,16 @@ def load_references(run, num_texts):
     n -> documents to compare n texts with; Nones where no data are named, or the net's are not on
     this machine."""
     c, name = run.c, run.trained('dataset')
+    nothing = None, None, None
     if not name:
-        return None, None, None
+        return nothing
     try:
         folder = find_or_prepare(name, str(c.tokenizer or (run.tok.name if run.tok else 'gpt2')))
     except FileNotFoundError as error:
         if c.dataset is not None:
             raise
         print(f'no MAUVE and no memorisation: {error}')
-        return None, None, None
+        return nothing
     tok = get_tokenizer(read_meta(folder)['tokenizer']['name'], folder)
     if not c.featurizer:
         return folder, tok, None
@@ -1103,11 +1111,7 @@ def load_references(run, num_texts):
     def references(n):
         return reference_texts(folder, split_of(folder, c), tok, 2 * n + 100, n)
 
-    usable = sum(len(text.strip()) >= 8 for text in references(num_texts))
-    require(
-        2 <= num_texts <= usable,
-        f'MAUVE takes as many references as texts, at least 2: {folder} has {usable} of 8 '
-        f'characters for {num_texts} texts; --featurizer= leaves it out')
+    comparable(num_texts, references(num_texts))
     return folder, tok, references
 
 
@@ -1383,9 +1387,9 @@ def character_bleu(prediction, target):
 
 
 def decode_prompts(net, tok, prompts, passes, length, seed, first_row, **options):
-    """What the net makes of prompts in `length` tokens, prompt included -> ids of each, its prompt
-    left out, and the text. After more than one pass, of which each goes on from the whole text of
-    the one before, encoded again: ids and text of the whole. A prompt that is too long: 'ERROR'."""
+    """What the net makes of prompts in `length` tokens, prompt included -> (ids of each without its
+    prompt, text). Each further pass goes on from the whole text of the one before, encoded again:
+    then ids and text of the whole. A prompt that is too long: 'ERROR'."""
     texts, results = list(prompts), [([], 'ERROR')] * len(prompts)
     for k in range(passes):
         ids = [encode(tok, text) for text in texts]
@@ -1524,16 +1528,14 @@ def score_pairs(
     """(log p(target | prefix), is it what the net gives greedily?) of pairs of ids (P,), (n,), by
     continuation_nll and greedy_matches, over many at a time. A prefix that is too long loses its
     beginning; an empty target has probability 1."""
-    require_positive(batch_size=batch_size)
-    masks = masks_of(net, method, num_mc, seed)
-    scored = [i for i, (_, target) in enumerate(pairs) if len(target)]
+    masks, results = masks_of(net, method, num_mc, seed), [(0.0, greedy)] * len(pairs)
+    options = cfg_scale, padding, batch_size, schedule
 
     def work(some):
         fitted = []
         for prefix, target in some:
             room = max(net.config.block_size - len(target), 1)
             fitted.append(prefix_and_target(net, prefix[-room:], target, cfg_scale))
-        options = cfg_scale, padding, batch_size, schedule
         nats, agrees = conditional_nll(net, fitted, masks, *options)
         if not greedy:
             agrees = torch.zeros_like(agrees)
@@ -1542,8 +1544,8 @@ def score_pairs(
             agrees[may] = reached_greedily(net, [fitted[i] for i in may], *options)
         return list(zip((-nats).tolist(), agrees.tolist(), strict=True))
 
-    results = [(0.0, greedy)] * len(pairs)
-    for i, result in zip(scored, among_processes([pairs[i] for i in scored], work), strict=True):
+    some = [i for i, (_, target) in enumerate(pairs) if len(target)]
+    for i, result in zip(some, among_processes([pairs[i] for i in some], work), strict=True):
         results[i] = result
     return results
 
