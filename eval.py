@@ -339,97 +339,78 @@ def monte_carlo_masks(n, num_mc, seed, eps):
     return hidden, hidden, weight
 
 
-def by_length(pairs):
-    """Indices of the pairs, the shortest first."""
-    return sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i])))
-
-
-def masked_rows(pairs, masks):
-    """Of every row of every pair: the index of the pair, hidden (n,), scored (n,), weight."""
-    for i in by_length(pairs):
-        for row in zip(*masks(len(pairs[i][1])), strict=True):
-            yield i, *row
-
-
-def padded(net, rows, value, padding):
-    """Rows of ids -> (B, L), filled up to a multiple of 8, which is faster (on a CPU 32 take less
-    than 27), or with padding to all that the net takes."""
-    block_size, longest = net.config.block_size, max(map(len, rows))
-    width = block_size if padding else min(-(-longest // 8) * 8, block_size)
-    rows = pad_sequence(rows, batch_first=True, padding_value=value)
-    return F.pad(rows, (0, width - longest), value=value)
-
-
 @torch.no_grad()
-def conditional_nll(
-    net, pairs, masks, cfg_scale=0.0, padding=False, batch_size=16, schedule=loglinear,
-):
-    """Of pairs of prefix_and_target: -log p(target | prefix) by masks(n), as above -> nats (k,)
-    float64; and whether the target may be what the net gives greedily, (k,) bool: of a causal net
-    it is, of others the first step agrees, which the row that hides all of the target tells."""
-    require_positive(batch_size=batch_size)
-    mask_id, causal = net.config.mask_id, net.config.causal
-    nats = torch.zeros(len(pairs), dtype=torch.float64)
-    greedy = torch.ones(len(pairs), dtype=torch.bool)
-    whole, rows = [torch.cat(pair) for pair in pairs], masked_rows(pairs, masks)
+def evaluate_rows(net, pairs, rows, cfg_scale, padding, batch_size, schedule):
+    """Of pairs (P,), (n,) and rows (index of the pair, hidden (n,), scored (n,), weight): the sums
+    of -log p of what is scored (k,) float64; whether the net's best tokens are the target's, in
+    causal nets all, in others that of the most confident position of a row that hides all or scores
+    nothing, (k,) bool; and which position of the target this is (k,)."""
+    mask_id, causal, L = net.config.mask_id, net.config.causal, net.config.block_size
+    nats, agrees = torch.zeros(len(pairs), dtype=torch.float64), torch.ones(len(pairs)).bool()
+    surest = torch.zeros(len(pairs), dtype=torch.int64)
+    whole, rows = [torch.cat(pair) for pair in pairs], iter(rows)
     while batch := list(itertools.islice(rows, batch_size)):
         index, *parts, weight = zip(*batch, strict=True)
-        x0 = padded(net, [whole[i] for i in index], 0, padding and not causal)
         P, length = torch.tensor([(len(pairs[i][0]), len(whole[i])) for i in index]).T
-        column = torch.arange(x0.size(1))
+        x0, longest = pad_sequence([whole[i] for i in index], batch_first=True), int(length.max())
+        # a multiple of 8 is faster (on a CPU 32 columns take less than 27)
+        width = L if padding and not causal else min(-(-longest // 8) * 8, L)
+        x0, index = F.pad(x0, (0, width - longest)), torch.tensor(index)
+        column = torch.arange(width)
         inside = column < length[:, None]
         is_target = inside & (column >= P[:, None])
         hidden, scored = [
             torch.zeros_like(inside).masked_scatter(is_target, torch.cat(part)) for part in parts]
-        first = (hidden == is_target).all(dim=1)
-        row, col = (scored | hidden & first[:, None]).nonzero(as_tuple=True)
+        step = (hidden == is_target).all(dim=1) | ~scored.any(dim=1)
+        row, col = (scored | hidden & step[:, None]).nonzero(as_tuple=True)
         x, at, attention_mask = x0, col - 1, None
         if not causal:
             x, at = torch.where(hidden | ~inside, mask_id, x0), col
             attention_mask = None if padding else inside
         log_p = guided_log_probs(net, x, (row, at), P, cfg_scale, schedule, attention_mask)
-        index, goal = torch.tensor(index)[row], x0[row, col]
+        goal = x0[row, col]
         highest, best = (part.cpu() for part in log_p.max(dim=1))
-        agrees = best == goal
-        if not causal:                                    # only the most confident of a row decides
+        wrong = best != goal
+        if not causal:
             scores = torch.full(x0.shape, -torch.inf)
-            scores[row, col] = torch.where(first[row], highest, -torch.inf)
-            agrees |= ~first[row] | (scores.argmax(dim=1)[row] != col)
-        greedy[index[~agrees]] = False
+            scores[row, col] = torch.where(step[row], highest, -torch.inf)
+            wrong &= step[row] & (scores.argmax(dim=1)[row] == col)
+            surest[index[step]] = (scores.argmax(dim=1) - P)[step]
+        agrees[index[row[wrong]]] = False
         log_p = log_p.gather(1, goal[:, None].to(log_p.device)).squeeze(1).cpu().double()
         weight = torch.stack(weight)[row].double() * scored[row, col]
-        nats.index_add_(0, index, -log_p * weight)
-    return nats, greedy
+        nats.index_add_(0, index[row], -log_p * weight)
+    return nats, agrees, surest
 
 
-@torch.no_grad()
+def conditional_nll(
+    net, pairs, masks, cfg_scale=0.0, padding=False, batch_size=16, schedule=loglinear,
+):
+    """Of pairs of prefix_and_target: -log p(target | prefix) by masks(n), as above -> nats (k,)
+    float64; and whether the target may be what the net gives greedily, (k,) bool: of a causal net
+    it is, of others the first step agrees."""
+    require_positive(batch_size=batch_size)
+    order = sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i])))
+    rows = ((i, *row) for i in order for row in zip(*masks(len(pairs[i][1])), strict=True))
+    return evaluate_rows(net, pairs, rows, cfg_scale, padding, batch_size, schedule)[:2]
+
+
 def reached_greedily(
     net, pairs, cfg_scale=0.0, padding=False, batch_size=16, schedule=loglinear,
 ):
     """Of pairs of prefix_and_target: does a diffusion net give the target if it unmasks the most
     confident position with its most probable token, one a step? -> (k,) bool"""
-    mask_id = net.config.mask_id
-    agrees = torch.ones(len(pairs), dtype=torch.bool)
-    queue, rows = by_length(pairs), {}                    # rows: index -> ids, while masks are left
-    while queue or rows:
-        while queue and len(rows) < batch_size:
-            prefix, target = pairs[queue[0]]
-            rows[queue.pop(0)] = torch.cat((prefix, torch.full_like(target, mask_id)))
-        P, length = torch.tensor([(len(pairs[i][0]), len(row)) for i, row in rows.items()]).T
-        x = padded(net, list(rows.values()), mask_id, padding)
-        inside = torch.arange(x.size(1)) < length[:, None]
-        row, col = ((x == mask_id) & inside).nonzero(as_tuple=True)
-        log_p = guided_log_probs(
-            net, x, (row, col), P, cfg_scale, schedule, None if padding else inside)
-        highest, ids = (part.cpu() for part in log_p.max(dim=1))
-        scores = torch.full(x.shape, -torch.inf)
-        scores[row, col] = highest
-        x[row, col] = ids
-        for k, (i, col) in enumerate(zip([*rows], scores.argmax(dim=1).tolist(), strict=True)):
-            rows[i][col] = x[k, col]
-            agrees[i] = x[k, col] == pairs[i][1][col - P[k]]
-            if not agrees[i] or not (rows[i] == mask_id).any():
-                del rows[i]
+    hidden = [torch.ones(len(target), dtype=torch.bool) for _, target in pairs]
+    agrees, weight = torch.ones(len(pairs), dtype=torch.bool), torch.zeros(())
+    left = sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i])))
+    while left:
+        some = [pairs[i] for i in left]
+        rows = ((k, hidden[i], hidden[i] & False, weight) for k, i in enumerate(left))
+        _, agrees[left], surest = evaluate_rows(
+            net, some, rows, cfg_scale, padding, batch_size, schedule)
+        for i, position in zip(left, surest, strict=True):
+            hidden[i][position] = False
+        left = [i for i in left if agrees[i] and hidden[i].any()]
     return agrees
 
 
