@@ -151,7 +151,7 @@ def show_constants_and_exit(script, constants, inner):
     groups = {'': constants}
     for key, (outer, default, comment) in inner.items():
         groups.setdefault(outer, {})[key] = default, comment
-    width = max(len(f'{key}={default!r}') for key, (default, _) in constants.items())
+    width = 32  # longer defaults are rare: only their own comment moves
     for outer, group in groups.items():
         print(outer and f'\nkeys of {outer}:')
         for key, (default, comment) in group.items():

@@ -260,9 +260,7 @@ def text_nll(net, clean, **sampling):
 # likelihood of a continuation
 
 
-def guided_log_probs(
-    net, x, position, prompt_length, cfg_scale, schedule=loglinear, attention_mask=None,
-):
+def guided_log_probs(net, x, position, prompt_length, cfg_scale, attention_mask=None):
     """log p at the N positions (row, col) of x (B, L) -> (N, V) float32, the mask excluded; guided
     away from the net with the prompts, prompt_length (B,), masked (SMDM: Nie et al. 2024, arXiv
     2410.18514). The tensors may be the CPU's."""
@@ -276,6 +274,7 @@ def guided_log_probs(
     masked, length = x == (-1 if mask_id is None else mask_id), x.size(1)
     if attention_mask is not None:
         masked, length = masked & attention_mask, attention_mask.sum(dim=1)
+    schedule = schedule_of(net.constants)
     sigma = schedule.conditioning_at(float64(masked).sum(dim=1) / length).float()
     logits = net.head(net.trunk(x, sigma, attention_mask)[tuple(position)])
     if cfg_scale:
@@ -340,7 +339,7 @@ def monte_carlo_masks(n, num_mc, seed, eps):
 
 
 @torch.no_grad()
-def evaluate_rows(net, pairs, rows, cfg_scale, padding, batch_size, schedule):
+def evaluate_rows(net, pairs, rows, cfg_scale, padding, batch_size):
     """Of pairs (P,), (n,) and rows (index of the pair, hidden (n,), scored (n,), weight): the sums
     of -log p of what is scored (k,) float64; whether the net's best tokens are the target's, in
     causal nets all, in others that of the most confident position of a row that hides all or scores
@@ -367,7 +366,7 @@ def evaluate_rows(net, pairs, rows, cfg_scale, padding, batch_size, schedule):
         if not causal:
             x, at = torch.where(hidden | ~inside, mask_id, x0), col
             attention_mask = None if padding else inside
-        log_p = guided_log_probs(net, x, (row, at), P, cfg_scale, schedule, attention_mask)
+        log_p = guided_log_probs(net, x, (row, at), P, cfg_scale, attention_mask)
         goal = x0[row, col]
         highest, best = (part.cpu() for part in log_p.max(dim=1))
         wrong = best != goal
@@ -383,21 +382,17 @@ def evaluate_rows(net, pairs, rows, cfg_scale, padding, batch_size, schedule):
     return nats, agrees, surest
 
 
-def conditional_nll(
-    net, pairs, masks, cfg_scale=0.0, padding=False, batch_size=16, schedule=loglinear,
-):
+def conditional_nll(net, pairs, masks, cfg_scale=0.0, padding=False, batch_size=16):
     """Of pairs of prefix_and_target: -log p(target | prefix) by masks(n), as above -> nats (k,)
     float64; and whether the target may be what the net gives greedily, (k,) bool: of a causal net
     it is, of others the first step agrees."""
     require_positive(batch_size=batch_size)
     order = sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i])))
     rows = ((i, *row) for i in order for row in zip(*masks(len(pairs[i][1])), strict=True))
-    return evaluate_rows(net, pairs, rows, cfg_scale, padding, batch_size, schedule)[:2]
+    return evaluate_rows(net, pairs, rows, cfg_scale, padding, batch_size)[:2]
 
 
-def reached_greedily(
-    net, pairs, cfg_scale=0.0, padding=False, batch_size=16, schedule=loglinear,
-):
+def reached_greedily(net, pairs, cfg_scale=0.0, padding=False, batch_size=16):
     """Of pairs of prefix_and_target: does a diffusion net give the target if it unmasks the most
     confident position with its most probable token, one a step? -> (k,) bool"""
     hidden = [torch.ones(len(target), dtype=torch.bool) for _, target in pairs]
@@ -406,8 +401,7 @@ def reached_greedily(
     while left:
         some = [pairs[i] for i in left]
         rows = ((k, hidden[i], hidden[i] & False, weight) for k, i in enumerate(left))
-        _, agrees[left], surest = evaluate_rows(
-            net, some, rows, cfg_scale, padding, batch_size, schedule)
+        _, agrees[left], surest = evaluate_rows(net, some, rows, cfg_scale, padding, batch_size)
         for i, position in zip(left, surest, strict=True):
             hidden[i][position] = False
         left = [i for i in left if agrees[i] and hidden[i].any()]
@@ -429,7 +423,7 @@ def masks_of(net, method, num_mc=None, seed=0, eps=None):
 
 def continuation_nll(
     net, prefix, target, method='chain_rule', cfg_scale=0.0, num_mc=None, padding=False,
-    batch_size=16, seed=0, schedule=loglinear, eps=None, sampler=None, steps=None, **options,
+    batch_size=16, seed=0, eps=None, sampler=None, steps=None, **options,
 ):
     """-log p(target | prefix) in nats, summed over the target; ids (P,), (n,) -> float.
 
@@ -447,12 +441,12 @@ def continuation_nll(
         clean = dict(x0=ids, maskable=maskable, attention_mask=torch.ones_like(maskable))
         nats, _ = text_nll(
             net, clean, sampler=sampler, steps=len(pair[1]) if steps is None else steps,
-            cfg_scale=cfg_scale, schedule=schedule, **options)
+            cfg_scale=cfg_scale, **options)
     else:
         good = sampler is None and steps is None and not options
         require(good, "a sampler, its steps and options go with method 'duel'")
         masks = masks_of(net, method, num_mc, seed, eps)
-        nats, _ = conditional_nll(net, [pair], masks, cfg_scale, padding, batch_size, schedule)
+        nats, _ = conditional_nll(net, [pair], masks, cfg_scale, padding, batch_size)
     return not_nan(float(nats.sum()))
 
 
@@ -612,7 +606,7 @@ def comparable(n, references):
     return usable[:n]
 
 
-def mauve(texts, references, featurizer='gpt2-large', max_length=256, device='cpu'):
+def mauve(texts, references, featurizer='gpt2-large', device='cpu'):
     """MAUVE (Pillutla et al. 2021, arXiv 2102.01454) as the xlm experiment computes it: all texts
     that are not empty, as many of the references, the first of at least 8 characters, all stripped,
     256 tokens, its own seed 25 -> dict of mauve, mauve_texts, mauve_skipped."""
@@ -622,7 +616,7 @@ def mauve(texts, references, featurizer='gpt2-large', max_length=256, device='cp
         from mauve import compute_mauve
         result = compute_mauve(
             p_text=references, q_text=kept, featurize_model_name=featurizer, seed=25,
-            max_text_length=max_length, num_buckets='auto', batch_size=8, verbose=False,
+            max_text_length=256, num_buckets='auto', batch_size=8, verbose=False,
             device_id=(device.index or 0) if device.type == 'cuda' else -1)
     skipped = len(texts) - len(kept)
     return dict(mauve=float(result.mauve), mauve_texts=len(kept), mauve_skipped=skipped)
@@ -682,11 +676,11 @@ def verbatim_shares(columns, path, dtype, n=20, chunk=2 ** 22):
 # samples
 
 
-def read_lines(path, read, problem):
+def read_lines(path, read, problem, name=''):
     """read(object) of each line of a .jsonl file. Raises ValueError, which names the line, where it
     holds none or `read` fails."""
     if not os.path.isfile(path):
-        raise FileNotFoundError(f'input={path}: there is no such file')
+        raise FileNotFoundError(f'{name}{path}: there is no such file')
     found = []
     with open(path, encoding='utf-8-sig') as f:
         for number, line in enumerate(f, 1):
@@ -704,7 +698,7 @@ def read_texts(path):
     def read(row):
         row['text'].encode()                              # a string of whole characters
         return row
-    return read_lines(path, read, 'not a JSON object with a "text" that is a string')
+    return read_lines(path, read, 'not a JSON object with a "text" that is a string', 'input=')
 
 
 def how_drawn(settings):
@@ -718,13 +712,14 @@ def how_drawn(settings):
 
 def read_drawn(folder, settings):
     """number -> row of the samples in a folder; ValueError where other settings drew them."""
+    def read(row):
+        return row['row'], {**row['settings']}, row
+
     rows, settings = {}, json.loads(json.dumps(settings))  # as they will be read
     for path in glob.glob(os.path.join(glob.escape(folder), '*.jsonl')):
-        problem = 'no sample of eval.py'
-        for number, theirs, row in read_lines(
-                path, lambda row: (row['row'], dict(row['settings']), row), problem):
+        for number, theirs, row in read_lines(path, read, 'no sample of eval.py'):
             rows[number] = row
-            for key in {**theirs, **settings}:
+            for key in theirs | settings:
                 value, wanted = theirs.get(key), settings.get(key)
                 message = f'{folder} holds samples drawn with {key}={value!r}, not {wanted!r}'
                 require(value == wanted, f'{message}: remove it, or give another samples_dir')
@@ -771,17 +766,17 @@ def draw_rows(net, folder, n, settings, **options):
 
     def make(batch):
         out = generate(net, len(batch), first_row=batch[0], **options)
-        rows = [row[:length].tolist() for row, length in zip(out.tokens, out.length, strict=True)]
-        return [dict(ids=ids, text=tok.decode(ids), nfe=nfe)
-                for ids, nfe in zip(rows, out.nfe.tolist(), strict=True)]
+        columns = out.tokens.tolist(), out.length.tolist(), out.nfe.tolist()
+        return [dict(ids=ids[:length], text=tok.decode(ids[:length]), nfe=nfe)
+                for ids, length, nfe in zip(*columns, strict=True)]
 
     return kept_rows(folder, n, options['batch_size'], settings, make)
 
 
-def streamed(total, buffer_size, seed=42):
+def streamed(total, buffer_size):
     """The order in which datasets, before its version 5, streams `total` rows of one file through a
     shuffle buffer."""
-    rng, buffer = np.random.default_rng(seed), list(range(min(total, buffer_size)))
+    rng, buffer = np.random.default_rng(42), list(range(min(total, buffer_size)))
     for start in range(buffer_size, total, 1000):
         draws = rng.integers(0, buffer_size, size=1000).tolist()
         for i, row in zip(draws, range(start, total), strict=False):
@@ -1065,7 +1060,7 @@ def measure_zero_shot(c):
     if failed and rows and ranks()[0] == 0:
         print(text)
     count = f'{len(failed)} of {len(c.datasets)}'
-    require(not failed, f'{count} datasets could not be measured: ' + '; '.join(failed))
+    require(not failed, f"{count} datasets could not be measured: {'; '.join(failed)}")
     return rows, text
 
 
@@ -1241,7 +1236,7 @@ def against_release(constants, in_config):
     changed = [
         f'{key}={value!r} (released: {in_config[key]!r})' for key, value in constants.items()
         if key not in ours and value != in_config[key]]
-    return 'not as released: ' + ', '.join(changed) if changed else 'as released'
+    return f"not as released: {', '.join(changed)}" if changed else 'as released'
 
 
 def show_report(c):
@@ -1282,7 +1277,7 @@ def read_tasks(path, prompt_template, target_template):
 
     templates = f'{prompt_template!r} and {target_template!r}'
     problem = f'not a JSON object with the fields of the templates {templates}'
-    return zip(*read_lines(path, read, problem), strict=True)
+    return zip(*read_lines(path, read, problem, 'input='), strict=True)
 
 
 def last_match(pattern, text, otherwise=''):
@@ -1504,13 +1499,13 @@ def among_processes(items, work):
 
 def score_pairs(
     net, pairs, method='chain_rule', cfg_scale=0.0, num_mc=1024, greedy=True, padding=False,
-    batch_size=32, seed=0, schedule=loglinear,
+    batch_size=32, seed=0,
 ):
     """(log p(target | prefix), is it what the net gives greedily?) of pairs of ids (P,), (n,), by
     continuation_nll and greedy_matches, over many at a time. A prefix that is too long loses its
     beginning; an empty target has probability 1."""
     masks, results = masks_of(net, method, num_mc, seed), [(0.0, greedy)] * len(pairs)
-    options = cfg_scale, padding, batch_size, schedule
+    options = cfg_scale, padding, batch_size
 
     def work(some):
         fitted = []
@@ -1707,8 +1702,8 @@ def power_law(x, y):
     """y = k x^a -> a, its standard error (nan for two points), k."""
     from scipy.stats import linregress
     fit = linregress(np.log(x), np.log(y))
-    error = fit.stderr if len(x) > 2 else math.nan
-    return float(fit.slope), float(error), math.exp(fit.intercept)
+    error = float(fit.stderr) if len(x) > 2 else math.nan
+    return float(fit.slope), error, math.exp(fit.intercept)
 
 
 def plot_scaling(stem, runs, optima, laws):

@@ -326,7 +326,7 @@ def test_nothing_on_mps_is_float64(tiny_net):
     xt = model.corrupt(x0, t, 10, model.loglinear)
     expected = per_token_loss(net, x0, xt, t, T=10)
     subs, position = tiny_net(time_conditioning=True), (xt == 10).nonzero(as_tuple=True)
-    guided = subs, xt, position, torch.full((4,), 2), 0.5, model.loglinear
+    guided = subs, xt, position, torch.full((4,), 2), 0.5
     expected_probs = analytic_probs(subs, xt, t, 0.05), guided_log_probs(*guided)
     with pytest.raises(TypeError, match='MPS'), LikeMPS():
         t.double()
