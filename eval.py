@@ -108,7 +108,8 @@ samples_dir = None      # samples are kept here, a folder for each steps; None: 
                         # or /frontier
 cfg_scale = 0.0         # generation, harness: guidance, as in sample.py
 
-# generation: the net's answers to the prompts of `input`, a .jsonl file or {'name': FILE, ...}
+# generation: the net's answers to the prompts of `input`, a .jsonl file or {'name': FILE, ...};
+# None: to those of `dataset`
 prompt_template = '{prompt}'  # with fields of a row; 'vicuna': of MT-bench's questions
 target_template = '{answer}'  # the right answer; '': answers are not judged
 passes = 1              # [int >= 1] decode so often, each time from the text of the last (GSM8K: 2)
@@ -1319,6 +1320,20 @@ def read_tasks(path, prompt_template, target_template):
     return zip(*read_lines(path, read, problem, 'input='), strict=True)
 
 
+def read_pairs(run):
+    """{a name: the same} of a split of prompts and answers that data.py made."""
+    name = run.trained('dataset')
+    folder = find_or_prepare(name, run.tok.name)
+    split = split_of(folder, run.c)
+    pairs = TokenRows(folder, split, run.net.config.block_size, 'pair')
+    rows = []
+    for i in pairs.kept:
+        ids, n = pairs.document(i).tolist(), pairs.prompt[i]
+        rows.append(dict(prompt=plain_text(run.tok, ids[:n]), answer=plain_text(run.tok, ids[n:])))
+    columns = rows, [row['prompt'] for row in rows], [row['answer'] for row in rows]
+    return {f'{name} {split}': columns}
+
+
 def last_match(pattern, text, otherwise=''):
     """The group of the last match of a pattern, or all of it where it has no group."""
     found = otherwise
@@ -1465,8 +1480,7 @@ def write_fastchat(path, tok, rows, drawn):
 
 
 def measure_generation(c):
-    """The answers of the net to the prompts of files, judged."""
-    require(c.input, "--metric=generation needs --input=FILE.jsonl, or {'a name': 'FILE.jsonl'}")
+    """The answers of the net to the prompts of files, or of its own data, judged."""
     try:
         re.compile(c.answer_pattern or '')
     except re.error as error:
@@ -1475,13 +1489,14 @@ def measure_generation(c):
     MATCHES[c.match]('1', '1')                            # are the libraries there?
     if c.bleu:
         character_bleu('a', 'a')
-    files = c.input
+    files = c.input or {}
     if not isinstance(files, dict):
         files = {os.path.splitext(os.path.basename(str(files)))[0]: files}
     tasks = {
         name: read_tasks(str(path), c.prompt_template, c.target_template)
         for name, path in files.items()}
     run, results = load(c), []
+    tasks = tasks or read_pairs(run)
     options, settings = sampling(run, c.sampler_options or {})
     options |= dict(cfg_scale=c.cfg_scale)
     for name, columns in tasks.items():
