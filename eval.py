@@ -85,7 +85,8 @@ datasets = (
 
 # samples (samples, table, frontier); dataset: what MAUVE and memorisation compare with, '': nothing
 input = None            # samples: a .jsonl file with a "text" field; None: draw them from the net
-judge = 'gpt2-large'    # causal net of generative perplexity: a Hugging Face name or folder
+judge = 'gpt2-large'    # causal net of generative perplexity: a Hugging Face name or folder,
+                        # or the out_dir of an ar net of ours
 judge_dtype = None      # [float32 | bfloat16] None: as the weights' release, else float32
 judge_length = 1024     # [int >= 1] texts are cut to so many tokens of the judge
 protocol = None         # [xlm | mdlm] see PROTOCOLS; None: as the weights' release, else xlm
@@ -105,7 +106,8 @@ samplers = ()           # frontier: names, or dicts of one and its options; (): 
 samples_dir = None      # they are kept here by steps; None: <out_dir>/samples, or /frontier
 cfg_scale = 0.0         # generation, harness: guidance, as in sample.py
 
-# generation: the net's answers to the prompts of `input`, a .jsonl file or {'name': FILE, ...}
+# generation: the net's answers to the prompts of `input`, a .jsonl file or {'name': FILE, ...};
+# None: to those of `dataset`
 prompt_template = '{prompt}'  # with fields of a row; 'vicuna': of MT-bench's questions
 target_template = '{answer}'  # the right answer; '': answers are not judged
 passes = 1              # [int >= 1] decode so often, each time from the text of the last (GSM8K: 2)
@@ -471,22 +473,60 @@ ENGLISH = (
     'would not raise it before the end of the year. Most of the people who came were glad of that.')
 
 
+class OwnTokenizer:
+    """A tokenizer of data.py that is called as those of transformers are."""
+
+    def __init__(self, tok):
+        self.tok, self.eos_token_id = tok, tok.eos_id
+        self.all_special_tokens = [tok.decode([i]) for i in sorted(tok.special_ids)]
+
+    def __call__(self, texts, add_special_tokens=False):
+        texts = [texts] if isinstance(texts, str) else texts
+        rows = []
+        for text in texts:
+            parts = text.split(self.tok.decode([self.eos_token_id]))
+            ids = [[*self.tok.encode(part), self.eos_token_id] for part in parts]
+            rows.append(list(itertools.chain(*ids))[:-1])
+        return dict(input_ids=rows)
+
+
+class OwnJudge(torch.nn.Module):
+    """An ar net of ours that is called as those of transformers are."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+        self.config = types.SimpleNamespace(n_positions=net.config.block_size)
+
+    def forward(self, ids, attention_mask=None):  # which pads on the right, where nobody looks
+        logits = self.net(ids)
+        if self.net.config.mask_id is not None:
+            logits[..., self.net.config.mask_id] = -math.inf
+        return types.SimpleNamespace(logits=logits)
+
+
 def load_judge(name, device='cpu'):
-    """(causal language model, its tokenizer) of a Hugging Face name or folder, else ValueError.
+    """(causal language model, its tokenizer) of a Hugging Face name or folder, or of an ar net of
+    ours; else ValueError.
     Warns where English is no likelier to it than the same tokens backwards: it is not trained."""
     require(name, "judge='': samples are measured by a causal net: give a name, such as gpt2")
-    import transformers
-    transformers.utils.logging.disable_progress_bar()
-    with one_line(f"the judge '{name}'"):
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, trust_remote_code=False).to(device).eval()
-        tok = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    if name.endswith('.pt') or os.path.isfile(os.path.join(name, 'ckpt.pt')):
+        net = load_pretrained(name, device=device)
+        model, tok = OwnJudge(net), OwnTokenizer(tokenizer_of(net))
+    else:
+        import transformers
+        transformers.utils.logging.disable_progress_bar()
+        with one_line(f"the judge '{name}'"):
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                name, dtype=torch.float32, trust_remote_code=False).to(device).eval()
+            tok = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     x = torch.tensor([[0, 0, 0, 0], [0, 0, 0, 1]], device=device)
-    ids = tok(ENGLISH, add_special_tokens=False)['input_ids'][:32]
+    ids = torch.tensor(tok([ENGLISH], add_special_tokens=False)['input_ids'], device=device)
     with torch.no_grad():
         first, second = model(x).logits[:, 0]
-        texts = [torch.tensor([text], device=device) for text in (ids, ids[::-1])]
-        forward, backward = [model(text, labels=text).loss.item() for text in texts]
+        texts = ids[:, :32], ids[:, :32].flip(1)
+        forward, backward = [F.cross_entropy(model(text).logits[0, :-1], text[0, 1:]).item()
+                             for text in texts]
     causal = torch.allclose(first, second, atol=1e-4)
     require(causal, f"the judge '{name}' looks ahead: a causal language model is needed")
     if not forward < backward - 0.5:
@@ -1267,6 +1307,20 @@ def read_tasks(path, prompt_template, target_template):
     return zip(*read_lines(path, read, problem, 'input='), strict=True)
 
 
+def read_pairs(run):
+    """{a name: the same} of a split of prompts and answers that data.py made."""
+    name = run.trained('dataset')
+    folder = find_or_prepare(name, run.tok.name)
+    split = split_of(folder, run.c)
+    pairs = TokenRows(folder, split, run.net.config.block_size, 'pair')
+    rows = []
+    for i in pairs.kept:
+        ids, n = pairs.document(i).tolist(), pairs.prompt[i]
+        rows.append(dict(prompt=plain_text(run.tok, ids[:n]), answer=plain_text(run.tok, ids[n:])))
+    columns = rows, [row['prompt'] for row in rows], [row['answer'] for row in rows]
+    return {f'{name} {split}': columns}
+
+
 def last_match(pattern, text, otherwise=''):
     """The group of the last match of a pattern, or all of it where it has no group."""
     found = otherwise
@@ -1413,8 +1467,7 @@ def write_fastchat(path, tok, rows, drawn):
 
 
 def measure_generation(c):
-    """The answers of the net to the prompts of files, judged."""
-    require(c.input, "--metric=generation needs --input=FILE.jsonl, or {'a name': 'FILE.jsonl'}")
+    """The answers of the net to the prompts of files, or of its own data, judged."""
     try:
         re.compile(c.answer_pattern or '')
     except re.error as error:
@@ -1423,13 +1476,14 @@ def measure_generation(c):
     MATCHES[c.match]('1', '1')                            # are the libraries there?
     if c.bleu:
         character_bleu('a', 'a')
-    files = c.input
+    files = c.input or {}
     if not isinstance(files, dict):
         files = {os.path.splitext(os.path.basename(str(files)))[0]: files}
     tasks = {
         name: read_tasks(str(path), c.prompt_template, c.target_template)
         for name, path in files.items()}
     run, results = load(c), []
+    tasks = tasks or read_pairs(run)
     options, settings = sampling(run, c.sampler_options or {})
     options |= dict(cfg_scale=c.cfg_scale)
     for name, columns in tasks.items():
