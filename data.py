@@ -338,8 +338,6 @@ def get_tokenizer(name, folder=None, meta=None):
 TEXT_FILES = ('.txt', '.jsonl')
 PIECE = 1 << 20  # characters; longer documents go through in pieces
 BLANK = re.compile(r'\n(?:[^\S\n]*\n)+')  # lines of nothing but white space
-LEADING = re.compile(r'\A(?:[^\S\n]*\n)+')
-TRAILING = re.compile(r'(?:\n[^\S\n]*)+\Z')
 CUT = re.compile(r'\S(?=\s\S)')  # between two words, where GPT-2's pattern cuts too
 
 
@@ -348,31 +346,27 @@ def read_plain_text(path):
     rest = ''       # has been read, and is not yet yielded
     inside = False  # its document has begun in an earlier piece
     with open(path, encoding='utf-8-sig') as f:
-        while block := f.read(PIECE):
-            text = rest + block
-            if not inside:
-                text = LEADING.sub('', text)
-            *whole, rest = BLANK.split(text)
+        for block in itertools.chain(iter(partial(f.read, PIECE), ''), ['\n\n']):
+            before = '' if inside else '\n\n'  # with blank lines at its beginning a BLANK
+            *whole, rest = BLANK.split(before + rest + block)
             for text in whole:
-                yield None, text, True, None
+                if text or inside:
+                    yield None, text, True, None
                 inside = False
             cut = CUT.search(rest, PIECE) if len(rest) > 2 * PIECE else None
             if cut:
                 yield None, rest[:cut.end()], False, None
                 rest = rest[cut.end():]
                 inside = True
-    if inside or rest.strip():
-        yield None, TRAILING.sub('', rest), True, None
 
 
 def is_text(value):
     """Half of a surrogate pair is no text."""
-    return isinstance(value, str) and not re.search('[\ud800-\udfff]', value)
+    return isinstance(value, str) and value.encode(errors='ignore').decode() == value
 
 
-def read_objects(path, *columns):
-    """The number of each line and the fields `columns` of its object; 'text' takes the place of a
-    single one that is not there."""
+def read_objects(path, *columns, otherwise=None):
+    """The number of each line and the fields `columns` of its object, or its field `otherwise`."""
     with open(path, encoding='utf-8-sig') as f:
         for number, line in enumerate(f, 1):
             if not line.strip():
@@ -382,18 +376,16 @@ def read_objects(path, *columns):
             except (ValueError, RecursionError):
                 row = None
             row = row if isinstance(row, dict) else {}
-            other = row.get('text') if len(columns) == 1 else None
-            values = [row.get(column, other) for column in columns]
+            values = [row.get(column, row.get(otherwise)) for column in columns]
             for column, value in zip(columns, values, strict=True):
                 problem = f'not a JSON object with a "{column}" field that holds a string'
-                is_string = is_text(value) if '\\u' in line else isinstance(value, str)
-                require(is_string, f'{path}, line {number}: {problem}')
+                require(is_text(value), f'{path}, line {number}: {problem}')
             yield number, *values
 
 
 def read_jsonl(path, column='text'):
     """Every line is an object with the text in its field `column`, or else in 'text'."""
-    for _, text in read_objects(path, column):
+    for _, text in read_objects(path, column, otherwise='text'):
         yield None, text, True, None
 
 
@@ -407,25 +399,24 @@ def read_lines(path, keep_newline=False):
             yield None, text, True, None
 
 
-def files_in(folder, endings=''):
-    """The paths of the files in a folder that end so, in order."""
-    paths = [os.path.join(parent, file) for parent, _, files in os.walk(folder) for file in files]
-    for path in sorted(path for path in paths if path.endswith(endings)):
-        if not os.path.exists(path):
-            raise FileNotFoundError(f'{path} is a link to a file that is not there')
-        yield path
+def files_of(path, endings=TEXT_FILES):
+    """The file itself, or those of a folder that end so, in the order of their paths."""
+    files = [path]
+    if os.path.isdir(path):
+        files = [os.path.join(parent, file) for parent, _, names in os.walk(path) for file in names]
+        files = sorted(file for file in files if file.endswith(endings))
+    if not files:
+        raise FileNotFoundError(f'{path} is a folder without {" or ".join(endings)} files')
+    for file in files:
+        if not os.path.exists(file):
+            link = 'a link to a file that is ' if os.path.islink(file) else ''
+            raise FileNotFoundError(f'{file} is {link}not there')
+    return files
 
 
 def read_files(path, read_text=read_plain_text, read_json=read_jsonl):
-    """A text file, a .jsonl file, or a folder of them in the order of their names."""
-    paths = [path]
-    if os.path.isdir(path):
-        paths = list(files_in(path, TEXT_FILES))
-        if not paths:
-            raise FileNotFoundError(f'{path} is a folder without .txt or .jsonl files')
-    if not os.path.exists(path):
-        raise FileNotFoundError(f'{path} is not there')
-    for file in paths:
+    """A text file, a .jsonl file, or a folder of them."""
+    for file in files_of(path):
         try:
             yield from read_json(file) if file.endswith('.jsonl') else read_text(file)
         except UnicodeDecodeError as error:
@@ -461,10 +452,9 @@ def read_stdlib(input=None, streaming=True):
         yield None, text, True, len(texts)
 
 
-def read_text8(input=None, streaming=True, benchmark=None, length=256):
+def read_text8(input=None, streaming=True, length=256):
     """text8 in documents of `length` characters, None: one a split. The first 90% are train, 5%
-    validation, 5% test (Austin et al. 2021, appendix B.1). input: the file. benchmark: for
-    BENCHMARKS only."""
+    validation, 5% test (Austin et al. 2021, appendix B.1). input: the file."""
     splits = ('train', 'validation', 'test')
     if input:
         with open(input, encoding='ascii', errors='replace') as f:
@@ -472,7 +462,7 @@ def read_text8(input=None, streaming=True, benchmark=None, length=256):
         a, b = len(whole) * 90 // 100, len(whole) * 95 // 100
         parts = zip(splits, (whole[:a], whole[a:b], whole[b:]), strict=True)
     else:
-        parts = (item[:2] for item in read_hub('afmck/text8', splits=splits))
+        parts = (item[:2] for item in read_hub('afmck/text8', splits))
     for split, text in parts:
         if length is None:
             for i in range(0, len(text), PIECE):
@@ -482,39 +472,34 @@ def read_text8(input=None, streaming=True, benchmark=None, length=256):
             yield split, text[i:i + length], True, None
 
 
-def read_hub(repository, splits=('train',), validation_last=0, column='text', keep=None,
-             revision=None, config=None, files=None, benchmark=None, keep_newline=False,
-             most=None, input=None, streaming=True):
+def read_hub(repository, splits=None, validation_last=0, column='text', keep=None, benchmark=None,
+             keep_newline=False, most=None, input=None, streaming=True, **options):
     """A Hugging Face dataset, or its local copy: a folder `input`, or a file.
 
-    splits: those of the hub, or a dict from the hub's names to ours. validation_last: so many
-    documents at the end of the only split are validation; 0: a hash chooses. keep: a test of rows.
-    most: documents of a split, at most. files: the pattern of a split's files. benchmark: the split
-    that is measured, and what a file holds, a row a line (keep_newline: with its newline)."""
+    splits: those of the hub, or a dict from the hub's names to ours; None: a hash splits 'train'.
+    validation_last: so many documents at the end of 'train' are validation. keep: a test of rows.
+    most: documents of a split, at most. benchmark: the split that is measured, and what a file
+    holds, a row a line (keep_newline: with its newline). options: of load_rows."""
     if input and benchmark and os.path.isfile(input):
         read_text = partial(read_lines, keep_newline=keep_newline)
         for _, *rest in read_files(input, read_text, partial(read_jsonl, column=column)):
             yield benchmark, *rest
         return
-    if input and input.endswith(('.txt', '.jsonl')):
+    if input and input.endswith(TEXT_FILES):
         yield from read_files(input)
         return
     source = input or repository
-    for split in splits:
-        rows = load_rows(repository, split, config, files, revision, input, streaming)
+    for split in splits or ['train']:
+        rows = load_rows(repository, split, input, streaming, **options)
         info = (rows.info.splits or {}).get(split)
         total = len(rows) if hasattr(rows, '__len__') else getattr(info, 'num_examples', None)
         hint = f'there are {total} in all' if total else '--streaming=False counts them'
         require(
             not validation_last or (total or 0) > validation_last,
             f'{source}: the last {validation_last} documents are validation, but {hint}')
-        ours = None
+        ours = split if splits or validation_last else None
         if isinstance(splits, dict):
             ours = splits[split]
-        elif len(splits) > 1:
-            ours = split
-        elif validation_last:
-            ours = 'train'
         for i, row in enumerate(itertools.islice(rows, most)):
             text = row.get(column)
             problem = f"row {i} of '{split}' has no text in its column '{column}'"
@@ -525,14 +510,15 @@ def read_hub(repository, splits=('train',), validation_last=0, column='text', ke
                 yield ours, text, True, total
 
 
-def load_rows(repository, split, config, files, revision, input, streaming):
+def load_rows(repository, split, input=None, streaming=True, data_files=None, **options):
+    """The rows of a split. data_files: the pattern of its files. options: of load_dataset."""
     import datasets
+    if data_files:
+        options['data_files'] = {split: data_files.format(split=split)}
     try:
         if input:
-            return datasets.load_dataset(input, split=split, streaming=False)
-        options = dict(data_files={split: files.format(split=split)}) if files else {}
-        return datasets.load_dataset(
-            repository, config, **options, split=split, streaming=streaming, revision=revision)
+            return datasets.load_dataset(input, split=split)
+        return datasets.load_dataset(repository, split=split, streaming=streaming, **options)
     except Exception as error:  # the hub's client has many, which mean the same to the user
         why = f'{type(error).__name__}: {str(error).strip().splitlines()[0]}'
         problem = f"{input or repository}, split '{split}', cannot be read ({why})"
@@ -549,13 +535,9 @@ def read_pair_lines(path):
 
 
 def read_pairs(paths):
-    """Files, separated by commas, or folders of them. Of several, those whose name ends in 'test'
-    or 'validation' are these splits."""
-    files = []
-    for path in paths.split(','):
-        files += files_in(path, '.jsonl') if os.path.isdir(path) else [path]
-    if not files:
-        raise FileNotFoundError(f'{paths} is a folder without .jsonl files')
+    """Files, or folders of them. Of several, those whose name ends in 'test' or 'validation' are
+    these splits."""
+    files = [file for path in paths for file in files_of(path, ('.jsonl',))]
     for file in files:
         named = re.search(r'(?:^|[\W_])(test|validation)\.jsonl$', file)
         split = named[1] if named and len(files) > 1 else 'train'
@@ -604,7 +586,7 @@ def read_gsm8k(input=None, streaming=True):
         yield from read_local(read_gsm8k_lines, '', input)
         return
     for split in ('train', 'test'):
-        for row in load_rows('openai/gsm8k', split, 'main', None, None, None, streaming):
+        for row in load_rows('openai/gsm8k', split, streaming=streaming, name='main'):
             line = gsm8k_line(row['question'], row['answer'])
             yield split, gsm8k_example(line), True, None
 
@@ -672,22 +654,22 @@ DATASETS = {
     'ptb': partial(
         benchmark_of_hub, 'ptb-text-only/ptb_text_only', column='sentence',
         revision='refs/convert/parquet'),
-    'wikitext2': partial(wikitext, config='wikitext-2-raw-v1'),
-    'wikitext103': partial(wikitext, config='wikitext-103-raw-v1'),
+    'wikitext2': partial(wikitext, name='wikitext-2-raw-v1'),
+    'wikitext103': partial(wikitext, name='wikitext-103-raw-v1'),
     'lm1b': partial(
         read_hub, 'billion-word-benchmark/lm1b', splits=('train', 'test'), benchmark='test',
         revision='refs/convert/parquet'),
     'lambada': partial(  # all there is, MDLM's validation
         benchmark_of_hub, 'EleutherAI/lambada_openai', splits={'test': 'validation'},
-        config='default'),
+        name='default'),
     'ag_news': partial(
         read_hub, 'fancyzhx/ag_news', splits=('train', 'test'), benchmark='test'),
-    'scientific_papers_pubmed': partial(papers, files='pubmed/*{split}/*.parquet'),
-    'scientific_papers_arxiv': partial(papers, files='arxiv/*{split}/*.parquet'),
-    'fineweb-2024-10': partial(fineweb, config='CC-MAIN-2024-10'),  # SMDM's temporal shift
-    'fineweb-2024-18': partial(fineweb, config='CC-MAIN-2024-18'),
-    'text8': partial(read_text8, benchmark='test'),
-    'text8-crop': partial(read_text8, benchmark='test', length=None),  # goes with packing 'crop'
+    'scientific_papers_pubmed': partial(papers, data_files='pubmed/*{split}/*.parquet'),
+    'scientific_papers_arxiv': partial(papers, data_files='arxiv/*{split}/*.parquet'),
+    'fineweb-2024-10': partial(fineweb, name='CC-MAIN-2024-10'),  # SMDM's temporal shift
+    'fineweb-2024-18': partial(fineweb, name='CC-MAIN-2024-18'),
+    'text8': read_text8,
+    'text8-crop': partial(read_text8, length=None),  # goes with packing 'crop'
     # SMDM's fine-tuning
     'gsm8k': read_gsm8k,
     'sharegpt': partial(
@@ -698,7 +680,7 @@ DATASETS = {
         'GitHub'),
 }
 MAX_LENGTH = {'gsm8k': 256, 'sharegpt': 2048}  # tokens; longer examples are left out, as released
-BENCHMARKS = {
+BENCHMARKS = {'text8': 'test', 'text8-crop': 'test'} | {  # the split that is measured
     name: reader.keywords['benchmark'] for name, reader in DATASETS.items()
     if isinstance(reader, partial) and 'benchmark' in reader.keywords}
 
@@ -707,8 +689,17 @@ MEASURED_AS = {
     name: dict(packing='bos', max_tokens=100 * 1024 * 2048) for name in DATASETS
     if name.startswith('fineweb')}
 
+
 def is_local(dataset):
     return dataset == 'stdlib' or dataset.startswith(('text:', 'pairs:'))
+
+
+def paths_of(dataset):
+    """The files and folders that text:PATH or pairs:PATH,PATH names."""
+    kind, _, path = dataset.partition(':')
+    if kind == 'text' or os.path.exists(path):  # whatever commas it has
+        return [path]
+    return path.split(',')
 
 
 # (pattern, replacement) that join a benchmark's words and punctuation, by the beginning of its name
@@ -741,37 +732,27 @@ def detokenize(dataset_name, text):
     return text
 
 
-def hashed_splits():
-    """The splits of document 0, 1, ...: a hash sends 5% to validation."""
-    for first in itertools.count(0, 2 ** 16):  # so many at a time, for speed
-        index = np.arange(2 ** 16, dtype=np.uint64) + np.uint64(first)
-        for draw in ((splitmix64(index) >> np.uint64(1)) % np.uint64(20)).tolist():
-            yield 'train' if draw else 'validation'
-
-
 def documents(dataset, input=None, streaming=True):
     """What the reader of a dataset yields, with the text cleaned up and every split chosen."""
     require(
         not (input and is_local(dataset)),
         f'--input={input} takes the place of the hub, which dataset {dataset} does not need')
     if dataset.startswith('text:'):
-        reader = read_files(dataset[5:])
+        reader = read_files(*paths_of(dataset))
     elif dataset.startswith('pairs:'):
-        reader = read_pairs(dataset[6:])
+        reader = read_pairs(paths_of(dataset))
     elif dataset in DATASETS:
         reader = DATASETS[dataset](input=input, streaming=streaming)
     else:
         near = difflib.get_close_matches(dataset, DATASETS, n=1, cutoff=0)[0]
         hint = f"the nearest is '{near}', and text:PATH or pairs:PATH takes your own text"
         raise ValueError(f"dataset '{dataset}' is not known; {hint}")
-    choices = hashed_splits()
-    choice = next(choices)
+    index = 0
     for split, text, last, total in reader:
-        if dataset in DATASETS:
-            text = detokenize(dataset, text)
-        yield split or choice, text, last, total
-        if split is None and last:
-            choice = next(choices)
+        if split is None:
+            split = 'train' if key_of(index) % 20 else 'validation'
+            index += last
+        yield split, detokenize(dataset, text), last, total
 
 
 # -----------------------------------------------------------------------------
@@ -780,7 +761,7 @@ def documents(dataset, input=None, streaming=True):
 
 def default_name(dataset, tokenizer):
     parts = []
-    for part in (re.sub('^(text|pairs):', '', dataset).split(',')[0], tokenizer):
+    for part in (paths_of(dataset)[0] or dataset, tokenizer):
         stem = os.path.splitext(os.path.basename(part.rstrip('/')))[0]
         parts.append(re.sub(r'[^\w.-]+', '_', stem))
     return '-'.join(parts)
@@ -796,16 +777,12 @@ def command_for(dataset, tokenizer, name=None, input=None, max_length=None):
 
 def source_files(dataset, input=None):
     """The local files that a dataset is read from, none where they are not there."""
-    paths, endings = input, ''
-    if not input and dataset.startswith(('text:', 'pairs:')):
-        paths, endings = dataset.partition(':')[2], TEXT_FILES
-    files = []
-    for path in paths.split(',') if paths else ():
-        if os.path.isdir(path):
-            files += files_in(path, endings)
-        elif os.path.exists(path):
-            files.append(path)
-    return files
+    paths, endings = paths_of(dataset), TEXT_FILES
+    if input:
+        paths, endings = [input], ('',)
+    elif dataset.startswith('pairs:'):
+        endings = ('.jsonl',)
+    return [file for path in paths if os.path.exists(path) for file in files_of(path, endings)]
 
 
 def fingerprint(files):
