@@ -12,6 +12,7 @@ by EOS) and <split>.idx (int64 offsets of the documents and of the end); of prom
 """
 import ast
 import bisect
+import contextlib
 import difflib
 import functools
 import hashlib
@@ -30,6 +31,7 @@ from array import array
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import PurePath
 
 import numpy as np
 import torch
@@ -60,8 +62,8 @@ def splitmix64(x):
 
 
 def key_of(*numbers):
-    """One seed from several integers, taken modulo 2^64, such as (seed, step, micro-batch): 63 bits
-    of a 64-bit hash, so that it is an int64 and every generator takes it."""
+    """One seed of 63 bits, which every generator takes, from several integers modulo 2^64, such as
+    (seed, step, micro-batch)."""
     key = 0
     for number in numbers:
         key = splitmix64(key ^ (int(number) & MASK64))
@@ -122,13 +124,11 @@ class Tokenizer:
         return self.encode_batch([text])[0].tolist()
 
     def decode(self, ids):
-        text = ''
+        parts = []
         for special, group in itertools.groupby(map(int, ids), self.named.__contains__):
-            if special:
-                text += ''.join(self.named[i] for i in group)
-            else:
-                text += self.decode_ids(list(group))
-        return text
+            ids = list(group)
+            parts += map(self.named.get, ids) if special else [self.decode_ids(ids)]
+        return ''.join(parts)
 
     def meta(self):
         keys = ('name', 'vocab_size', 'eos_id', 'bos_id', 'pad_id', 'mask_id', 'sha256')
@@ -154,28 +154,26 @@ def gpt2_tokenizer(name):
             "GPT-2's vocabulary cannot be downloaded: set TIKTOKEN_CACHE_DIR to a folder that "
             f'holds it ({type(error).__name__})') from None
 
-    # for speed: one call for all texts, without a lock; and an encoder for each thread, as the
-    # thread that used its regular expressions first runs them a seventh faster
-    threads = threading.local()
+    @functools.cache  # a tenth faster: the first thread that runs its regular expressions owns them
+    def encoder(thread):
+        return tiktoken.Encoding(
+            'gpt2', pat_str=base._pat_str, mergeable_ranks=base._mergeable_ranks,
+            special_tokens=base._special_tokens)
 
     def encode_batch(texts):
-        if not hasattr(threads, 'base'):
-            threads.base = tiktoken.Encoding(
-                'gpt2', pat_str=base._pat_str, mergeable_ranks=base._mergeable_ranks,
-                special_tokens=base._special_tokens)
+        ours = encoder(threading.get_ident())
         joined = '<|endoftext|>'.join(texts)
         if joined.count('<|endoftext|>') >= len(texts):  # a text holds these letters itself
-            return one_after_the_other([threads.base.encode_ordinary(text) for text in texts])
-        ids = threads.base.encode_to_numpy(joined, allowed_special='all')
+            return one_after_the_other(map(ours.encode_ordinary, texts))
+        ids = ours.encode_to_numpy(joined, allowed_special='all')
         eos = np.flatnonzero(ids == 50256)
-        ends = np.append(eos - np.arange(len(eos)), len(ids) - len(eos))
-        return np.delete(ids, eos), ends
+        return np.delete(ids, eos), np.append(eos, len(ids)) - np.arange(len(eos) + 1)
 
-    if name == 'gpt2':
-        return Tokenizer(name, encode_batch, base.decode, 50257, eos_id=50256)
-    return Tokenizer(
-        name, encode_batch, base.decode, 50257, eos_id=50256, bos_id=50258, pad_id=50259,
-        mask_id=50261, named=enumerate(GPT2_XLM, 50257))
+    special = {}
+    if name == 'gpt2-xlm':
+        named = enumerate(GPT2_XLM, 50257)
+        special = dict(bos_id=50258, pad_id=50259, mask_id=50261, named=named)
+    return Tokenizer(name, encode_batch, base.decode, 50257, eos_id=50256, **special)
 
 
 def bpe_tokenizer(name, folder):
@@ -183,8 +181,10 @@ def bpe_tokenizer(name, folder):
     path = f'{folder or "."}/tokenizer.json'
     if not os.path.isfile(path):
         raise FileNotFoundError(f'{path} is missing: data.py trains {name} and saves it there')
+    with open(path, 'rb') as f:
+        file = f.read()
     try:
-        base = tokenizers.Tokenizer.from_file(path)
+        base = tokenizers.Tokenizer.from_buffer(file)
     except Exception as error:  # tokenizers' own
         why = f'is not the file of a tokenizer ({error}): prepare the data again'
         raise ValueError(f'{path} {why}') from None
@@ -192,13 +192,11 @@ def bpe_tokenizer(name, folder):
 
     def encode_batch(texts):
         encodings = base.encode_batch(texts, add_special_tokens=False)
-        return one_after_the_other([encoding.ids for encoding in encodings])
+        return one_after_the_other(encoding.ids for encoding in encodings)
 
-    with open(path, 'rb') as f:
-        sha256 = hashlib.sha256(f.read()).hexdigest()
     return Tokenizer(
         name, encode_batch, partial(base.decode, skip_special_tokens=False), base.get_vocab_size(),
-        eos_id=base.token_to_id('<|endoftext|>'), sha256=sha256)
+        eos_id=base.token_to_id('<|endoftext|>'), sha256=hashlib.sha256(file).hexdigest())
 
 
 def train_bpe(texts, size, path):
@@ -222,10 +220,9 @@ def hugging_face_tokenizer(name):
             name, split_special_tokens=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         why = str(error).strip().splitlines()[0]
-        known = ', '.join(TOKENIZERS)
+        known = ', '.join([*TOKENIZERS, 'bpe-N'])
         raise ValueError(
-            f"tokenizer '{name}' is neither {known}, bpe-N nor one of Hugging Face ({why})"
-        ) from None
+            f"tokenizer '{name}' is neither {known} nor one of Hugging Face ({why})") from None
 
     def encode_batch(texts):
         options = dict(add_special_tokens=False, return_attention_mask=False, verbose=False)
@@ -241,15 +238,15 @@ def hugging_face_tokenizer(name):
 def bert_xlm_tokenizer(name):
     """BERT's word pieces and, after them, xlm's [BOS] and [EOS]."""
     tok = hugging_face_tokenizer('bert-base-uncased')
-    bos_id, eos_id = tok.vocab_size, tok.vocab_size + 1
+    n = tok.vocab_size
     return Tokenizer(
-        name, tok.encode_batch, tok.decode_ids, tok.vocab_size, eos_id=eos_id, bos_id=bos_id,
-        pad_id=tok.pad_id, mask_id=tok.mask_id, named={bos_id: '[BOS]', eos_id: '[EOS]'})
+        name, tok.encode_batch, tok.decode_ids, n, eos_id=n + 1, bos_id=n, pad_id=tok.pad_id,
+        mask_id=tok.mask_id, named={n: '[BOS]', n + 1: '[EOS]'})
 
 
 def bytes_tokenizer(name):
     def encode_batch(texts):
-        return one_after_the_other([np.frombuffer(text.encode(), np.uint8) for text in texts])
+        return one_after_the_other(np.frombuffer(text.encode(), np.uint8) for text in texts)
 
     def decode_ids(ids):
         return bytes(ids).decode(errors='replace')
@@ -259,14 +256,13 @@ def bytes_tokenizer(name):
 
 def text8_tokenizer(name):
     """35 ids: eight special ones, the letters a to z, and the space."""
-    special = ('[CLS]', '[SEP]', '[BOS]', '[EOS]', '[MASK]', '[PAD]', '[RESERVED]', '[UNK]')
+    special = '[CLS] [SEP] [BOS] [EOS] [MASK] [PAD] [RESERVED] [UNK]'.split()
     letters = 'abcdefghijklmnopqrstuvwxyz '
-    id_of_byte = np.full(256, 7, dtype=np.uint8)
-    id_of_byte[np.frombuffer(letters.encode(), np.uint8)] = np.arange(8, 35)
+    ids_of_bytes = bytes(8 + letters.find(chr(byte)) for byte in range(256))  # not found: 7, [UNK]
 
     def encode_batch(texts):
-        latin = [text.encode('latin-1', errors='replace') for text in texts]
-        return one_after_the_other([id_of_byte[np.frombuffer(x, np.uint8)] for x in latin])
+        found = (text.encode('latin-1', 'replace').translate(ids_of_bytes) for text in texts)
+        return one_after_the_other(np.frombuffer(ids, np.uint8) for ids in found)
 
     def decode_ids(ids):
         return ''.join(letters[i - 8] for i in ids)
@@ -313,20 +309,19 @@ def get_tokenizer(name, folder=None, meta=None):
     """The tokenizer of that name: a key of TOKENIZERS, 'bpe-N' (from folder/tokenizer.json), the
     folder of a run, or a Hugging Face name or folder. Raises ValueError or FileNotFoundError.
     meta: of the tokenizer that a net was trained with, which must have the same ids."""
-    if meta:
-        tok = get_tokenizer(name, folder)
-        for key, ours in tok.meta().items():
-            theirs = meta.get(key)  # None: an old checkpoint
-            where = f' in {folder}' if key == 'sha256' else ''
-            require(key == 'name' or theirs in (None, ours),
-                    f"the tokenizer '{name}'{where} has {key}={ours}, the net was trained with "
-                    f'{key}={theirs}: give its own')
-        return tok
     if is_bpe(name):
-        return bpe_tokenizer(name, folder)
-    if is_run(name):
-        return tokenizer_of_run(name)
-    return TOKENIZERS.get(name, hugging_face_tokenizer)(name)
+        tok = bpe_tokenizer(name, folder)
+    elif is_run(name):
+        tok = tokenizer_of_run(name)
+    else:
+        tok = TOKENIZERS.get(name, hugging_face_tokenizer)(name)
+    for key, theirs in (meta or {}).items():
+        ours = tok.meta().get(key, theirs)
+        where = f' in {folder}' if key == 'sha256' else ''
+        require(key == 'name' or theirs in (None, ours),  # None: an old checkpoint
+                f"the tokenizer '{name}'{where} has {key}={ours}, the net was trained with "
+                f'{key}={theirs}: give its own')
+    return tok
 
 
 # -----------------------------------------------------------------------------
@@ -480,13 +475,13 @@ def read_hub(repository, splits=None, validation_last=0, column='text', keep=Non
     validation_last: so many documents at the end of 'train' are validation. keep: a test of rows.
     most: documents of a split, at most. benchmark: the split that is measured, and what a file
     holds, a row a line (keep_newline: with its newline). options: of load_rows."""
-    if input and benchmark and os.path.isfile(input):
+    read_text, read_json = read_plain_text, read_jsonl
+    if benchmark:
         read_text = partial(read_lines, keep_newline=keep_newline)
-        for _, *rest in read_files(input, read_text, partial(read_jsonl, column=column)):
+        read_json = partial(read_jsonl, column=column)
+    if input and (input.endswith(TEXT_FILES) or benchmark and os.path.isfile(input)):
+        for _, *rest in read_files(input, read_text, read_json):
             yield benchmark, *rest
-        return
-    if input and input.endswith(TEXT_FILES):
-        yield from read_files(input)
         return
     source = input or repository
     for split in splits or ['train']:
@@ -760,11 +755,8 @@ def documents(dataset, input=None, streaming=True):
 
 
 def default_name(dataset, tokenizer):
-    parts = []
-    for part in (paths_of(dataset)[0] or dataset, tokenizer):
-        stem = os.path.splitext(os.path.basename(part.rstrip('/')))[0]
-        parts.append(re.sub(r'[^\w.-]+', '_', stem))
-    return '-'.join(parts)
+    stems = [PurePath(path).stem for path in (paths_of(dataset)[0] or dataset, tokenizer)]
+    return re.sub(r'[^\w.-]+', '_', '-'.join(stems))
 
 
 def command_for(dataset, tokenizer, name=None, input=None, max_length=None):
@@ -775,28 +767,28 @@ def command_for(dataset, tokenizer, name=None, input=None, max_length=None):
     return ' '.join(['python data.py', *words])
 
 
-def source_files(dataset, input=None):
-    """The local files that a dataset is read from, none where they are not there."""
+def source_of(dataset, input, max_length):
+    """What a data folder is made from, with the size in bytes and a hash of its local files, Nones
+    where there are none."""
     paths, endings = paths_of(dataset), TEXT_FILES
     if input:
         paths, endings = [input], ('',)
     elif dataset.startswith('pairs:'):
         endings = ('.jsonl',)
-    return [file for path in paths if os.path.exists(path) for file in files_of(path, endings)]
-
-
-def fingerprint(files):
-    """Size in bytes and hash of files, Nones where there are none."""
-    sizes, digest = [], hashlib.sha256()
-    for path in files:
-        sizes.append(os.path.getsize(path))
-        digest.update(b'%d ' % sizes[-1])
-        with open(path, 'rb') as f:
+    files = [file for path in paths if os.path.exists(path) for file in files_of(path, endings)]
+    sizes = [os.path.getsize(file) for file in files]
+    digest = hashlib.sha256()
+    for file, size in zip(files, sizes, strict=True):
+        digest.update(b'%d ' % size)
+        with open(file, 'rb') as f:
             while block := f.read(PIECE):
                 digest.update(block)
-    if not sizes:
-        return dict(size=None, sha256=None)
-    return dict(size=sum(sizes), sha256=digest.hexdigest()[:16])
+    source = dict(dataset=dataset, input=input, size=None, sha256=None)
+    if files:
+        source |= dict(size=sum(sizes), sha256=digest.hexdigest()[:16])
+    if max_length:
+        source['max_length'] = max_length
+    return source
 
 
 def read_meta(folder):
@@ -810,10 +802,9 @@ def read_meta(folder):
         with open(path) as f:
             meta = json.load(f)
         rebuild = f"rebuild it with {meta['command']}"
-        require(meta['source']['dataset'] and meta['tokenizer']['name'], f'{path}: {rebuild}')
         itemsize = {'uint16': 2, 'uint32': 4}[meta['dtype']]
-        for key in ('vocab_size', 'eos_id', 'bos_id', 'pad_id', 'mask_id'):
-            require(type(meta['tokenizer'][key]) is int, f'{path}: {key} is not an id: {rebuild}')
+        whole = meta['source']['dataset'] and meta['tokenizer']['name']
+        require(whole, f'{path} does not tell its dataset and tokenizer: {rebuild}')
         for split, counts in meta['splits'].items():
             sizes = dict(bin=counts['tokens'] * itemsize, idx=(counts['documents'] + 1) * 8)
             if 'prompt_tokens' in counts:
@@ -824,9 +815,9 @@ def read_meta(folder):
                 found = os.path.getsize(file)
                 problem = f'holds {found:,} bytes, where meta.json says {size:,}'
                 require(found == size, f'{file} {problem}: {rebuild}')
-            offsets = np.memmap(f'{folder}/{split}.idx', dtype='<i8', mode='r')
-            fits = offsets[0] == 0 and offsets[-1] == counts['tokens']
-            require(fits, f'{folder}/{split}.idx does not fit the tokens of meta.json: {rebuild}')
+            ends = np.memmap(f'{folder}/{split}.idx', dtype='<i8', mode='r')[[0, -1]].tolist()
+            problem = f'{folder}/{split}.idx does not fit the tokens of meta.json'
+            require(ends == [0, counts['tokens']], f'{problem}: {rebuild}')
     except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         why = f'is not what data.py writes ({type(error).__name__}: {error})'
         raise ValueError(f'{path} {why}: remove {folder} and prepare it again') from None
@@ -868,24 +859,24 @@ def chunks(documents, progress):
     yield chunk
 
 
-def encode_texts(tok, texts, last):
-    """-> ids, each document closed by EOS; where documents end; the number of bytes."""
+def encode_texts(tok, texts, last, limit):
+    """-> what to append to the files of a split, by their endings, and to its counts. Each document
+    is closed by EOS."""
     ids, ends = tok.encode_batch(texts)
     ends = ends[np.array(last)]
-    closed = np.insert(ids, ends, tok.eos_id)
+    ids = np.insert(ids, ends, tok.eos_id)
     ends = ends + np.arange(1, len(ends) + 1)
-    return closed, ends, len(''.join(texts).encode())
+    n = dict(documents=len(ends), tokens=len(ids), bytes=len(''.join(texts).encode()))
+    return dict(bin=ids, idx=ends), n
 
 
-def encode_examples(tok, examples, limit):
-    """-> ids and ends as of encode_texts; prompt lengths; counts for meta.json. A document begins
-    with BOS, and so does each of its parts where BOS is not EOS. An example with a document of more
-    than `limit` tokens is left out."""
+def encode_examples(tok, examples, last, limit):
+    """The same of examples. A document begins with BOS, and so does each of its parts where BOS is
+    not EOS. An example with a document of more than `limit` tokens is left out."""
     parts = [part for example in examples for row in example for side in row for part in side]
-    ids, ends = tok.encode_batch(parts) if parts else (np.zeros(0, dtype=np.int64), [])
+    ids, ends = tok.encode_batch(parts) if parts else one_after_the_other([])
     encoded = iter(np.split(ids, ends[:-1]))
-    kept, prompt_lengths = [], []
-    n = dict(bytes=0, prompt_tokens=0, prompt_bytes=0, malformed_left_out=0, too_long_left_out=0)
+    kept, malformed, too_long = [], 0, 0
     for example in examples:
         documents = []
         for prompt, answer in example:
@@ -896,34 +887,30 @@ def encode_examples(tok, examples, limit):
                 ids += next(encoded).tolist()
                 if number == len(prompt):
                     prompt_length = len(ids)
-            documents.append((ids + [tok.eos_id], prompt_length))
+            ids.append(tok.eos_id)
+            prompt = ''.join(prompt).encode()
+            n_bytes = len(prompt) + len(''.join(answer).encode())
+            documents.append((ids, n_bytes, prompt_length, len(prompt)))
         if not documents:
-            n['malformed_left_out'] += 1
-        elif max(len(ids) for ids, _ in documents) > limit:
-            n['too_long_left_out'] += 1
+            malformed += 1
+        elif max(len(ids) for ids, *_ in documents) > limit:
+            too_long += 1
         else:
-            for (ids, prompt_length), (prompt, answer) in zip(documents, example, strict=True):
-                kept.append(ids)
-                prompt_lengths.append(prompt_length)
-                n['prompt_bytes'] += len(''.join(prompt).encode())
-                n['bytes'] += len(''.join(prompt + answer).encode())
-    n['prompt_tokens'] = sum(prompt_lengths)
-    return *one_after_the_other(kept), np.array(prompt_lengths, dtype='<i8'), n
+            kept += documents
+    ids, ends = one_after_the_other([ids for ids, *_ in kept])
+    sizes = np.array([sizes for _, *sizes in kept], dtype=np.int64).reshape(-1, 3)
+    n_bytes, prompt_tokens, prompt_bytes = sizes.sum(axis=0).tolist()
+    n = dict(documents=len(kept), tokens=len(ids), bytes=n_bytes, prompt_tokens=prompt_tokens,
+             prompt_bytes=prompt_bytes, malformed_left_out=malformed, too_long_left_out=too_long)
+    return dict(bin=ids, idx=ends, prompt=sizes[:, 1]), n
 
 
-def encode_chunk(tok, dtype, limit, chunk):
-    """split -> what to append to its files, by their endings, and to its counts."""
-    encoded = {}
-    for split, (texts, last) in chunk.items():
-        if isinstance(texts[0], str):
-            ids, ends, n_bytes = encode_texts(tok, texts, last)
-            arrays, n = {}, dict(bytes=n_bytes)
-        else:
-            ids, ends, prompt, n = encode_examples(tok, texts, limit)
-            arrays = dict(prompt=prompt)
-        arrays |= dict(bin=ids.astype(dtype), idx=ends.astype('<i8'))
-        encoded[split] = arrays, dict(documents=len(ends), tokens=len(ids)) | n
-    return encoded
+def encode_chunk(tok, limit, chunk):
+    """split -> what encode_texts or encode_examples makes of its texts."""
+    return {
+        split: (encode_texts if isinstance(texts[0], str) else encode_examples)(
+            tok, texts, last, limit)
+        for split, (texts, last) in chunk.items()}
 
 
 def in_order(function, items, workers):
@@ -953,7 +940,7 @@ def write_bins(folder, tok, documents, size=None, name='', limit=math.inf):
     start = time.time()
     unit = 'B' if size else ' documents'
     with tqdm(desc=f'tokenizing {name}', total=size, unit=unit, unit_scale=True) as progress:
-        encode = partial(encode_chunk, tok, dtype, limit)
+        encode = partial(encode_chunk, tok, limit)
         for encoded in in_order(encode, chunks(documents, progress), os.cpu_count()):
             for split, (arrays, n) in encoded.items():
                 if split not in counts:
@@ -962,6 +949,7 @@ def write_bins(folder, tok, documents, size=None, name='', limit=math.inf):
                 count = counts[split]
                 arrays['idx'] += count['tokens']
                 for ending, array in arrays.items():
+                    array = array.astype(dtype if ending == 'bin' else '<i8')
                     append(f'{folder}/{split}.{ending}', array)
                 for key in n:
                     count[key] += n[key]
@@ -988,14 +976,15 @@ def is_prepared(folder, source, tokenizer):
     except ValueError as error:
         print(f'{error}\nrebuilding {folder}', file=sys.stderr)
         return False
-    theirs = dict(sha256=None) | meta['source']  # older folders have no hash
-    for key in ('size', 'sha256'):
-        if source[key] is None or theirs[key] is None:  # the text itself may be gone by now
-            source = source | {key: theirs[key]}
+    theirs = meta['source']
+    # the text itself may be gone by now, and older folders have no hash
+    unknown = {key: None for key in ('size', 'sha256') if None in (source[key], theirs.get(key))}
+    other = command_for(
+        source['dataset'], tokenizer, 'NAME', source['input'], source.get('max_length'))
     require(
-        theirs == source and has_tokenizer(meta, tokenizer),
-        f"{folder} was made from {theirs} with {meta['tokenizer']['name']}, not from "
-        f'{source} with {tokenizer}: give another --name, or remove the folder')
+        theirs | unknown == source | unknown and has_tokenizer(meta, tokenizer),
+        f"{folder} was made from {theirs} with {meta['tokenizer']['name']}, not from {source} with "
+        f'{tokenizer}: remove the folder, or make another by {other}, which is --dataset=NAME')
     return True
 
 
@@ -1010,14 +999,12 @@ def prepare(
     folder = f'data/{name}'
     unfinished = f'data/.{name}.unfinished'
     os.makedirs('data', exist_ok=True)
-    source = dict(dataset=dataset, input=input, **fingerprint(source_files(dataset, input)))
-    if max_length:
-        source['max_length'] = max_length
-    limit = max_length or MAX_LENGTH.get(dataset, math.inf)
-    with FileLock(f'data/.{name}.lock'):
-        if is_prepared(folder, source, tokenizer):
-            return folder
+    source = source_of(dataset, input, max_length)
+    lock = FileLock(f'data/.{name}.lock')
+    with lock:
         try:
+            if is_prepared(folder, source, tokenizer):
+                return folder
             shutil.rmtree(unfinished, ignore_errors=True)
             os.makedirs(unfinished)
             if is_bpe(tokenizer):
@@ -1027,6 +1014,7 @@ def prepare(
             tok = get_tokenizer(tokenizer, unfinished)
             if tok.sha256 and not is_bpe(tokenizer):
                 shutil.copy(f'{tokenizer}/tokenizer.json', unfinished)
+            limit = max_length or MAX_LENGTH.get(dataset, math.inf)
             dtype, counts = write_bins(
                 unfinished, tok, documents(dataset, input, streaming), source['size'], name, limit)
             whole = counts and all(count['documents'] for count in counts.values())
@@ -1038,9 +1026,11 @@ def prepare(
                 json.dump(meta, f, indent=1)
             shutil.rmtree(folder, ignore_errors=True)
             os.rename(unfinished, folder)
+            return folder
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-    return folder
+            with contextlib.suppress(OSError):  # who waits for the one that is gone makes another
+                os.remove(lock.lock_file)
 
 
 def described(counts):
@@ -1060,19 +1050,22 @@ def find_or_prepare(dataset, tokenizer=None):
     folder = f'data/{dataset}'
     if not os.path.isfile(f'{folder}/meta.json'):
         tokenizer = tokenizer or 'gpt2'
-        folder = f'data/{default_name(dataset, tokenizer)}'
         if is_local(dataset):
-            prepare(dataset, tokenizer)
-        elif not os.path.isdir(folder):
+            return prepare(dataset, tokenizer)
+        hint = f"'{dataset}' is none of {', '.join(DATASETS)}, nor text:PATH or pairs:PATH"
+        if dataset in DATASETS:
+            folder = f'data/{default_name(dataset, tokenizer)}'
             hint = f'make it with {command_for(dataset, tokenizer)}'
-            if dataset not in DATASETS:
-                hint = f"and '{dataset}' is none of {', '.join(DATASETS)}"
+        if not os.path.isdir(folder):
             raise FileNotFoundError(f'there is no data in {folder}: {hint}')
     meta = read_meta(folder)
-    theirs = meta['tokenizer']['name']
-    problem = f"{folder} holds ids of the tokenizer '{theirs}', not '{tokenizer}'"
-    fits = tokenizer is None or has_tokenizer(meta, tokenizer)
-    require(fits, f'{problem}: give --tokenizer={theirs}, or other data')
+    ours = meta['tokenizer']['name']
+    source = meta['source']
+    other = command_for(source['dataset'], tokenizer, input=source['input'])
+    require(
+        tokenizer is None or has_tokenizer(meta, tokenizer),
+        f"{folder} holds ids of the tokenizer '{ours}', not '{tokenizer}': give --tokenizer={ours},"
+        f' or data made by {other}')
     return folder
 
 
@@ -1081,14 +1074,12 @@ def find_or_prepare(dataset, tokenizer=None):
 # masks (n, L) that are not all True
 
 
-def stretches(stream, starts, width):
-    """The `width` tokens of the stream from each of starts (n,): (n, width) int64."""
-    columns = np.add.outer(starts, np.arange(width))
-    return stream[columns].astype(np.int64)
+def columns_of(rows, indices):
+    """Where in the stream the tokens of rows cut from it are, without those a packing adds."""
+    return np.add.outer(rows.starts(indices), np.arange(rows.width))
 
 
-def wrap(stream, starts, block_size, bos_id, eos_id):
-    inner = stretches(stream, starts, block_size - 2)
+def between(inner, bos_id, eos_id):
     return np.pad(inner, ((0, 0), (1, 1)), constant_values=((0, 0), (bos_id, eos_id)))
 
 
@@ -1097,50 +1088,45 @@ def pack_wrap(docs, block_size, bos_id, eos_id):
     joined, a row is BOS, the next block_size - 2 ids, EOS, and the rest is dropped."""
     stream = np.array([i for doc in docs for i in [*doc, eos_id]], dtype=np.int64)
     width = block_size - 2
-    starts = np.arange(len(stream) // width) * width
-    return wrap(stream, starts, block_size, bos_id, eos_id)
-
-
-def padded(sequences, length, pad_id):
-    """Sequences of ids -> x0 (n, L), padded on the right, and where the ids are (n, L) bool."""
-    x0 = np.full((len(sequences), length), pad_id, dtype=np.int64)
-    is_filled = np.zeros(x0.shape, dtype=bool)
-    for row, filled, ids in zip(x0, is_filled, sequences, strict=True):
-        row[:len(ids)] = ids
-        filled[:len(ids)] = True
-    return x0, is_filled
+    inner = stream[:len(stream) // width * width].reshape(-1, width)
+    return between(inner, bos_id, eos_id)
 
 
 def wrap_rows(rows, indices):
     """BOS, the next L-2 tokens of the stream, EOS."""
-    starts = rows.starts(indices)
-    x0 = wrap(rows.tokens, starts, rows.block_size, rows.tok['bos_id'], rows.tok['eos_id'])
-    document = np.ones(x0.shape, dtype=bool)
-    document[:, [0, -1]] = False
-    return x0, dict(document=document)
+    inner, _ = concat_rows(rows, indices)
+    document = between(np.ones(inner.shape, dtype=bool), False, False)
+    return between(inner, rows.tok['bos_id'], rows.tok['eos_id']), dict(document=document)
 
 
 def concat_rows(rows, indices):
-    """The next L tokens of the stream."""
-    return stretches(rows.tokens, rows.starts(indices), rows.block_size), {}
+    """The next L tokens of the stream. Packing 'crop': L tokens from any place of the training
+    stream on, the permutation that picks a row picks the place."""
+    return rows.tokens[columns_of(rows, indices)].astype(np.int64), {}
 
 
 def bos_rows(rows, indices):
     """The next L tokens of the stream in which each document begins with BOS and has no EOS."""
-    columns = np.add.outer(indices * rows.block_size, np.arange(rows.block_size))
+    columns = columns_of(rows, indices)
     x0 = rows.tokens[columns - 1].astype(np.int64)  # BOS stands where the EOS before it stood
     begins = rows.offsets[np.searchsorted(rows.offsets, columns)] == columns
     x0[begins] = rows.tok['bos_id']
     return x0, {}
 
 
-def crop_rows(rows, indices):
-    """L tokens from any place of the training stream on: the permutation that picks a row picks the
-    place. Other splits are as with concat_rows."""
-    if not rows.is_train:
-        return concat_rows(rows, indices)
-    columns = np.add.outer(indices, np.arange(rows.block_size))
-    return rows.tokens[columns].astype(np.int64), {}
+def padded(sequences, length, pad_id):
+    """Sequences of ids -> x0 (n, L), padded on the right, and where the ids are (n, L) bool."""
+    ids, ends = one_after_the_other(sequences)
+    is_filled = np.arange(length) < np.diff(ends, prepend=0)[:, None]
+    x0 = np.full(is_filled.shape, pad_id, dtype=np.int64)
+    x0[is_filled] = ids
+    return x0, is_filled
+
+
+def nothing_but(document, attention_mask):
+    """The masks of rows whose padding is neither corrupted nor scored."""
+    return dict(
+        document=document, maskable=document, scored=document, attention_mask=attention_mask)
 
 
 def pad_rows(rows, indices):
@@ -1150,15 +1136,14 @@ def pad_rows(rows, indices):
     x0, document = padded(documents, rows.block_size, rows.tok['pad_id'])
     if rows.loss_on_padding:
         return x0, dict(document=document)
-    return x0, dict(document=document, maskable=document, scored=document, attention_mask=document)
+    return x0, nothing_but(document, document)
 
 
 def sentence_rows(rows, indices):
     """BOS ([CLS]), one document cut to L-2, EOS ([SEP]), and padding, which is not scored."""
-    bos, eos = [rows.tok['bos_id']], [rows.tok['eos_id']]
-    texts = [rows.document(i)[:-1][:rows.block_size - 2] for i in indices]
-    sequences = [np.concatenate((bos, text, eos)) for text in texts]
-    x0, scored = padded(sequences, rows.block_size, rows.tok['pad_id'])
+    bos, eos = rows.tok['bos_id'], rows.tok['eos_id']
+    texts = [[bos, *rows.document(i)[:-1][:rows.width], eos] for i in indices]
+    x0, scored = padded(texts, rows.block_size, rows.tok['pad_id'])
     document = scored.copy()
     document[:, 0] = False
     return x0, dict(document=document, scored=scored)
@@ -1174,28 +1159,29 @@ def pair_rows(rows, indices):
     document = answer & filled
     if rows.loss_on_padding:
         return x0, dict(document=document, maskable=answer, scored=answer)
-    return x0, dict(document=document, maskable=document, scored=document, attention_mask=filled)
+    return x0, nothing_but(document, filled)
 
 
 def document_rows(rows, indices):
     """Whole documents and their EOS one after another, then padding, which is neither corrupted,
     looked at nor scored. attention_mask numbers the documents of a row (model.within_documents)."""
-    texts = [[rows.document(i) for i in rows.members[first:end]]
-             for first, end in zip(rows.starts[indices], rows.starts[indices + 1], strict=True)]
-    x0, document = padded([np.concatenate(row) for row in texts], rows.block_size,
-                          rows.tok['pad_id'])
-    numbers = np.full(x0.shape, -1)
-    for row, inside, parts in zip(numbers, document, texts, strict=True):
-        row[inside] = np.repeat(np.arange(len(parts)), [len(ids) for ids in parts])
-    return x0, dict(document=document, maskable=document, scored=document, attention_mask=numbers)
+    texts = [[rows.document(i) for i in rows.members[first:end]] for first, end in
+             zip(rows.row_ends[indices], rows.row_ends[indices + 1], strict=True)]
+    x0, document = padded(map(np.concatenate, texts), rows.block_size, rows.tok['pad_id'])
+    numbers = [np.repeat(np.arange(len(parts)), [len(ids) for ids in parts]) for parts in texts]
+    return x0, nothing_but(document, padded(numbers, rows.block_size, -1)[0])
+
+
+def spaced(firsts, counts, step):
+    """counts[i] numbers from firsts[i] on, a step apart, for every i."""
+    index = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+    return np.repeat(firsts, counts) + step * index
 
 
 def cut_longer(offsets, length):
     """offsets, with those of documents longer than `length` at every `length` tokens too."""
     pieces = -(-np.diff(offsets) // length)
-    first = np.repeat(pieces.cumsum() - pieces, pieces)
-    return np.append(np.repeat(offsets[:-1], pieces) + length * (np.arange(len(first)) - first),
-                     offsets[-1])
+    return np.append(spaced(offsets[:-1], pieces, length), offsets[-1])
 
 
 def best_fit(lengths, room, window=1024):
@@ -1225,7 +1211,7 @@ PACKINGS = {  # name -> its function, what it cuts up, and the tokens that it ad
     'wrap': (wrap_rows, 'stream', 2),
     'concat': (concat_rows, 'stream', 0),
     'bos': (bos_rows, 'stream', 0),
-    'crop': (crop_rows, 'stream', 0),
+    'crop': (concat_rows, 'stream', 0),
     'pad': (pad_rows, 'documents', 0),
     'sentence': (sentence_rows, 'documents', 2),
     'pair': (pair_rows, 'documents', 0),
@@ -1246,60 +1232,69 @@ class TokenRows:
     def __init__(
             self, folder, split, block_size, packing, loss_on_padding=True, pad_to='block',
             grouping=None):
-        meta = read_meta(folder)
-        splits = meta['splits']
-        known = ', '.join(PACKINGS)
-        require(packing in PACKINGS, f"packing '{packing}' is not known: choose from {known}")
+        self.meta = read_meta(folder)
+        splits = self.meta['splits']
+        require(packing in PACKINGS,
+                f"packing '{packing}' is not known: choose from {', '.join(PACKINGS)}")
         self.pack, unit, added = PACKINGS[packing]
         require(block_size > added, f'block_size={block_size} is too short for packing {packing}')
         hint = '--val_split of train.py, --split of eval.py; a very short text has no validation'
-        known = ', '.join(splits)
-        require(split in splits, f"{folder} has no split '{split}', only {known} ({hint})")
-        self.meta = meta
-        self.tok = meta['tokenizer']
-        self.rebuild = f"rebuild it with {meta['command']}"
+        require(split in splits,
+                f"{folder} has no split '{split}', only {', '.join(splits)} ({hint})")
         self.name = f'{folder}/{split}'
-        self.block_size = block_size
-        self.loss_on_padding = loss_on_padding
-        require(pad_to in ('block', 'batch'), f"pad_to='{pad_to}': choose from block, batch")
-        self.pad_to = pad_to
+        self.tok = self.meta['tokenizer']
+        self.rebuild = f"rebuild it with {self.meta['command']}"
         self.counts = splits[split]
+        self.block_size = block_size
+        self.width = block_size - added
+        self.loss_on_padding = loss_on_padding
+        self.pad_to = pad_to
         # plain arrays: their slices take a tenth of the time
-        dtype = np.dtype(meta['dtype']).newbyteorder('<')
+        dtype = np.dtype(self.meta['dtype']).newbyteorder('<')
         self.tokens = np.asarray(np.memmap(f'{self.name}.bin', dtype=dtype, mode='r'))
         self.offsets = np.asarray(np.memmap(f'{self.name}.idx', dtype='<i8', mode='r'))
         self.length = self.counts['documents']
-        self.width = block_size - added
-        self.grouped = None
-        if unit == 'stream' and grouping:
-            firsts = self.offsets[:-1:grouping]
-            counts = np.diff(np.append(firsts, self.offsets[-1])) // self.width
-            row = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
-            self.grouped = np.repeat(firsts, counts) + row * self.width
-            self.length = len(self.grouped)
-        elif unit == 'stream':
-            self.length = len(self.tokens) // self.width
-        self.is_train = split == 'train'
-        if packing == 'crop' and self.is_train:  # places; the EOS at the very end is left out
-            self.length = max(0, len(self.tokens) - block_size)
         self.left_out = 0
-        if packing == 'pair':
+
+        anywhere = packing == 'crop' and split == 'train'
+        require(not grouping or unit == 'stream' and not anywhere,
+                f"grouping={grouping}: rows of packing '{packing}' are not cut from groups")
+        if unit == 'stream':
+            self.cut_stream(anywhere, grouping)
+        elif packing == 'pair':
             self.choose_examples()
-        if packing == 'documents':
+        elif packing == 'documents':
             self.document(np.diff(self.offsets).argmin())  # refuses damaged ones
             self.offsets = cut_longer(self.offsets, block_size)
-            self.members, self.starts = best_fit(np.diff(self.offsets), block_size)
-            self.length = len(self.starts) - 1
+            self.members, self.row_ends = best_fit(np.diff(self.offsets), block_size)
+            self.length = len(self.row_ends) - 1
         problem = f'holds {len(self.tokens)} tokens, less than one row of {block_size}'
         if self.left_out:
             problem = f'holds no document of at most {block_size} tokens'
         require(self.length, f'{self.name}.bin {problem}: prepare more text, or lower block_size')
 
+    def cut_stream(self, anywhere, grouping):
+        """Rows begin anywhere, or side by side, anew in each group of documents."""
+        self.step = 1 if anywhere else self.width
+        self.length = len(self.tokens) // self.width
+        self.grouped = None
+        if anywhere:  # the EOS at the very end is left out
+            self.length = max(0, len(self.tokens) - self.width)
+        if grouping:
+            firsts = self.offsets[:-1:grouping]
+            counts = np.diff(np.append(firsts, self.offsets[-1])) // self.width
+            self.grouped = spaced(firsts, counts, self.width)
+            self.length = len(self.grouped)
+
+    def starts(self, indices):
+        """Where rows cut from the stream begin in it."""
+        return indices * self.step if self.grouped is None else self.grouped[indices]
+
     def choose_examples(self):
         """Which documents fit into a row: the others are left out, with all of their example."""
         hint = 'python data.py --dataset=pairs:FILE makes data that have them'
-        has = 'prompt_tokens' in self.counts
-        require(has, f"packing 'pair': {self.name} has no prompts and answers; {hint}")
+        require('prompt_tokens' in self.counts,
+                f"packing 'pair': {self.name} has no prompts and answers; {hint}")
         self.prompt = np.asarray(np.memmap(f'{self.name}.prompt', dtype='<i8', mode='r'))
         self.lengths = np.diff(self.offsets)
         fits = self.lengths <= self.block_size
@@ -1310,8 +1305,8 @@ class TokenRows:
             i = self.prompt.argmax()
             require(
                 self.prompt[i] < self.block_size,
-                f'{self.name}: the prompt of document {i} has {self.prompt[i]} tokens, which'
-                f' leaves no answer in a row of {self.block_size}: raise block_size, or leave such '
+                f'{self.name}: the prompt of document {i} has {self.prompt[i]} tokens, which leaves'
+                f' no answer in a row of {self.block_size}: raise block_size, or leave such '
                 f'documents out by data.py --max_length={self.block_size}')
         self.kept = np.flatnonzero(fits)
         self.length = len(self.kept)
@@ -1324,19 +1319,15 @@ class TokenRows:
         """The tokens of the longest of these rows of packing 'pair', its EOS included."""
         return int(self.lengths[self.kept[indices]].max())
 
-    def __len__(self):
-        return self.length
-
-    def starts(self, indices):
-        """Where rows cut from the stream begin in it."""
-        return indices * self.width if self.grouped is None else self.grouped[indices]
-
     def document(self, i):
         """The ids of document i, its EOS included."""
         start, end = self.offsets[i], self.offsets[i + 1]
         problem = f'the offsets of {self.name} do not rise at document {i}: {self.rebuild}'
         require(0 <= start < end <= len(self.tokens), problem)
         return self.tokens[start:end]
+
+    def __len__(self):
+        return self.length
 
     def __getitem__(self, indices):
         if isinstance(indices, slice):
