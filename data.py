@@ -10,6 +10,8 @@ data/<name>/ then holds meta.json and, for each split, <split>.bin (token ids, e
 by EOS) and <split>.idx (int64 offsets of the documents and of the end); of prompts and answers also
 <split>.prompt (int64, how many tokens of each document are its prompt). TokenRows cuts out rows.
 """
+from configurator import configure, require  # first: it answers Ctrl-C while torch is imported
+
 import ast
 import bisect
 import contextlib
@@ -26,9 +28,8 @@ import shutil
 import sys
 import sysconfig
 import threading
-import time
 from array import array
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import PurePath
@@ -37,8 +38,6 @@ import numpy as np
 import torch
 from filelock import FileLock
 from tqdm import tqdm
-
-from configurator import configure, require
 
 dataset = 'stdlib'  # a key of DATASETS, or text:PATH or pairs:PATH (a file, or a folder of them)
 tokenizer = 'gpt2'  # gpt2, gpt2-xlm, bert-xlm, bytes, text8, bpe-N, a hub name, or a run's folder
@@ -71,8 +70,8 @@ def key_of(*numbers):
 
 
 def permute(index, n, *key):
-    """The images of index (k,) under the random permutation of range(n) that key decides: a Feistel
-    network on the next power of four, walked until the image lies in the range."""
+    """index (k,) under the permutation of range(n) that key decides: a Feistel network on the next
+    power of four, walked until the image lies in the range."""
     half = math.ceil((n - 1).bit_length() / 2) or 1
     low = 2 ** half - 1
     round_keys = [key_of(*key, i) for i in range(6)]
@@ -93,8 +92,7 @@ def permute(index, n, *key):
 
 
 class Tokenizer:
-    """encode(str) -> ids, decode(ids) -> str, and the special ids. Text that looks like a special
-    token is encoded as text.
+    """encode(str) -> ids, decode(ids) -> str, and the special ids, which no text is encoded to.
 
     encode_batch: texts -> ids, ends (one_after_the_other). decode_ids: ids below base_size -> str.
     named: (id, text) of further ids. A missing EOS, then a missing mask, gets the next id; missing
@@ -113,7 +111,7 @@ class Tokenizer:
         self.bos_id = self.eos_id if bos_id is None else bos_id
         self.pad_id = self.eos_id if pad_id is None else pad_id
         ours = self.bos_id, self.eos_id, self.pad_id, self.mask_id
-        self.special_ids = {*special_ids, *self.named, *ours}  # no part of a text
+        self.special_ids = {*special_ids, *self.named, *ours}
 
     def add(self, text):
         self.named[self.vocab_size] = text
@@ -137,9 +135,9 @@ class Tokenizer:
 
 def one_after_the_other(sequences):
     """Sequences of ids -> all ids in one array, and where each sequence ends."""
-    arrays = [np.asarray(sequence, dtype=np.int64) for sequence in sequences]
-    ends = np.cumsum([len(array) for array in arrays], dtype=np.int64)
-    return np.concatenate([np.zeros(0, dtype=np.int64), *arrays]), ends
+    arrays = [np.zeros(0, dtype=np.int64)]
+    arrays += [np.asarray(sequence, dtype=np.int64) for sequence in sequences]
+    return np.concatenate(arrays), np.cumsum([len(array) for array in arrays[1:]], dtype=np.int64)
 
 
 GPT2_XLM = ('<|cls|>', '<|bos|>', '<|pad|>', '<|unk|>', '<|mask|>', '<|sep|>')  # ids from 50257
@@ -150,9 +148,8 @@ def gpt2_tokenizer(name):
     try:
         base = tiktoken.get_encoding('gpt2')
     except Exception as error:  # requests' own, where there is no network
-        raise ValueError(
-            "GPT-2's vocabulary cannot be downloaded: set TIKTOKEN_CACHE_DIR to a folder that "
-            f'holds it ({type(error).__name__})') from None
+        raise ValueError("GPT-2's vocabulary cannot be downloaded: set TIKTOKEN_CACHE_DIR to a "
+                         f'folder with it ({type(error).__name__})') from None
 
     @functools.cache  # a tenth faster: the first thread that runs its regular expressions owns them
     def encoder(thread):
@@ -186,8 +183,7 @@ def bpe_tokenizer(name, folder):
     try:
         base = tokenizers.Tokenizer.from_buffer(file)
     except Exception as error:  # tokenizers' own
-        why = f'is not the file of a tokenizer ({error}): prepare the data again'
-        raise ValueError(f'{path} {why}') from None
+        raise ValueError(f'{path} is not a tokenizer ({error}): prepare the data again') from None
     base.encode_special_tokens = True  # as text
 
     def encode_batch(texts):
@@ -202,14 +198,13 @@ def bpe_tokenizer(name, folder):
 def train_bpe(texts, size, path):
     """Train a byte-level BPE of `size` ids, EOS included, on an iterator of texts; save it."""
     import tokenizers
+    require(size > 256, f'bpe-{size}: a byte-level BPE has at least 257 ids, 256 bytes and EOS')
     base = tokenizers.Tokenizer(tokenizers.models.BPE())
     base.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     base.decoder = tokenizers.decoders.ByteLevel()
-    require(size > 256, f'bpe-{size}: a byte-level BPE has at least 257 ids, 256 bytes and EOS')
-    trainer = tokenizers.trainers.BpeTrainer(
+    base.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
         vocab_size=size, special_tokens=['<|endoftext|>'], show_progress=False,
-        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))
-    base.train_from_iterator(texts, trainer)
+        initial_alphabet=sorted(base.pre_tokenizer.alphabet())))
     base.save(path)
 
 
@@ -286,13 +281,12 @@ def is_bpe(name):
 
 
 def is_run(name):
-    """Whether it is the folder of a run of train.py, or of data, and no tokenizer's name."""
+    """Whether it is the folder of a run of train.py, or of data."""
     files = ('ckpt.pt', 'meta.json')
     return name not in TOKENIZERS and any(os.path.isfile(f'{name}/{file}') for file in files)
 
 
 def tokenizer_of_run(folder):
-    """The tokenizer that the net or the data in a folder have their ids from."""
     path = f'{folder}/ckpt.pt'
     if not os.path.isfile(path):
         return get_tokenizer(read_meta(folder)['tokenizer']['name'], folder)
@@ -300,15 +294,15 @@ def tokenizer_of_run(folder):
         meta = torch.load(path, mmap=True, weights_only=True)['tokenizer']
         name = meta['name']
     except Exception as error:  # whatever a broken file leads to
-        why = f'({type(error).__name__}): give --tokenizer by its name'
-        raise ValueError(f'{path} does not tell its tokenizer {why}') from None
+        raise ValueError(f'{path} does not tell its tokenizer ({type(error).__name__}): give '
+                         '--tokenizer by its name') from None
     return get_tokenizer(name, folder, meta)
 
 
 def get_tokenizer(name, folder=None, meta=None):
     """The tokenizer of that name: a key of TOKENIZERS, 'bpe-N' (from folder/tokenizer.json), the
-    folder of a run, or a Hugging Face name or folder. Raises ValueError or FileNotFoundError.
-    meta: of the tokenizer that a net was trained with, which must have the same ids."""
+    folder of a run or of data, or a Hugging Face name or folder. meta: of the tokenizer that a net
+    was trained with, which must have the same ids. Raises ValueError or FileNotFoundError."""
     if is_bpe(name):
         tok = bpe_tokenizer(name, folder)
     elif is_run(name):
@@ -325,10 +319,10 @@ def get_tokenizer(name, folder=None, meta=None):
 
 
 # -----------------------------------------------------------------------------
-# sources of text. A reader is a generator of (split, text, last, total): split is None where a hash
-# of the document's index chooses, last False where the document goes on in the next item, and total
-# the number of documents, if it is known. In place of a text may stand an example: a list of
-# (parts of the prompt, parts of the answer), a document each; [] where the source is malformed
+# sources of text. A reader yields (split, text, last, total). split: None where a hash chooses.
+# text: a document, or a piece of one with last=False where more of it follows, or an example: a
+# list of (parts of the prompt, parts of the answer), a document each, [] where the source is
+# malformed. total: the number of documents, if it is known
 
 TEXT_FILES = ('.txt', '.jsonl')
 PIECE = 1 << 20  # characters; longer documents go through in pieces
@@ -342,7 +336,7 @@ def read_plain_text(path):
     inside = False  # its document has begun in an earlier piece
     with open(path, encoding='utf-8-sig') as f:
         for block in itertools.chain(iter(partial(f.read, PIECE), ''), ['\n\n']):
-            before = '' if inside else '\n\n'  # with blank lines at its beginning a BLANK
+            before = '' if inside else '\n\n'  # so that BLANK takes what is blank at its beginning
             *whole, rest = BLANK.split(before + rest + block)
             for text in whole:
                 if text or inside:
@@ -356,7 +350,7 @@ def read_plain_text(path):
 
 
 def is_text(value):
-    """Half of a surrogate pair is no text."""
+    """A string without half a surrogate pair."""
     return isinstance(value, str) and value.encode(errors='ignore').decode() == value
 
 
@@ -373,8 +367,8 @@ def read_objects(path, *columns, otherwise=None):
             row = row if isinstance(row, dict) else {}
             values = [row.get(column, row.get(otherwise)) for column in columns]
             for column, value in zip(columns, values, strict=True):
-                problem = f'not a JSON object with a "{column}" field that holds a string'
-                require(is_text(value), f'{path}, line {number}: {problem}')
+                require(is_text(value), f'{path}, line {number}: not a JSON object with a '
+                        f'"{column}" field that holds a string')
             yield number, *values
 
 
@@ -385,13 +379,11 @@ def read_jsonl(path, column='text'):
 
 
 def read_lines(path, keep_newline=False):
-    """Every line is a document, an empty one too, as the rows of a benchmark on the hub are."""
+    """Every line is a document, an empty one too."""
     with open(path, encoding='utf-8-sig', newline='\n') as f:
         for line in f:
             text = line.strip()
-            if text and keep_newline:
-                text = line
-            yield None, text, True, None
+            yield None, line if text and keep_newline else text, True, None
 
 
 def files_of(path, endings=TEXT_FILES):
@@ -442,9 +434,8 @@ def stdlib_documents():
 def read_stdlib(input=None, streaming=True):
     """English that every CPython carries: the topics of its help() and the docstrings of the
     standard library, without tests and repetitions."""
-    texts = stdlib_documents()
-    for text in texts:
-        yield None, text, True, len(texts)
+    for text in stdlib_documents():
+        yield None, text, True, len(stdlib_documents())
 
 
 def read_text8(input=None, streaming=True, length=256):
@@ -473,8 +464,8 @@ def read_hub(repository, splits=None, validation_last=0, column='text', keep=Non
 
     splits: those of the hub, or a dict from the hub's names to ours; None: a hash splits 'train'.
     validation_last: so many documents at the end of 'train' are validation. keep: a test of rows.
-    most: documents of a split, at most. benchmark: the split that is measured, and what a file
-    holds, a row a line (keep_newline: with its newline). options: of load_rows."""
+    benchmark: the split that is measured, and which a file holds, a row a line (keep_newline: with
+    its newline). most: documents of a split. options: of load_rows."""
     read_text, read_json = read_plain_text, read_jsonl
     if benchmark:
         read_text = partial(read_lines, keep_newline=keep_newline)
@@ -489,16 +480,15 @@ def read_hub(repository, splits=None, validation_last=0, column='text', keep=Non
         info = (rows.info.splits or {}).get(split)
         total = len(rows) if hasattr(rows, '__len__') else getattr(info, 'num_examples', None)
         hint = f'there are {total} in all' if total else '--streaming=False counts them'
-        require(
-            not validation_last or (total or 0) > validation_last,
-            f'{source}: the last {validation_last} documents are validation, but {hint}')
+        require(not validation_last or total and total > validation_last,
+                f'{source}: the last {validation_last} documents are validation, but {hint}')
         ours = split if splits or validation_last else None
         if isinstance(splits, dict):
             ours = splits[split]
         for i, row in enumerate(itertools.islice(rows, most)):
             text = row.get(column)
-            problem = f"row {i} of '{split}' has no text in its column '{column}'"
-            require(isinstance(text, str), f'{source}: {problem}')
+            require(isinstance(text, str),
+                    f"{source}: row {i} of '{split}' has no text in its column '{column}'")
             if validation_last and i == total - validation_last:
                 ours = 'validation'
             if keep is None or keep(row):
@@ -516,8 +506,8 @@ def load_rows(repository, split, input=None, streaming=True, data_files=None, **
         return datasets.load_dataset(repository, split=split, streaming=streaming, **options)
     except Exception as error:  # the hub's client has many, which mean the same to the user
         why = f'{type(error).__name__}: {str(error).strip().splitlines()[0]}'
-        problem = f"{input or repository}, split '{split}', cannot be read ({why})"
-        raise ValueError(f'{problem}; --input=FOLDER takes a local copy') from None
+        raise ValueError(f"{input or repository}, split '{split}', cannot be read ({why}); "
+                         '--input=FOLDER takes a local copy') from None
 
 
 # prompts and answers; each part is tokenized apart
@@ -548,8 +538,8 @@ def read_local(read, where, input=None, streaming=True):
 
 
 def gsm8k_line(question, answer):
-    """GSM8K's own two fields as a line of the implicit chain-of-thought data (Deng et al. 2023):
-    the question, the annotations of the answer, the number."""
+    """GSM8K's two fields as a line of the implicit chain-of-thought data (Deng et al. 2023): the
+    question, the annotations of the answer, the number."""
     thought = ' '.join(re.findall('<<.*?>>', answer))
     return f"{question}||{thought} #### {answer.rpartition('####')[2].strip()}\n"
 
@@ -567,11 +557,10 @@ def gsm8k_example(line):
 def read_gsm8k_lines(path):
     """Lines of that form, or GSM8K's own objects."""
     with open(path, encoding='utf-8-sig') as f:
-        is_json = f.read(1) == '{'
-        f.seek(0)
         lines = f
-        if is_json:
+        if f.read(1) == '{':
             lines = (gsm8k_line(*row) for _, *row in read_objects(path, 'question', 'answer'))
+        f.seek(0)
         for line in lines:
             yield 'train', gsm8k_example(line), True, None
 
@@ -586,14 +575,12 @@ def read_gsm8k(input=None, streaming=True):
             yield split, gsm8k_example(line), True, None
 
 
-VICUNA = (
-    'A chat between a curious user and an artificial intelligence assistant. The assistant gives '
-    "helpful, detailed, and polite answers to the user's questions. ")
-
-
 def vicuna_prompt(message):
     """Vicuna v1.1's template around the first message."""
-    return f'{VICUNA}USER: {message} ASSISTANT:' if message else f'{VICUNA}USER:ASSISTANT:'
+    asked = f' {message} ' if message else ''
+    return ('A chat between a curious user and an artificial intelligence assistant. The assistant '
+            "gives helpful, detailed, and polite answers to the user's questions. "
+            f'USER:{asked}ASSISTANT:')
 
 
 def sharegpt_example(row):
@@ -604,9 +591,8 @@ def sharegpt_example(row):
         asked, answer = human['value'], gpt['value']
     except (KeyError, TypeError, ValueError):
         return []
-    if sides != ('human', 'gpt') or not (is_text(asked) and is_text(answer)):
-        return []
-    return [([vicuna_prompt(asked)], [answer])]
+    good = sides == ('human', 'gpt') and is_text(asked) and is_text(answer)
+    return [([vicuna_prompt(asked)], [answer])] if good else []
 
 
 def read_sharegpt(path):
@@ -638,8 +624,7 @@ papers = partial(
     revision='refs/convert/parquet')
 DATASETS = {
     'stdlib': read_stdlib,
-    'openwebtext': partial(  # as MDLM splits it
-        read_hub, 'Skylion007/openwebtext', validation_last=100_000),
+    'openwebtext': partial(read_hub, 'Skylion007/openwebtext', validation_last=100_000),  # MDLM's
     'owt-gpt2-1024-split': partial(  # xlm's
         read_hub, 'dhruveshpatel/owt-gpt2-1024-split', splits=('train', 'validation')),
     'slimpajama': partial(  # SMDM's, without code
@@ -657,8 +642,7 @@ DATASETS = {
     'lambada': partial(  # all there is, MDLM's validation
         benchmark_of_hub, 'EleutherAI/lambada_openai', splits={'test': 'validation'},
         name='default'),
-    'ag_news': partial(
-        read_hub, 'fancyzhx/ag_news', splits=('train', 'test'), benchmark='test'),
+    'ag_news': partial(read_hub, 'fancyzhx/ag_news', splits=('train', 'test'), benchmark='test'),
     'scientific_papers_pubmed': partial(papers, data_files='pubmed/*{split}/*.parquet'),
     'scientific_papers_arxiv': partial(papers, data_files='arxiv/*{split}/*.parquet'),
     'fineweb-2024-10': partial(fineweb, name='CC-MAIN-2024-10'),  # SMDM's temporal shift
@@ -670,9 +654,8 @@ DATASETS = {
     'sharegpt': partial(
         read_local, read_sharegpt, 'ShareGPT_V3_unfiltered_cleaned_split_no_imsorry.json of '
         'anon8231489123/ShareGPT_Vicuna_unfiltered on the hub'),
-    'reverse': partial(
-        read_local, read_reverse, 'all_prompts_train.jsonl of lukasberglund/reversal_curse on '
-        'GitHub'),
+    'reverse': partial(read_local, read_reverse,
+                       'all_prompts_train.jsonl of lukasberglund/reversal_curse on GitHub'),
 }
 MAX_LENGTH = {'gsm8k': 256, 'sharegpt': 2048}  # tokens; longer examples are left out, as released
 BENCHMARKS = {'text8': 'test', 'text8-crop': 'test'} | {  # the split that is measured
@@ -728,10 +711,9 @@ def detokenize(dataset_name, text):
 
 
 def documents(dataset, input=None, streaming=True):
-    """What the reader of a dataset yields, with the text cleaned up and every split chosen."""
-    require(
-        not (input and is_local(dataset)),
-        f'--input={input} takes the place of the hub, which dataset {dataset} does not need')
+    """What a dataset's reader yields, with the text cleaned up and every split chosen."""
+    require(not (input and is_local(dataset)),
+            f'--input={input} takes the place of the hub, which dataset {dataset} does not need')
     if dataset.startswith('text:'):
         reader = read_files(*paths_of(dataset))
     elif dataset.startswith('pairs:'):
@@ -739,9 +721,9 @@ def documents(dataset, input=None, streaming=True):
     elif dataset in DATASETS:
         reader = DATASETS[dataset](input=input, streaming=streaming)
     else:
-        near = difflib.get_close_matches(dataset, DATASETS, n=1, cutoff=0)[0]
-        hint = f"the nearest is '{near}', and text:PATH or pairs:PATH takes your own text"
-        raise ValueError(f"dataset '{dataset}' is not known; {hint}")
+        near, = difflib.get_close_matches(dataset, DATASETS, n=1, cutoff=0)
+        raise ValueError(f"dataset '{dataset}' is not known; the nearest is '{near}'; text:PATH "
+                         'and pairs:PATH take your own text')
     index = 0
     for split, text, last, total in reader:
         if split is None:
@@ -759,33 +741,30 @@ def default_name(dataset, tokenizer):
     return re.sub(r'[^\w.-]+', '_', '-'.join(stems))
 
 
-def command_for(dataset, tokenizer, name=None, input=None, max_length=None):
+def command_for(**constants):
     """The command that makes a data folder."""
-    arguments = dict(
-        dataset=dataset, tokenizer=tokenizer, name=name, input=input, max_length=max_length)
-    words = [f'--{key}={shlex.quote(str(value))}' for key, value in arguments.items() if value]
+    words = [f'--{key}={shlex.quote(str(value))}' for key, value in constants.items() if value]
     return ' '.join(['python data.py', *words])
 
 
 def source_of(dataset, input, max_length):
-    """What a data folder is made from, with the size in bytes and a hash of its local files, Nones
-    where there are none."""
+    """What a data folder is made from. size (bytes) and sha256 are of local files, or None."""
     paths, endings = paths_of(dataset), TEXT_FILES
     if input:
         paths, endings = [input], ('',)
     elif dataset.startswith('pairs:'):
         endings = ('.jsonl',)
     files = [file for path in paths if os.path.exists(path) for file in files_of(path, endings)]
-    sizes = [os.path.getsize(file) for file in files]
-    digest = hashlib.sha256()
-    for file, size in zip(files, sizes, strict=True):
-        digest.update(b'%d ' % size)
-        with open(file, 'rb') as f:
-            while block := f.read(PIECE):
-                digest.update(block)
     source = dict(dataset=dataset, input=input, size=None, sha256=None)
     if files:
-        source |= dict(size=sum(sizes), sha256=digest.hexdigest()[:16])
+        source['size'] = sum(map(os.path.getsize, files))
+        digest = hashlib.sha256()
+        for file in files:
+            digest.update(b'%d ' % os.path.getsize(file))
+            with open(file, 'rb') as f:
+                while block := f.read(PIECE):
+                    digest.update(block)
+        source['sha256'] = digest.hexdigest()[:16]
     if max_length:
         source['max_length'] = max_length
     return source
@@ -796,39 +775,41 @@ def read_meta(folder):
     the command that rebuilds the folder where a file is not what the meta says."""
     path = f'{folder}/meta.json'
     if not os.path.isfile(path):
-        hint = 'make one with python data.py --dataset=NAME'
-        raise FileNotFoundError(f'{path} is missing: {folder} is not a data folder; {hint}')
+        raise FileNotFoundError(f'{path} is missing: {folder} is not a data folder; make one with '
+                                'python data.py --dataset=NAME')
     try:
         with open(path) as f:
             meta = json.load(f)
         rebuild = f"rebuild it with {meta['command']}"
-        itemsize = {'uint16': 2, 'uint32': 4}[meta['dtype']]
         whole = meta['source']['dataset'] and meta['tokenizer']['name']
         require(whole, f'{path} does not tell its dataset and tokenizer: {rebuild}')
-        for split, counts in meta['splits'].items():
-            sizes = dict(bin=counts['tokens'] * itemsize, idx=(counts['documents'] + 1) * 8)
-            if 'prompt_tokens' in counts:
-                sizes['prompt'] = counts['documents'] * 8
+        itemsize = {'uint16': 2, 'uint32': 4}[meta['dtype']]
+        for split, n in meta['splits'].items():
+            sizes = dict(bin=n['tokens'] * itemsize, idx=(n['documents'] + 1) * 8)
+            if 'prompt_tokens' in n:
+                sizes['prompt'] = n['documents'] * 8
             for ending, size in sizes.items():
                 file = f'{folder}/{split}.{ending}'
                 require(os.path.isfile(file), f'{file} is missing: {rebuild}')
                 found = os.path.getsize(file)
-                problem = f'holds {found:,} bytes, where meta.json says {size:,}'
-                require(found == size, f'{file} {problem}: {rebuild}')
+                require(found == size, f'{file} holds {found:,} bytes, where meta.json says '
+                        f'{size:,}: {rebuild}')
             ends = np.memmap(f'{folder}/{split}.idx', dtype='<i8', mode='r')[[0, -1]].tolist()
-            problem = f'{folder}/{split}.idx does not fit the tokens of meta.json'
-            require(ends == [0, counts['tokens']], f'{problem}: {rebuild}')
+            require(ends == [0, n['tokens']],
+                    f'{folder}/{split}.idx does not fit the tokens of meta.json: {rebuild}')
     except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         why = f'is not what data.py writes ({type(error).__name__}: {error})'
         raise ValueError(f'{path} {why}: remove {folder} and prepare it again') from None
     return meta
 
 
+def parts_of(examples):
+    return [part for example in examples for row in example for side in row for part in side]
+
+
 def text_of(text):
     """A text as it is, an example as all its parts joined."""
-    if isinstance(text, str):
-        return text
-    return ' '.join(part for row in text for parts in row for part in parts)
+    return text if isinstance(text, str) else ' '.join(parts_of([text]))
 
 
 def training_texts(documents, limit=2 ** 27):
@@ -843,7 +824,7 @@ def training_texts(documents, limit=2 ** 27):
 
 
 def chunks(documents, progress):
-    """About a megabyte of documents at a time: split -> the texts, and which end a document."""
+    """About a megabyte of documents at a time: split, their texts, and which end a document."""
     chunk = {}
     size = 0
     for split, text, last, total in documents:
@@ -853,10 +834,10 @@ def chunks(documents, progress):
         ends.append(last)
         size += len(text_of(text))
         if size >= PIECE:
-            yield chunk
+            yield from chunk.items()
             chunk = {}
             size = 0
-    yield chunk
+    yield from chunk.items()
 
 
 def encode_texts(tok, texts, last, limit):
@@ -873,7 +854,7 @@ def encode_texts(tok, texts, last, limit):
 def encode_examples(tok, examples, last, limit):
     """The same of examples. A document begins with BOS, and so does each of its parts where BOS is
     not EOS. An example with a document of more than `limit` tokens is left out."""
-    parts = [part for example in examples for row in example for side in row for part in side]
+    parts = parts_of(examples)
     ids, ends = tok.encode_batch(parts) if parts else one_after_the_other([])
     encoded = iter(np.split(ids, ends[:-1]))
     kept, malformed, too_long = [], 0, 0
@@ -906,17 +887,15 @@ def encode_examples(tok, examples, last, limit):
 
 
 def encode_chunk(tok, limit, chunk):
-    """split -> what encode_texts or encode_examples makes of its texts."""
-    return {
-        split: (encode_texts if isinstance(texts[0], str) else encode_examples)(
-            tok, texts, last, limit)
-        for split, (texts, last) in chunk.items()}
+    """What chunks() yields -> split, and what encode_texts or encode_examples makes of it."""
+    split, (texts, last) = chunk
+    encode = encode_texts if isinstance(texts[0], str) else encode_examples
+    return split, *encode(tok, texts, last, limit)
 
 
 def in_order(function, items, workers):
-    """map(function, items) on threads, in order, with few items under way. Tokenizers work outside
-    the interpreter's lock, so threads use every core."""
-    with ThreadPoolExecutor(workers) as pool:
+    """map(function, items) on threads, in order, with few items under way."""
+    with ThreadPoolExecutor(workers) as pool:  # tokenizers work outside the interpreter's lock
         pending = deque()
         for item in items:
             pending.append(pool.submit(function, item))
@@ -926,37 +905,25 @@ def in_order(function, items, workers):
             yield pending.popleft().result()
 
 
-def append(path, array):
-    with open(path, 'ab') as f:
-        f.write(array.tobytes())
-
-
-def write_bins(folder, tok, documents, size=None, name='', limit=math.inf):
-    """Write <split>.bin and <split>.idx of all documents into an empty folder (and <split>.prompt
-    of examples) -> the dtype's name, the counts of each split. size: bytes of the source, for the
-    progress bar. limit: of encode_examples."""
+def write_bins(folder, tok, documents, size, name, limit):
+    """Write the files of all splits into an empty folder -> the dtype's name, the counts of each
+    split. size: bytes of the source, or None, for the progress bar. limit: tokens of an example."""
     dtype = np.dtype('<u2' if tok.vocab_size <= 2 ** 16 else '<u4')
     counts = {}
-    start = time.time()
     unit = 'B' if size else ' documents'
     with tqdm(desc=f'tokenizing {name}', total=size, unit=unit, unit_scale=True) as progress:
         encode = partial(encode_chunk, tok, limit)
-        for encoded in in_order(encode, chunks(documents, progress), os.cpu_count()):
-            for split, (arrays, n) in encoded.items():
-                if split not in counts:
-                    counts[split] = dict.fromkeys(n, 0)
-                    append(f'{folder}/{split}.idx', np.zeros(1, dtype='<i8'))
-                count = counts[split]
-                arrays['idx'] += count['tokens']
-                for ending, array in arrays.items():
-                    array = array.astype(dtype if ending == 'bin' else '<i8')
-                    append(f'{folder}/{split}.{ending}', array)
-                for key in n:
-                    count[key] += n[key]
-                progress.update(n['bytes'] if size else n['documents'])
-            tokens = sum(count['tokens'] for count in counts.values())
-            speed = tokens / (time.time() - start)
-            progress.set_postfix_str(f'{speed:,.0f} tokens/s', refresh=False)
+        for split, arrays, n in in_order(encode, chunks(documents, progress), os.cpu_count()):
+            if split not in counts:
+                counts[split] = Counter()
+                arrays['idx'] = np.append(0, arrays['idx'])
+            arrays['idx'] += counts[split]['tokens']
+            counts[split].update(n)
+            for ending, array in arrays.items():
+                with open(f'{folder}/{split}.{ending}', 'ab') as f:
+                    f.write(array.astype(dtype if ending == 'bin' else '<i8').tobytes())
+            progress.update(n['bytes'] if size else n['documents'])
+            progress.set_postfix(tokens=sum(n['tokens'] for n in counts.values()), refresh=False)
     return dtype.name, counts
 
 
@@ -979,27 +946,25 @@ def is_prepared(folder, source, tokenizer):
     theirs = meta['source']
     # the text itself may be gone by now, and older folders have no hash
     unknown = {key: None for key in ('size', 'sha256') if None in (source[key], theirs.get(key))}
-    other = command_for(
-        source['dataset'], tokenizer, 'NAME', source['input'], source.get('max_length'))
-    require(
-        theirs | unknown == source | unknown and has_tokenizer(meta, tokenizer),
-        f"{folder} was made from {theirs} with {meta['tokenizer']['name']}, not from {source} with "
-        f'{tokenizer}: remove the folder, or make another by {other}, which is --dataset=NAME')
+    other = command_for(dataset=source['dataset'], tokenizer=tokenizer, name='NAME',
+                        input=source['input'], max_length=source.get('max_length'))
+    require(theirs | unknown == source | unknown and has_tokenizer(meta, tokenizer),
+            f"{folder} was made from {theirs} with {meta['tokenizer']['name']}, not from {source} "
+            f'with {tokenizer}: remove it, or make another by {other}, which is --dataset=NAME')
     return True
 
 
-def prepare(
-        dataset, tokenizer='gpt2', name=None, input=None, streaming=True, max_length=None):
-    """Make data/<name> where it is not there -> its path. It appears whole or not at all, and other
-    processes wait. Raises ValueError where it was made from another source or tokenizer."""
+def prepare(dataset, tokenizer='gpt2', name=None, input=None, streaming=True, max_length=None):
+    """Make data/<name> where it is not there, whole or not at all -> its path. Other processes
+    wait. Raises ValueError where it was made from another source or tokenizer."""
     name = default_name(dataset, tokenizer) if name is None else str(name)
-    require(
-        re.fullmatch(r'[\w-][\w.-]*', name),
-        f"name='{name}': letters, digits, '_', '-' and '.' make the name of a folder in data/")
+    require(re.fullmatch(r'[\w-][\w.-]*', name),
+            f"name='{name}': letters, digits, '_', '-' and '.' make the name of a folder in data/")
     folder = f'data/{name}'
     unfinished = f'data/.{name}.unfinished'
     os.makedirs('data', exist_ok=True)
     source = source_of(dataset, input, max_length)
+    read = partial(documents, dataset, input, streaming)
     lock = FileLock(f'data/.{name}.lock')
     with lock:
         try:
@@ -1009,19 +974,19 @@ def prepare(
             os.makedirs(unfinished)
             if is_bpe(tokenizer):
                 print(f'training the tokenizer {tokenizer} on {dataset}', flush=True)
-                texts = training_texts(documents(dataset, input, streaming))
-                train_bpe(texts, int(tokenizer[4:]), f'{unfinished}/tokenizer.json')
+                size = int(tokenizer.removeprefix('bpe-'))
+                train_bpe(training_texts(read()), size, f'{unfinished}/tokenizer.json')
             tok = get_tokenizer(tokenizer, unfinished)
             if tok.sha256 and not is_bpe(tokenizer):
                 shutil.copy(f'{tokenizer}/tokenizer.json', unfinished)
             limit = max_length or MAX_LENGTH.get(dataset, math.inf)
-            dtype, counts = write_bins(
-                unfinished, tok, documents(dataset, input, streaming), source['size'], name, limit)
+            dtype, counts = write_bins(unfinished, tok, read(), source['size'], name, limit)
             whole = counts and all(count['documents'] for count in counts.values())
             require(whole, f'{input or dataset} holds no document{described(counts)}')
+            command = command_for(
+                dataset=dataset, tokenizer=tokenizer, name=name, input=input, max_length=max_length)
             meta = dict(
-                source=source, command=command_for(dataset, tokenizer, name, input, max_length),
-                tokenizer=tok.meta(), dtype=dtype, splits=counts)
+                source=source, command=command, tokenizer=tok.meta(), dtype=dtype, splits=counts)
             with open(f'{unfinished}/meta.json', 'w') as f:
                 json.dump(meta, f, indent=1)
             shutil.rmtree(folder, ignore_errors=True)
@@ -1029,43 +994,40 @@ def prepare(
             return folder
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-            with contextlib.suppress(OSError):  # who waits for the one that is gone makes another
+            with contextlib.suppress(OSError):  # who waits for it makes another
                 os.remove(lock.lock_file)
 
 
 def described(counts):
     """The counts of each split, a line each."""
-    lines = ['']
+    text = ''
     for split, count in counts.items():
-        parts = [f'{n:,} {what}'.replace('_', ' ') for what, n in count.items()]
-        lines.append(f'  {split}: ' + ', '.join(parts))
-    return '\n'.join(lines)
+        text += f'\n  {split}: ' + ', '.join(f'{n:,} {what}' for what, n in count.items())
+    return text.replace('_', ' ')
 
 
 def find_or_prepare(dataset, tokenizer=None):
     """data/<dataset>, or the folder made from that dataset with that tokenizer (None: whichever
-    data/<dataset> has, else gpt2), now if that needs no hub. Raises ValueError, or
-    FileNotFoundError with the command that makes it."""
+    data/<dataset> has, else gpt2), now if that needs no hub. Raises ValueError or
+    FileNotFoundError, with the command that makes it."""
     dataset = str(dataset)
     folder = f'data/{dataset}'
     if not os.path.isfile(f'{folder}/meta.json'):
         tokenizer = tokenizer or 'gpt2'
         if is_local(dataset):
             return prepare(dataset, tokenizer)
-        hint = f"'{dataset}' is none of {', '.join(DATASETS)}, nor text:PATH or pairs:PATH"
-        if dataset in DATASETS:
-            folder = f'data/{default_name(dataset, tokenizer)}'
-            hint = f'make it with {command_for(dataset, tokenizer)}'
+        folder = f'data/{default_name(dataset, tokenizer)}'
+        hint = f': make it with {command_for(dataset=dataset, tokenizer=tokenizer)}'
+        if dataset not in DATASETS:
+            hint = f", nor in data/{dataset}, and '{dataset}' is none of {', '.join(DATASETS)}"
         if not os.path.isdir(folder):
-            raise FileNotFoundError(f'there is no data in {folder}: {hint}')
+            raise FileNotFoundError(f'there is no data in {folder}{hint}')
     meta = read_meta(folder)
-    ours = meta['tokenizer']['name']
-    source = meta['source']
-    other = command_for(source['dataset'], tokenizer, input=source['input'])
-    require(
-        tokenizer is None or has_tokenizer(meta, tokenizer),
-        f"{folder} holds ids of the tokenizer '{ours}', not '{tokenizer}': give --tokenizer={ours},"
-        f' or data made by {other}')
+    source, theirs = meta['source'], meta['tokenizer']['name']
+    other = command_for(dataset=source['dataset'], tokenizer=tokenizer, input=source['input'])
+    require(tokenizer is None or has_tokenizer(meta, tokenizer),
+            f"{folder} holds ids of the tokenizer '{theirs}', not '{tokenizer}': give "
+            f'--tokenizer={theirs}, or what is made by {other}')
     return folder
 
 
@@ -1075,7 +1037,7 @@ def find_or_prepare(dataset, tokenizer=None):
 
 
 def columns_of(rows, indices):
-    """Where in the stream the tokens of rows cut from it are, without those a packing adds."""
+    """Where in the stream the tokens of rows are: (n, width)."""
     return np.add.outer(rows.starts(indices), np.arange(rows.width))
 
 
@@ -1100,8 +1062,8 @@ def wrap_rows(rows, indices):
 
 
 def concat_rows(rows, indices):
-    """The next L tokens of the stream. Packing 'crop': L tokens from any place of the training
-    stream on, the permutation that picks a row picks the place."""
+    """The next L tokens of the stream, or with 'crop' from any place of the training stream on: the
+    permutation that picks a row picks the place."""
     return rows.tokens[columns_of(rows, indices)].astype(np.int64), {}
 
 
@@ -1130,7 +1092,7 @@ def nothing_but(document, attention_mask):
 
 
 def pad_rows(rows, indices):
-    """One document and its EOS, cut to L, and padding, which is a token like any other, or with
+    """One document and its EOS, cut to L, and padding: a token like any other, or with
     loss_on_padding=False neither corrupted, looked at, nor scored."""
     documents = [rows.document(i)[:rows.block_size] for i in indices]
     x0, document = padded(documents, rows.block_size, rows.tok['pad_id'])
@@ -1238,9 +1200,8 @@ class TokenRows:
                 f"packing '{packing}' is not known: choose from {', '.join(PACKINGS)}")
         self.pack, unit, added = PACKINGS[packing]
         require(block_size > added, f'block_size={block_size} is too short for packing {packing}')
-        hint = '--val_split of train.py, --split of eval.py; a very short text has no validation'
-        require(split in splits,
-                f"{folder} has no split '{split}', only {', '.join(splits)} ({hint})")
+        require(split in splits, f"{folder} has no split '{split}', only {', '.join(splits)}: give "
+                '--val_split to train.py, --split to eval.py')
         self.name = f'{folder}/{split}'
         self.tok = self.meta['tokenizer']
         self.rebuild = f"rebuild it with {self.meta['command']}"
@@ -1292,9 +1253,8 @@ class TokenRows:
 
     def choose_examples(self):
         """Which documents fit into a row: the others are left out, with all of their example."""
-        hint = 'python data.py --dataset=pairs:FILE makes data that have them'
-        require('prompt_tokens' in self.counts,
-                f"packing 'pair': {self.name} has no prompts and answers; {hint}")
+        require('prompt_tokens' in self.counts, f"packing 'pair': {self.name} has no prompts and "
+                'answers; python data.py --dataset=pairs:FILE makes data that have them')
         self.prompt = np.asarray(np.memmap(f'{self.name}.prompt', dtype='<i8', mode='r'))
         self.lengths = np.diff(self.offsets)
         fits = self.lengths <= self.block_size
@@ -1303,11 +1263,10 @@ class TokenRows:
             fits = fits.reshape(-1, 2).all(axis=1).repeat(2)
         elif dataset not in MAX_LENGTH:
             i = self.prompt.argmax()
-            require(
-                self.prompt[i] < self.block_size,
-                f'{self.name}: the prompt of document {i} has {self.prompt[i]} tokens, which leaves'
-                f' no answer in a row of {self.block_size}: raise block_size, or leave such '
-                f'documents out by data.py --max_length={self.block_size}')
+            require(self.prompt[i] < self.block_size,
+                    f'{self.name}: the prompt of document {i} has {self.prompt[i]} tokens, which '
+                    f'leaves no answer in a row of {self.block_size}: raise block_size, or prepare '
+                    f'again with data.py --max_length={self.block_size}')
         self.kept = np.flatnonzero(fits)
         self.length = len(self.kept)
         self.left_out = len(fits) - self.length
@@ -1322,8 +1281,8 @@ class TokenRows:
     def document(self, i):
         """The ids of document i, its EOS included."""
         start, end = self.offsets[i], self.offsets[i + 1]
-        problem = f'the offsets of {self.name} do not rise at document {i}: {self.rebuild}'
-        require(0 <= start < end <= len(self.tokens), problem)
+        require(0 <= start < end <= len(self.tokens),
+                f'the offsets of {self.name} do not rise at document {i}: {self.rebuild}')
         return self.tokens[start:end]
 
     def __len__(self):
@@ -1337,10 +1296,9 @@ class TokenRows:
             if not 0 <= i < len(self):
                 raise IndexError(f'row {i} of {len(self)}')
         x0, masks = self.pack(self, indices)
-        largest = x0.max(initial=0)
-        n_ids = self.tok['vocab_size']
-        problem = f'holds the id {largest}, outside of the {n_ids:,} ids of its tokenizer'
-        require(largest < n_ids, f'{self.name}.bin {problem}: {self.rebuild}')
+        largest, n = x0.max(initial=0), self.tok['vocab_size']
+        require(largest < n, f'{self.name}.bin holds the id {largest}, outside of the {n:,} ids of '
+                f'its tokenizer: {self.rebuild}')
         everything = np.ones(x0.shape, dtype=bool)
         for key in ('maskable', 'scored', 'document', 'attention_mask'):
             masks.setdefault(key, everything)
@@ -1354,5 +1312,5 @@ if __name__ == '__main__':
     folder = prepare(dataset, tokenizer, name, input, streaming, max_length)
     meta = read_meta(folder)
     tok = meta['tokenizer']
-    size = f"{tok['vocab_size']:,} ids with the mask"
-    print(f"{folder}: tokenizer {tok['name']}, {size}, {meta['dtype']}{described(meta['splits'])}")
+    print(f"{folder}: tokenizer {tok['name']}, {tok['vocab_size']:,} ids with the mask, "
+          f"{meta['dtype']}{described(meta['splits'])}")
