@@ -35,8 +35,8 @@ def require(condition, message):
 
 
 def constants_of(path):
-    """name -> (default, comment) of the literals assigned at the top of a script, up to its first
-    function, class, if or configure()."""
+    """name -> (default, comment) of the literals at the top of a script, up to its first function,
+    class, if or configure()."""
     with open(path, encoding='utf-8') as f:
         source = f.read()
     lines = source.splitlines()
@@ -67,7 +67,7 @@ BOUNDS = {
 
 
 def check_spec(key, value, default, comment):
-    """Raise ValueError where the value is not what the [...] at the start of the comment names."""
+    """Raise ValueError where the value is not what the [...] in its comment names."""
     if not comment.startswith('[') or value is None and default is None:
         return
     spec = comment[1:].partition(']')[0]
@@ -94,7 +94,7 @@ def check_spec(key, value, default, comment):
 
 
 def checked(key, value, default):
-    """The value as the type of the constant's default. Raises ValueError where it has another."""
+    """The value as the type of the default. Raises ValueError where it has another."""
     kind = type(default)
     if kind is float and type(value) is int:
         return float(value)
@@ -143,17 +143,14 @@ def run_config(path, values):
         and not (key in values and value is values[key])}
 
 
-def show_constants_and_exit(script, constants, inner):
+def show_and_exit(script, groups):
     print(f'usage: python {os.path.basename(script)} [config/FILE.py ...] [--key=value ...]')
-    groups = {'': constants}
-    for key, (outer, default, comment) in inner.items():
-        groups.setdefault(outer, {})[key] = default, comment
-    width = max(len(f'{key}={default!r}') for key, (default, _) in constants.items())
+    width = max(len(f'{key}={default!r}') for key, (default, _) in groups[''].items())
     for outer, group in groups.items():
         print(outer and f'\nkeys of {outer}:')
         for key, (default, comment) in group.items():
             print(f"  --{f'{key}={default!r}':<{width}}  {comment}".rstrip())
-    sys.exit(0)
+    sys.exit()
 
 
 def one_line_for_bad_input(kind, error, tb):
@@ -191,22 +188,23 @@ def configure(module, argv=None, **dicts):
     Raises ValueError or FileNotFoundError; from here on these end the script with one line."""
     sys.excepthook = one_line_for_bad_input
     constants = constants_of(module['__file__'])
-    inner = {key: (outer, *row) for outer, keys in dicts.items() for key, row in keys.items()
-             if key not in constants}
-    known = constants | dict.fromkeys(inner, (None, ''))
+    outer_of = {key: outer for outer, keys in dicts.items() for key in keys if key not in constants}
+    known = dict.fromkeys(outer_of, (None, '')) | constants
 
     def assign(key, value):
-        if key not in inner:
-            module[key] = value
-            return
-        outer = inner[key][0]
-        require(module[outer] is None or isinstance(module[outer], dict),
-                f'{outer}={module[outer]!r}: it must be a dict')
-        module[outer] = (module[outer] or {}) | {key: value}
+        if key in outer_of:
+            outer = outer_of[key]
+            theirs = {} if module[outer] is None else module[outer]
+            require(isinstance(theirs, dict), f'{outer}={theirs!r}: it must be a dict')
+            key, value = outer, theirs | {key: value}
+        module[key] = value
 
     for argument in sys.argv[1:] if argv is None else argv:
         if argument in ('--help', '-h'):
-            show_constants_and_exit(module['__file__'], constants, inner)
+            groups = {'': constants}
+            for key, outer in outer_of.items():
+                groups.setdefault(outer, {})[key] = dicts[outer][key]
+            show_and_exit(module['__file__'], groups)
         elif argument.startswith('--'):
             key, equals, text = argument[2:].partition('=')
             default = default_of(key, known, argument)

@@ -1077,7 +1077,7 @@ def bos_rows(rows, indices):
 
 
 def padded(sequences, length, pad_id):
-    """Sequences of ids -> x0 (n, L), padded on the right, and where the ids are (n, L) bool."""
+    """Sequences of ids -> x0 (n, L), padded on the right, and where the ids are."""
     ids, ends = one_after_the_other(sequences)
     is_filled = np.arange(length) < np.diff(ends, prepend=0)[:, None]
     x0 = np.full(is_filled.shape, pad_id, dtype=np.int64)
@@ -1147,9 +1147,8 @@ def cut_longer(offsets, length):
 
 
 def best_fit(lengths, room, window=1024):
-    """Fill rows of `room` from so many neighbours at a time: the longest that is left, then again
-    and again the longest that fits.
-    -> members (n,) indices, row after row, and starts, where each row begins, and n."""
+    """Fill rows of `room` from `window` neighbours at a time: the longest that is left, then again
+    and again the longest that fits -> members (n,), row after row, and where each begins, and n."""
     members, starts = array('q'), array('q', [0])
     for first in range(0, len(lengths), window):
         index = np.argsort(lengths[first:first + window], kind='stable')
@@ -1188,12 +1187,10 @@ class TokenRows:
 
     packing: a key of PACKINGS. pad_to: 'block' or 'batch', see pair_rows. grouping: so many
     documents at a time are cut up, and the rest of each group is dropped (MDLM: 1,000); None: all
-    are one group. Raises what read_meta raises, and ValueError where the split is missing, shorter
-    than a row, or damaged."""
+    are one group. Raises ValueError and FileNotFoundError, as read_meta does."""
 
-    def __init__(
-            self, folder, split, block_size, packing, loss_on_padding=True, pad_to='block',
-            grouping=None):
+    def __init__(self, folder, split, block_size, packing, loss_on_padding=True, pad_to='block',
+                 grouping=None):
         self.meta = read_meta(folder)
         splits = self.meta['splits']
         require(packing in PACKINGS,
