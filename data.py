@@ -923,7 +923,8 @@ def write_bins(folder, tok, documents, size, name, limit):
                 with open(f'{folder}/{split}.{ending}', 'ab') as f:
                     f.write(array.astype(dtype if ending == 'bin' else '<i8').tobytes())
             progress.update(n['bytes'] if size else n['documents'])
-            progress.set_postfix(tokens=sum(n['tokens'] for n in counts.values()), refresh=False)
+            speed = sum(n['tokens'] for n in counts.values()) / progress.format_dict['elapsed']
+            progress.set_postfix_str(f'{speed:,.0f} tokens/s', refresh=False)
     return dtype.name, counts
 
 
