@@ -727,9 +727,11 @@ def documents(dataset, input=None, streaming=True):
     index = 0
     for split, text, last, total in reader:
         if split is None:
-            split = 'train' if key_of(index) % 20 else 'validation'
+            split = 'train' if (splitmix64(index) >> 1) % 20 else 'validation'
             index += last
-        yield split, detokenize(dataset, text), last, total
+        if dataset in DATASETS:
+            text = detokenize(dataset, text)
+        yield split, text, last, total
 
 
 # -----------------------------------------------------------------------------
@@ -1104,8 +1106,8 @@ def pad_rows(rows, indices):
 
 def sentence_rows(rows, indices):
     """BOS ([CLS]), one document cut to L-2, EOS ([SEP]), and padding, which is not scored."""
-    bos, eos = rows.tok['bos_id'], rows.tok['eos_id']
-    texts = [[bos, *rows.document(i)[:-1][:rows.width], eos] for i in indices]
+    bos, eos = [rows.tok['bos_id']], [rows.tok['eos_id']]
+    texts = [np.concatenate((bos, rows.document(i)[:-1][:rows.width], eos)) for i in indices]
     x0, scored = padded(texts, rows.block_size, rows.tok['pad_id'])
     document = scored.copy()
     document[:, 0] = False
