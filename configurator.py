@@ -8,11 +8,11 @@ A script has its constants at the top, literals with a comment, and calls config
 Files and --key=value are taken in the order given. A config file is Python that assigns constants;
 modules that it imports and names that begin with an underscore are its own.
 
-A comment may begin with what its constant takes, which is checked last:
+A comment may begin with what its constant takes, or the None that is its default:
 
     batch_size = 32     # [>= 1] rows a micro-batch     (a range never holds inf or NaN)
     beta1 = 0.9         # [0 <= x < 1]
-    T = None            # [int >= 0] steps              (or the None that is the default)
+    T = None            # [int >= 0] steps
     norm = 'rmsnorm'    # [layernorm | rmsnorm]
 """
 import ast
@@ -35,8 +35,8 @@ def require(condition, message):
 
 
 def constants_of(path):
-    """name -> (default, comment) of the literals assigned at the top of a script, up to its first
-    function, class, if or configure()."""
+    """name -> (default, comment) of the literals at the top of a script, up to its first function,
+    class, if or configure()."""
     with open(path, encoding='utf-8') as f:
         source = f.read()
     lines = source.splitlines()
@@ -67,22 +67,21 @@ BOUNDS = {
 
 
 def check_spec(key, value, default, comment):
-    """Raise ValueError where the value is not what the [...] at the start of the comment names."""
+    """Raise ValueError where the value is not what the [...] in its comment names."""
     if not comment.startswith('[') or value is None and default is None:
         return
     spec = comment[1:].partition(']')[0]
     if ' | ' in spec:
-        choices = spec.split(' | ')
-        known = value in choices
-        require(known, f'{key}={value!r} is not known: choose from {", ".join(choices)}')
+        require(value in spec.split(' | '),
+                f'{key}={value!r} is not known: choose from {spec.replace(" | ", ", ")}')
         return
     spec = re.sub(r'(\S+) <(=?) x ', r'>\2 \1 ', spec)  # 0 <= x < 1: >= 0 < 1
     match = re.fullmatch(rf'({"|".join(KINDS)})?(?: ?[<>]=? \S+)*', spec)
     assert spec and match, f'{key}: [{spec}] is neither a kind, a range nor choices'
     kind = match[1]
     bounds = re.findall(r'([<>]=?) (\S+)', spec)
-    words = [KINDS[kind]] if kind else []
     fits = type(value).__name__ in (['int', 'float'] if kind in (None, 'number') else [kind])
+    words = [KINDS[kind]] if kind else []
     if bounds:
         fits = fits and abs(value) <= sys.float_info.max  # as wide as a float
         fits = fits and all(BOUNDS[sign][0](value, float(bound)) for sign, bound in bounds)
@@ -95,16 +94,16 @@ def check_spec(key, value, default, comment):
 
 
 def checked(key, value, default):
-    """The value as the type of the constant's default. Raises ValueError where it has another."""
+    """The value as the type of the default. Raises ValueError where it has another."""
     kind = type(default)
-    if default is None or type(value) is kind:
-        return value
     if kind is float and type(value) is int:
         return float(value)
     if kind is tuple and type(value) is list:
         return tuple(value)
     article = 'an' if kind is int else 'a'
-    raise ValueError(f'{key}={value!r}: {key} takes {article} {kind.__name__}, like {default!r}')
+    require(default is None or type(value) is kind,
+            f'{key}={value!r}: {key} takes {article} {kind.__name__}, like {default!r}')
+    return value
 
 
 def parsed(key, text, default):
@@ -119,11 +118,9 @@ def parsed(key, text, default):
 
 
 def default_of(key, constants, where):
-    if key not in constants:
-        near = difflib.get_close_matches(key, constants, n=1, cutoff=0)
-        raise ValueError(
-            f"{where}: there is no constant '{key}' in this script; the nearest is '{near[0]}' "
-            '(--help lists them all)')
+    near, = difflib.get_close_matches(key, constants, n=1, cutoff=0)
+    require(key in constants, f"{where}: there is no constant '{key}' in this script; the nearest "
+            f"is '{near}' (--help lists them all)")
     return constants[key][0]
 
 
@@ -146,33 +143,27 @@ def run_config(path, values):
         and not (key in values and value is values[key])}
 
 
-def show_constants_and_exit(script, constants, inner):
+def show_and_exit(script, groups):
     print(f'usage: python {os.path.basename(script)} [config/FILE.py ...] [--key=value ...]')
-    groups = {'': constants}
-    for key, (outer, default, comment) in inner.items():
-        groups.setdefault(outer, {})[key] = default, comment
     width = 32  # longer defaults are rare: only their own comment moves
     for outer, group in groups.items():
         print(outer and f'\nkeys of {outer}:')
         for key, (default, comment) in group.items():
             print(f"  --{f'{key}={default!r}':<{width}}  {comment}".rstrip())
-    sys.exit(0)
+    sys.exit()
 
 
 def one_line_for_bad_input(kind, error, tb):
     """The excepthook: what our own files raise on purpose is one line to the user; anything else is
     a bug and keeps its traceback."""
-    ours = False
-    if tb:
-        file = os.path.abspath(traceback.extract_tb(tb)[-1].filename)
-        ours = os.path.dirname(file) == os.path.dirname(os.path.abspath(__file__))
+    raised_in = os.path.abspath(traceback.extract_tb(tb)[-1].filename) if tb else ''
     process = ''
     rank = os.environ.get('RANK', '0')
     if rank != '0':  # what all find wrong the first process says; torchrun then ends the others
         process = f'process {rank}: '
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
-    if issubclass(kind, (ValueError, OSError)) and ours:
+    if issubclass(kind, (ValueError, OSError)) and os.path.dirname(raised_in) == OURS:
         print(f'error: {process}{error}', file=sys.stderr, flush=True)
     elif kind.__name__ == 'OutOfMemoryError':
         why = str(error).split('. ')[0]
@@ -184,6 +175,12 @@ def one_line_for_bad_input(kind, error, tb):
         sys.__excepthook__(kind, error, tb)
 
 
+OURS = os.path.dirname(os.path.abspath(__file__))
+if os.path.dirname(os.path.abspath(getattr(sys.modules['__main__'], '__file__', ''))) == OURS:
+    # at once, for Ctrl-C while torch is imported; not in programs of others that import our files
+    sys.excepthook = one_line_for_bad_input
+
+
 def configure(module, argv=None, **dicts):
     """Override the constants of a script and return them all as a dict. module: its globals().
     dicts: what the keys of a constant that is a dict are, {key: (default, comment)}; --key=value
@@ -191,33 +188,33 @@ def configure(module, argv=None, **dicts):
     Raises ValueError or FileNotFoundError; from here on these end the script with one line."""
     sys.excepthook = one_line_for_bad_input
     constants = constants_of(module['__file__'])
-    inner = {key: (outer, *row) for outer, keys in dicts.items() for key, row in keys.items()
-             if key not in constants}
-    known = constants | {key: (None, '') for key in inner}
+    outer_of = {key: outer for outer, keys in dicts.items() for key in keys if key not in constants}
+    known = dict.fromkeys(outer_of, (None, '')) | constants
 
     def assign(key, value):
-        if key not in inner:
-            module[key] = value
-            return
-        outer = inner[key][0]
-        require(module[outer] is None or isinstance(module[outer], dict),
-                f'{outer}={module[outer]!r}: it must be a dict')
-        module[outer] = (module[outer] or {}) | {key: value}
+        if key in outer_of:
+            outer = outer_of[key]
+            theirs = {} if module[outer] is None else module[outer]
+            require(isinstance(theirs, dict), f'{outer}={theirs!r}: it must be a dict')
+            key, value = outer, theirs | {key: value}
+        module[key] = value
 
     for argument in sys.argv[1:] if argv is None else argv:
         if argument in ('--help', '-h'):
-            show_constants_and_exit(module['__file__'], constants, inner)
+            groups = {'': constants}
+            for key, outer in outer_of.items():
+                groups.setdefault(outer, {})[key] = dicts[outer][key]
+            show_and_exit(module['__file__'], groups)
         elif argument.startswith('--'):
             key, equals, text = argument[2:].partition('=')
             default = default_of(key, known, argument)
             require(equals, f'{argument}: write --{key}=VALUE, with an equals sign and no space')
             assign(key, parsed(key, text, default))
-        elif not argument.endswith('.py'):
-            raise ValueError(
-                f"'{argument}' is neither a config file (*.py) nor of the form --key=value")
-        elif not os.path.isfile(argument):
-            raise FileNotFoundError(f'there is no config file {argument}')
         else:
+            require(argument.endswith('.py'),
+                    f"'{argument}' is neither a config file (*.py) nor of the form --key=value")
+            if not os.path.isfile(argument):
+                raise FileNotFoundError(f'there is no config file {argument}')
             assigned = run_config(argument, {key: module[key] for key in constants})
             for key, value in assigned.items():
                 assign(key, checked(key, value, default_of(key, known, argument)))

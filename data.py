@@ -10,8 +10,11 @@ data/<name>/ then holds meta.json and, for each split, <split>.bin (token ids, e
 by EOS) and <split>.idx (int64 offsets of the documents and of the end); of prompts and answers also
 <split>.prompt (int64, how many tokens of each document are its prompt). TokenRows cuts out rows.
 """
+from configurator import configure, require  # first: it answers Ctrl-C while torch is imported
+
 import ast
 import bisect
+import contextlib
 import difflib
 import functools
 import hashlib
@@ -25,18 +28,16 @@ import shutil
 import sys
 import sysconfig
 import threading
-import time
 from array import array
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import PurePath
 
 import numpy as np
 import torch
 from filelock import FileLock
 from tqdm import tqdm
-
-from configurator import configure, require
 
 dataset = 'stdlib'  # a key of DATASETS, or text:PATH or pairs:PATH (a file, or a folder of them)
 tokenizer = 'gpt2'  # gpt2, gpt2-xlm, bert-xlm, bytes, text8, bpe-N, a hub name, or a run's folder
@@ -60,8 +61,8 @@ def splitmix64(x):
 
 
 def key_of(*numbers):
-    """One seed from several integers, taken modulo 2^64, such as (seed, step, micro-batch): 63 bits
-    of a 64-bit hash, so that it is an int64 and every generator takes it."""
+    """One seed of 63 bits, which every generator takes, from several integers modulo 2^64, such as
+    (seed, step, micro-batch)."""
     key = 0
     for number in numbers:
         key = splitmix64(key ^ (int(number) & MASK64))
@@ -69,8 +70,8 @@ def key_of(*numbers):
 
 
 def permute(index, n, *key):
-    """The images of index (k,) under the random permutation of range(n) that key decides: a Feistel
-    network on the next power of four, walked until the image lies in the range."""
+    """index (k,) under the permutation of range(n) that key decides: a Feistel network on the next
+    power of four, walked until the image lies in the range."""
     half = math.ceil((n - 1).bit_length() / 2) or 1
     low = 2 ** half - 1
     round_keys = [key_of(*key, i) for i in range(6)]
@@ -91,8 +92,7 @@ def permute(index, n, *key):
 
 
 class Tokenizer:
-    """encode(str) -> ids, decode(ids) -> str, and the special ids. Text that looks like a special
-    token is encoded as text.
+    """encode(str) -> ids, decode(ids) -> str, and the special ids, which no text is encoded to.
 
     encode_batch: texts -> ids, ends (one_after_the_other). decode_ids: ids below base_size -> str.
     named: (id, text) of further ids. A missing EOS, then a missing mask, gets the next id; missing
@@ -111,7 +111,7 @@ class Tokenizer:
         self.bos_id = self.eos_id if bos_id is None else bos_id
         self.pad_id = self.eos_id if pad_id is None else pad_id
         ours = self.bos_id, self.eos_id, self.pad_id, self.mask_id
-        self.special_ids = {*special_ids, *self.named, *ours}  # no part of a text
+        self.special_ids = {*special_ids, *self.named, *ours}
 
     def add(self, text):
         self.named[self.vocab_size] = text
@@ -122,13 +122,11 @@ class Tokenizer:
         return self.encode_batch([text])[0].tolist()
 
     def decode(self, ids):
-        text = ''
+        parts = []
         for special, group in itertools.groupby(map(int, ids), self.named.__contains__):
-            if special:
-                text += ''.join(self.named[i] for i in group)
-            else:
-                text += self.decode_ids(list(group))
-        return text
+            ids = list(group)
+            parts += map(self.named.get, ids) if special else [self.decode_ids(ids)]
+        return ''.join(parts)
 
     def meta(self):
         keys = ('name', 'vocab_size', 'eos_id', 'bos_id', 'pad_id', 'mask_id', 'sha256')
@@ -137,9 +135,9 @@ class Tokenizer:
 
 def one_after_the_other(sequences):
     """Sequences of ids -> all ids in one array, and where each sequence ends."""
-    arrays = [np.asarray(sequence, dtype=np.int64) for sequence in sequences]
-    ends = np.cumsum([len(array) for array in arrays], dtype=np.int64)
-    return np.concatenate([np.zeros(0, dtype=np.int64), *arrays]), ends
+    arrays = [np.zeros(0, dtype=np.int64)]
+    arrays += [np.asarray(sequence, dtype=np.int64) for sequence in sequences]
+    return np.concatenate(arrays), np.cumsum([len(array) for array in arrays[1:]], dtype=np.int64)
 
 
 GPT2_XLM = ('<|cls|>', '<|bos|>', '<|pad|>', '<|unk|>', '<|mask|>', '<|sep|>')  # ids from 50257
@@ -150,32 +148,29 @@ def gpt2_tokenizer(name):
     try:
         base = tiktoken.get_encoding('gpt2')
     except Exception as error:  # requests' own, where there is no network
-        raise ValueError(
-            "GPT-2's vocabulary cannot be downloaded: set TIKTOKEN_CACHE_DIR to a folder that "
-            f'holds it ({type(error).__name__})') from None
+        raise ValueError("GPT-2's vocabulary cannot be downloaded: set TIKTOKEN_CACHE_DIR to a "
+                         f'folder with it ({type(error).__name__})') from None
 
-    # for speed: one call for all texts, without a lock; and an encoder for each thread, as the
-    # thread that used its regular expressions first runs them a seventh faster
-    threads = threading.local()
+    @functools.cache  # a tenth faster: the first thread that runs its regular expressions owns them
+    def encoder(thread):
+        return tiktoken.Encoding(
+            'gpt2', pat_str=base._pat_str, mergeable_ranks=base._mergeable_ranks,
+            special_tokens=base._special_tokens)
 
     def encode_batch(texts):
-        if not hasattr(threads, 'base'):
-            threads.base = tiktoken.Encoding(
-                'gpt2', pat_str=base._pat_str, mergeable_ranks=base._mergeable_ranks,
-                special_tokens=base._special_tokens)
+        ours = encoder(threading.get_ident())
         joined = '<|endoftext|>'.join(texts)
         if joined.count('<|endoftext|>') >= len(texts):  # a text holds these letters itself
-            return one_after_the_other([threads.base.encode_ordinary(text) for text in texts])
-        ids = threads.base.encode_to_numpy(joined, allowed_special='all')
+            return one_after_the_other(map(ours.encode_ordinary, texts))
+        ids = ours.encode_to_numpy(joined, allowed_special='all')
         eos = np.flatnonzero(ids == 50256)
-        ends = np.append(eos - np.arange(len(eos)), len(ids) - len(eos))
-        return np.delete(ids, eos), ends
+        return np.delete(ids, eos), np.append(eos, len(ids)) - np.arange(len(eos) + 1)
 
-    if name == 'gpt2':
-        return Tokenizer(name, encode_batch, base.decode, 50257, eos_id=50256)
-    return Tokenizer(
-        name, encode_batch, base.decode, 50257, eos_id=50256, bos_id=50258, pad_id=50259,
-        mask_id=50261, named=enumerate(GPT2_XLM, 50257))
+    special = {}
+    if name == 'gpt2-xlm':
+        named = enumerate(GPT2_XLM, 50257)
+        special = dict(bos_id=50258, pad_id=50259, mask_id=50261, named=named)
+    return Tokenizer(name, encode_batch, base.decode, 50257, eos_id=50256, **special)
 
 
 def bpe_tokenizer(name, folder):
@@ -183,35 +178,33 @@ def bpe_tokenizer(name, folder):
     path = f'{folder or "."}/tokenizer.json'
     if not os.path.isfile(path):
         raise FileNotFoundError(f'{path} is missing: data.py trains {name} and saves it there')
+    with open(path, 'rb') as f:
+        file = f.read()
     try:
-        base = tokenizers.Tokenizer.from_file(path)
+        base = tokenizers.Tokenizer.from_buffer(file)
     except Exception as error:  # tokenizers' own
-        why = f'is not the file of a tokenizer ({error}): prepare the data again'
-        raise ValueError(f'{path} {why}') from None
+        raise ValueError(f'{path} is not a tokenizer ({error}): prepare the data again') from None
     base.encode_special_tokens = True  # as text
 
     def encode_batch(texts):
         encodings = base.encode_batch(texts, add_special_tokens=False)
-        return one_after_the_other([encoding.ids for encoding in encodings])
+        return one_after_the_other(encoding.ids for encoding in encodings)
 
-    with open(path, 'rb') as f:
-        sha256 = hashlib.sha256(f.read()).hexdigest()
     return Tokenizer(
         name, encode_batch, partial(base.decode, skip_special_tokens=False), base.get_vocab_size(),
-        eos_id=base.token_to_id('<|endoftext|>'), sha256=sha256)
+        eos_id=base.token_to_id('<|endoftext|>'), sha256=hashlib.sha256(file).hexdigest())
 
 
 def train_bpe(texts, size, path):
     """Train a byte-level BPE of `size` ids, EOS included, on an iterator of texts; save it."""
     import tokenizers
+    require(size > 256, f'bpe-{size}: a byte-level BPE has at least 257 ids, 256 bytes and EOS')
     base = tokenizers.Tokenizer(tokenizers.models.BPE())
     base.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     base.decoder = tokenizers.decoders.ByteLevel()
-    require(size > 256, f'bpe-{size}: a byte-level BPE has at least 257 ids, 256 bytes and EOS')
-    trainer = tokenizers.trainers.BpeTrainer(
+    base.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
         vocab_size=size, special_tokens=['<|endoftext|>'], show_progress=False,
-        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))
-    base.train_from_iterator(texts, trainer)
+        initial_alphabet=sorted(base.pre_tokenizer.alphabet())))
     base.save(path)
 
 
@@ -222,10 +215,9 @@ def hugging_face_tokenizer(name):
             name, split_special_tokens=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         why = str(error).strip().splitlines()[0]
-        known = ', '.join(TOKENIZERS)
+        known = ', '.join([*TOKENIZERS, 'bpe-N'])
         raise ValueError(
-            f"tokenizer '{name}' is neither {known}, bpe-N nor one of Hugging Face ({why})"
-        ) from None
+            f"tokenizer '{name}' is neither {known} nor one of Hugging Face ({why})") from None
 
     def encode_batch(texts):
         options = dict(add_special_tokens=False, return_attention_mask=False, verbose=False)
@@ -241,15 +233,15 @@ def hugging_face_tokenizer(name):
 def bert_xlm_tokenizer(name):
     """BERT's word pieces and, after them, xlm's [BOS] and [EOS]."""
     tok = hugging_face_tokenizer('bert-base-uncased')
-    bos_id, eos_id = tok.vocab_size, tok.vocab_size + 1
+    n = tok.vocab_size
     return Tokenizer(
-        name, tok.encode_batch, tok.decode_ids, tok.vocab_size, eos_id=eos_id, bos_id=bos_id,
-        pad_id=tok.pad_id, mask_id=tok.mask_id, named={bos_id: '[BOS]', eos_id: '[EOS]'})
+        name, tok.encode_batch, tok.decode_ids, n, eos_id=n + 1, bos_id=n, pad_id=tok.pad_id,
+        mask_id=tok.mask_id, named={n: '[BOS]', n + 1: '[EOS]'})
 
 
 def bytes_tokenizer(name):
     def encode_batch(texts):
-        return one_after_the_other([np.frombuffer(text.encode(), np.uint8) for text in texts])
+        return one_after_the_other(np.frombuffer(text.encode(), np.uint8) for text in texts)
 
     def decode_ids(ids):
         return bytes(ids).decode(errors='replace')
@@ -259,14 +251,13 @@ def bytes_tokenizer(name):
 
 def text8_tokenizer(name):
     """35 ids: eight special ones, the letters a to z, and the space."""
-    special = ('[CLS]', '[SEP]', '[BOS]', '[EOS]', '[MASK]', '[PAD]', '[RESERVED]', '[UNK]')
+    special = '[CLS] [SEP] [BOS] [EOS] [MASK] [PAD] [RESERVED] [UNK]'.split()
     letters = 'abcdefghijklmnopqrstuvwxyz '
-    id_of_byte = np.full(256, 7, dtype=np.uint8)
-    id_of_byte[np.frombuffer(letters.encode(), np.uint8)] = np.arange(8, 35)
+    ids_of_bytes = bytes(8 + letters.find(chr(byte)) for byte in range(256))  # not found: 7, [UNK]
 
     def encode_batch(texts):
-        latin = [text.encode('latin-1', errors='replace') for text in texts]
-        return one_after_the_other([id_of_byte[np.frombuffer(x, np.uint8)] for x in latin])
+        found = (text.encode('latin-1', 'replace').translate(ids_of_bytes) for text in texts)
+        return one_after_the_other(np.frombuffer(ids, np.uint8) for ids in found)
 
     def decode_ids(ids):
         return ''.join(letters[i - 8] for i in ids)
@@ -290,13 +281,12 @@ def is_bpe(name):
 
 
 def is_run(name):
-    """Whether it is the folder of a run of train.py, or of data, and no tokenizer's name."""
+    """Whether it is the folder of a run of train.py, or of data."""
     files = ('ckpt.pt', 'meta.json')
     return name not in TOKENIZERS and any(os.path.isfile(f'{name}/{file}') for file in files)
 
 
 def tokenizer_of_run(folder):
-    """The tokenizer that the net or the data in a folder have their ids from."""
     path = f'{folder}/ckpt.pt'
     if not os.path.isfile(path):
         return get_tokenizer(read_meta(folder)['tokenizer']['name'], folder)
@@ -304,42 +294,39 @@ def tokenizer_of_run(folder):
         meta = torch.load(path, mmap=True, weights_only=True)['tokenizer']
         name = meta['name']
     except Exception as error:  # whatever a broken file leads to
-        why = f'({type(error).__name__}): give --tokenizer by its name'
-        raise ValueError(f'{path} does not tell its tokenizer {why}') from None
+        raise ValueError(f'{path} does not tell its tokenizer ({type(error).__name__}): give '
+                         '--tokenizer by its name') from None
     return get_tokenizer(name, folder, meta)
 
 
 def get_tokenizer(name, folder=None, meta=None):
     """The tokenizer of that name: a key of TOKENIZERS, 'bpe-N' (from folder/tokenizer.json), the
-    folder of a run, or a Hugging Face name or folder. Raises ValueError or FileNotFoundError.
-    meta: of the tokenizer that a net was trained with, which must have the same ids."""
-    if meta:
-        tok = get_tokenizer(name, folder)
-        for key, ours in tok.meta().items():
-            theirs = meta.get(key)  # None: an old checkpoint
-            where = f' in {folder}' if key == 'sha256' else ''
-            require(key == 'name' or theirs in (None, ours),
-                    f"the tokenizer '{name}'{where} has {key}={ours}, the net was trained with "
-                    f'{key}={theirs}: give its own')
-        return tok
+    folder of a run or of data, or a Hugging Face name or folder. meta: of the tokenizer that a net
+    was trained with, which must have the same ids. Raises ValueError or FileNotFoundError."""
     if is_bpe(name):
-        return bpe_tokenizer(name, folder)
-    if is_run(name):
-        return tokenizer_of_run(name)
-    return TOKENIZERS.get(name, hugging_face_tokenizer)(name)
+        tok = bpe_tokenizer(name, folder)
+    elif is_run(name):
+        tok = tokenizer_of_run(name)
+    else:
+        tok = TOKENIZERS.get(name, hugging_face_tokenizer)(name)
+    for key, theirs in (meta or {}).items():
+        ours = tok.meta().get(key, theirs)
+        where = f' in {folder}' if key == 'sha256' else ''
+        require(key == 'name' or theirs in (None, ours),  # None: an old checkpoint
+                f"the tokenizer '{name}'{where} has {key}={ours}, the net was trained with "
+                f'{key}={theirs}: give its own')
+    return tok
 
 
 # -----------------------------------------------------------------------------
-# sources of text. A reader is a generator of (split, text, last, total): split is None where a hash
-# of the document's index chooses, last False where the document goes on in the next item, and total
-# the number of documents, if it is known. In place of a text may stand an example: a list of
-# (parts of the prompt, parts of the answer), a document each; [] where the source is malformed
+# sources of text. A reader yields (split, text, last, total). split: None where a hash chooses.
+# text: a document, or a piece of one with last=False where more of it follows, or an example: a
+# list of (parts of the prompt, parts of the answer), a document each, [] where the source is
+# malformed. total: the number of documents, if it is known
 
 TEXT_FILES = ('.txt', '.jsonl')
 PIECE = 1 << 20  # characters; longer documents go through in pieces
 BLANK = re.compile(r'\n(?:[^\S\n]*\n)+')  # lines of nothing but white space
-LEADING = re.compile(r'\A(?:[^\S\n]*\n)+')
-TRAILING = re.compile(r'(?:\n[^\S\n]*)+\Z')
 CUT = re.compile(r'\S(?=\s\S)')  # between two words, where GPT-2's pattern cuts too
 
 
@@ -348,31 +335,27 @@ def read_plain_text(path):
     rest = ''       # has been read, and is not yet yielded
     inside = False  # its document has begun in an earlier piece
     with open(path, encoding='utf-8-sig') as f:
-        while block := f.read(PIECE):
-            text = rest + block
-            if not inside:
-                text = LEADING.sub('', text)
-            *whole, rest = BLANK.split(text)
+        for block in itertools.chain(iter(partial(f.read, PIECE), ''), ['\n\n']):
+            before = '' if inside else '\n\n'  # so that BLANK takes what is blank at its beginning
+            *whole, rest = BLANK.split(before + rest + block)
             for text in whole:
-                yield None, text, True, None
+                if text or inside:
+                    yield None, text, True, None
                 inside = False
             cut = CUT.search(rest, PIECE) if len(rest) > 2 * PIECE else None
             if cut:
                 yield None, rest[:cut.end()], False, None
                 rest = rest[cut.end():]
                 inside = True
-    if inside or rest.strip():
-        yield None, TRAILING.sub('', rest), True, None
 
 
 def is_text(value):
-    """Half of a surrogate pair is no text."""
-    return isinstance(value, str) and not re.search('[\ud800-\udfff]', value)
+    """A string without half a surrogate pair."""
+    return isinstance(value, str) and value.encode(errors='ignore').decode() == value
 
 
-def read_objects(path, *columns):
-    """The number of each line and the fields `columns` of its object; 'text' takes the place of a
-    single one that is not there."""
+def read_objects(path, *columns, otherwise=None):
+    """The number of each line and the fields `columns` of its object, or its field `otherwise`."""
     with open(path, encoding='utf-8-sig') as f:
         for number, line in enumerate(f, 1):
             if not line.strip():
@@ -382,50 +365,45 @@ def read_objects(path, *columns):
             except (ValueError, RecursionError):
                 row = None
             row = row if isinstance(row, dict) else {}
-            other = row.get('text') if len(columns) == 1 else None
-            values = [row.get(column, other) for column in columns]
+            values = [row.get(column, row.get(otherwise)) for column in columns]
             for column, value in zip(columns, values, strict=True):
-                problem = f'not a JSON object with a "{column}" field that holds a string'
-                is_string = is_text(value) if '\\u' in line else isinstance(value, str)
-                require(is_string, f'{path}, line {number}: {problem}')
+                require(is_text(value), f'{path}, line {number}: not a JSON object with a '
+                        f'"{column}" field that holds a string')
             yield number, *values
 
 
 def read_jsonl(path, column='text'):
     """Every line is an object with the text in its field `column`, or else in 'text'."""
-    for _, text in read_objects(path, column):
+    for _, text in read_objects(path, column, otherwise='text'):
         yield None, text, True, None
 
 
 def read_lines(path, keep_newline=False):
-    """Every line is a document, an empty one too, as the rows of a benchmark on the hub are."""
+    """Every line is a document, an empty one too."""
     with open(path, encoding='utf-8-sig', newline='\n') as f:
         for line in f:
             text = line.strip()
-            if text and keep_newline:
-                text = line
-            yield None, text, True, None
+            yield None, line if text and keep_newline else text, True, None
 
 
-def files_in(folder, endings=''):
-    """The paths of the files in a folder that end so, in order."""
-    paths = [os.path.join(parent, file) for parent, _, files in os.walk(folder) for file in files]
-    for path in sorted(path for path in paths if path.endswith(endings)):
-        if not os.path.exists(path):
-            raise FileNotFoundError(f'{path} is a link to a file that is not there')
-        yield path
+def files_of(path, endings=TEXT_FILES):
+    """The file itself, or those of a folder that end so, in the order of their paths."""
+    files = [path]
+    if os.path.isdir(path):
+        files = [os.path.join(parent, file) for parent, _, names in os.walk(path) for file in names]
+        files = sorted(file for file in files if file.endswith(endings))
+    if not files:
+        raise FileNotFoundError(f'{path} is a folder without {" or ".join(endings)} files')
+    for file in files:
+        if not os.path.exists(file):
+            link = 'a link to a file that is ' if os.path.islink(file) else ''
+            raise FileNotFoundError(f'{file} is {link}not there')
+    return files
 
 
 def read_files(path, read_text=read_plain_text, read_json=read_jsonl):
-    """A text file, a .jsonl file, or a folder of them in the order of their names."""
-    paths = [path]
-    if os.path.isdir(path):
-        paths = list(files_in(path, TEXT_FILES))
-        if not paths:
-            raise FileNotFoundError(f'{path} is a folder without .txt or .jsonl files')
-    if not os.path.exists(path):
-        raise FileNotFoundError(f'{path} is not there')
-    for file in paths:
+    """A text file, a .jsonl file, or a folder of them."""
+    for file in files_of(path):
         try:
             yield from read_json(file) if file.endswith('.jsonl') else read_text(file)
         except UnicodeDecodeError as error:
@@ -456,15 +434,13 @@ def stdlib_documents():
 def read_stdlib(input=None, streaming=True):
     """English that every CPython carries: the topics of its help() and the docstrings of the
     standard library, without tests and repetitions."""
-    texts = stdlib_documents()
-    for text in texts:
-        yield None, text, True, len(texts)
+    for text in stdlib_documents():
+        yield None, text, True, len(stdlib_documents())
 
 
-def read_text8(input=None, streaming=True, benchmark=None, length=256):
+def read_text8(input=None, streaming=True, length=256):
     """text8 in documents of `length` characters, None: one a split. The first 90% are train, 5%
-    validation, 5% test (Austin et al. 2021, appendix B.1). input: the file. benchmark: for
-    BENCHMARKS only."""
+    validation, 5% test (Austin et al. 2021, appendix B.1). input: the file."""
     splits = ('train', 'validation', 'test')
     if input:
         with open(input, encoding='ascii', errors='replace') as f:
@@ -472,7 +448,7 @@ def read_text8(input=None, streaming=True, benchmark=None, length=256):
         a, b = len(whole) * 90 // 100, len(whole) * 95 // 100
         parts = zip(splits, (whole[:a], whole[a:b], whole[b:]), strict=True)
     else:
-        parts = (item[:2] for item in read_hub('afmck/text8', splits=splits))
+        parts = (item[:2] for item in read_hub('afmck/text8', splits))
     for split, text in parts:
         if length is None:
             for i in range(0, len(text), PIECE):
@@ -482,61 +458,56 @@ def read_text8(input=None, streaming=True, benchmark=None, length=256):
             yield split, text[i:i + length], True, None
 
 
-def read_hub(repository, splits=('train',), validation_last=0, column='text', keep=None,
-             revision=None, config=None, files=None, benchmark=None, keep_newline=False,
-             most=None, input=None, streaming=True):
+def read_hub(repository, splits=None, validation_last=0, column='text', keep=None, benchmark=None,
+             keep_newline=False, most=None, input=None, streaming=True, **options):
     """A Hugging Face dataset, or its local copy: a folder `input`, or a file.
 
-    splits: those of the hub, or a dict from the hub's names to ours. validation_last: so many
-    documents at the end of the only split are validation; 0: a hash chooses. keep: a test of rows.
-    most: documents of a split, at most. files: the pattern of a split's files. benchmark: the split
-    that is measured, and what a file holds, a row a line (keep_newline: with its newline)."""
-    if input and benchmark and os.path.isfile(input):
+    splits: those of the hub, or a dict from the hub's names to ours; None: a hash splits 'train'.
+    validation_last: so many documents at the end of 'train' are validation. keep: a test of rows.
+    benchmark: the split that is measured, and which a file holds, a row a line (keep_newline: with
+    its newline). most: documents of a split. options: of load_rows."""
+    read_text, read_json = read_plain_text, read_jsonl
+    if benchmark:
         read_text = partial(read_lines, keep_newline=keep_newline)
-        for _, *rest in read_files(input, read_text, partial(read_jsonl, column=column)):
+        read_json = partial(read_jsonl, column=column)
+    if input and (input.endswith(TEXT_FILES) or benchmark and os.path.isfile(input)):
+        for _, *rest in read_files(input, read_text, read_json):
             yield benchmark, *rest
         return
-    if input and input.endswith(('.txt', '.jsonl')):
-        yield from read_files(input)
-        return
     source = input or repository
-    for split in splits:
-        rows = load_rows(repository, split, config, files, revision, input, streaming)
+    for split in splits or ['train']:
+        rows = load_rows(repository, split, input, streaming, **options)
         info = (rows.info.splits or {}).get(split)
         total = len(rows) if hasattr(rows, '__len__') else getattr(info, 'num_examples', None)
         hint = f'there are {total} in all' if total else '--streaming=False counts them'
-        require(
-            not validation_last or (total or 0) > validation_last,
-            f'{source}: the last {validation_last} documents are validation, but {hint}')
-        ours = None
+        require(not validation_last or total and total > validation_last,
+                f'{source}: the last {validation_last} documents are validation, but {hint}')
+        ours = split if splits or validation_last else None
         if isinstance(splits, dict):
             ours = splits[split]
-        elif len(splits) > 1:
-            ours = split
-        elif validation_last:
-            ours = 'train'
         for i, row in enumerate(itertools.islice(rows, most)):
             text = row.get(column)
-            problem = f"row {i} of '{split}' has no text in its column '{column}'"
-            require(isinstance(text, str), f'{source}: {problem}')
+            require(isinstance(text, str),
+                    f"{source}: row {i} of '{split}' has no text in its column '{column}'")
             if validation_last and i == total - validation_last:
                 ours = 'validation'
             if keep is None or keep(row):
                 yield ours, text, True, total
 
 
-def load_rows(repository, split, config, files, revision, input, streaming):
+def load_rows(repository, split, input=None, streaming=True, data_files=None, **options):
+    """The rows of a split. data_files: the pattern of its files. options: of load_dataset."""
     import datasets
+    if data_files:
+        options['data_files'] = {split: data_files.format(split=split)}
     try:
         if input:
-            return datasets.load_dataset(input, split=split, streaming=False)
-        options = dict(data_files={split: files.format(split=split)}) if files else {}
-        return datasets.load_dataset(
-            repository, config, **options, split=split, streaming=streaming, revision=revision)
+            return datasets.load_dataset(input, split=split)
+        return datasets.load_dataset(repository, split=split, streaming=streaming, **options)
     except Exception as error:  # the hub's client has many, which mean the same to the user
         why = f'{type(error).__name__}: {str(error).strip().splitlines()[0]}'
-        problem = f"{input or repository}, split '{split}', cannot be read ({why})"
-        raise ValueError(f'{problem}; --input=FOLDER takes a local copy') from None
+        raise ValueError(f"{input or repository}, split '{split}', cannot be read ({why}); "
+                         '--input=FOLDER takes a local copy') from None
 
 
 # prompts and answers; each part is tokenized apart
@@ -549,13 +520,9 @@ def read_pair_lines(path):
 
 
 def read_pairs(paths):
-    """Files, separated by commas, or folders of them. Of several, those whose name ends in 'test'
-    or 'validation' are these splits."""
-    files = []
-    for path in paths.split(','):
-        files += files_in(path, '.jsonl') if os.path.isdir(path) else [path]
-    if not files:
-        raise FileNotFoundError(f'{paths} is a folder without .jsonl files')
+    """Files, or folders of them. Of several, those whose name ends in 'test' or 'validation' are
+    these splits."""
+    files = [file for path in paths for file in files_of(path, ('.jsonl',))]
     for file in files:
         named = re.search(r'(?:^|[\W_])(test|validation)\.jsonl$', file)
         split = named[1] if named and len(files) > 1 else 'train'
@@ -571,8 +538,8 @@ def read_local(read, where, input=None, streaming=True):
 
 
 def gsm8k_line(question, answer):
-    """GSM8K's own two fields as a line of the implicit chain-of-thought data (Deng et al. 2023):
-    the question, the annotations of the answer, the number."""
+    """GSM8K's two fields as a line of the implicit chain-of-thought data (Deng et al. 2023): the
+    question, the annotations of the answer, the number."""
     thought = ' '.join(re.findall('<<.*?>>', answer))
     return f"{question}||{thought} #### {answer.rpartition('####')[2].strip()}\n"
 
@@ -590,11 +557,10 @@ def gsm8k_example(line):
 def read_gsm8k_lines(path):
     """Lines of that form, or GSM8K's own objects."""
     with open(path, encoding='utf-8-sig') as f:
-        is_json = f.read(1) == '{'
-        f.seek(0)
         lines = f
-        if is_json:
+        if f.read(1) == '{':
             lines = (gsm8k_line(*row) for _, *row in read_objects(path, 'question', 'answer'))
+        f.seek(0)
         for line in lines:
             yield 'train', gsm8k_example(line), True, None
 
@@ -604,19 +570,17 @@ def read_gsm8k(input=None, streaming=True):
         yield from read_local(read_gsm8k_lines, '', input)
         return
     for split in ('train', 'test'):
-        for row in load_rows('openai/gsm8k', split, 'main', None, None, None, streaming):
+        for row in load_rows('openai/gsm8k', split, streaming=streaming, name='main'):
             line = gsm8k_line(row['question'], row['answer'])
             yield split, gsm8k_example(line), True, None
 
 
-VICUNA = (
-    'A chat between a curious user and an artificial intelligence assistant. The assistant gives '
-    "helpful, detailed, and polite answers to the user's questions. ")
-
-
 def vicuna_prompt(message):
     """Vicuna v1.1's template around the first message."""
-    return f'{VICUNA}USER: {message} ASSISTANT:' if message else f'{VICUNA}USER:ASSISTANT:'
+    asked = f' {message} ' if message else ''
+    return ('A chat between a curious user and an artificial intelligence assistant. The assistant '
+            "gives helpful, detailed, and polite answers to the user's questions. "
+            f'USER:{asked}ASSISTANT:')
 
 
 def sharegpt_example(row):
@@ -627,9 +591,8 @@ def sharegpt_example(row):
         asked, answer = human['value'], gpt['value']
     except (KeyError, TypeError, ValueError):
         return []
-    if sides != ('human', 'gpt') or not (is_text(asked) and is_text(answer)):
-        return []
-    return [([vicuna_prompt(asked)], [answer])]
+    good = sides == ('human', 'gpt') and is_text(asked) and is_text(answer)
+    return [([vicuna_prompt(asked)], [answer])] if good else []
 
 
 def read_sharegpt(path):
@@ -661,8 +624,7 @@ papers = partial(
     revision='refs/convert/parquet')
 DATASETS = {
     'stdlib': read_stdlib,
-    'openwebtext': partial(  # as MDLM splits it
-        read_hub, 'Skylion007/openwebtext', validation_last=100_000),
+    'openwebtext': partial(read_hub, 'Skylion007/openwebtext', validation_last=100_000),  # MDLM's
     'owt-gpt2-1024-split': partial(  # xlm's
         read_hub, 'dhruveshpatel/owt-gpt2-1024-split', splits=('train', 'validation')),
     'slimpajama': partial(  # SMDM's, without code
@@ -672,33 +634,31 @@ DATASETS = {
     'ptb': partial(
         benchmark_of_hub, 'ptb-text-only/ptb_text_only', column='sentence',
         revision='refs/convert/parquet'),
-    'wikitext2': partial(wikitext, config='wikitext-2-raw-v1'),
-    'wikitext103': partial(wikitext, config='wikitext-103-raw-v1'),
+    'wikitext2': partial(wikitext, name='wikitext-2-raw-v1'),
+    'wikitext103': partial(wikitext, name='wikitext-103-raw-v1'),
     'lm1b': partial(
         read_hub, 'billion-word-benchmark/lm1b', splits=('train', 'test'), benchmark='test',
         revision='refs/convert/parquet'),
     'lambada': partial(  # all there is, MDLM's validation
         benchmark_of_hub, 'EleutherAI/lambada_openai', splits={'test': 'validation'},
-        config='default'),
-    'ag_news': partial(
-        read_hub, 'fancyzhx/ag_news', splits=('train', 'test'), benchmark='test'),
-    'scientific_papers_pubmed': partial(papers, files='pubmed/*{split}/*.parquet'),
-    'scientific_papers_arxiv': partial(papers, files='arxiv/*{split}/*.parquet'),
-    'fineweb-2024-10': partial(fineweb, config='CC-MAIN-2024-10'),  # SMDM's temporal shift
-    'fineweb-2024-18': partial(fineweb, config='CC-MAIN-2024-18'),
-    'text8': partial(read_text8, benchmark='test'),
-    'text8-crop': partial(read_text8, benchmark='test', length=None),  # goes with packing 'crop'
+        name='default'),
+    'ag_news': partial(read_hub, 'fancyzhx/ag_news', splits=('train', 'test'), benchmark='test'),
+    'scientific_papers_pubmed': partial(papers, data_files='pubmed/*{split}/*.parquet'),
+    'scientific_papers_arxiv': partial(papers, data_files='arxiv/*{split}/*.parquet'),
+    'fineweb-2024-10': partial(fineweb, name='CC-MAIN-2024-10'),  # SMDM's temporal shift
+    'fineweb-2024-18': partial(fineweb, name='CC-MAIN-2024-18'),
+    'text8': read_text8,
+    'text8-crop': partial(read_text8, length=None),  # goes with packing 'crop'
     # SMDM's fine-tuning
     'gsm8k': read_gsm8k,
     'sharegpt': partial(
         read_local, read_sharegpt, 'ShareGPT_V3_unfiltered_cleaned_split_no_imsorry.json of '
         'anon8231489123/ShareGPT_Vicuna_unfiltered on the hub'),
-    'reverse': partial(
-        read_local, read_reverse, 'all_prompts_train.jsonl of lukasberglund/reversal_curse on '
-        'GitHub'),
+    'reverse': partial(read_local, read_reverse,
+                       'all_prompts_train.jsonl of lukasberglund/reversal_curse on GitHub'),
 }
 MAX_LENGTH = {'gsm8k': 256, 'sharegpt': 2048}  # tokens; longer examples are left out, as released
-BENCHMARKS = {
+BENCHMARKS = {'text8': 'test', 'text8-crop': 'test'} | {  # the split that is measured
     name: reader.keywords['benchmark'] for name, reader in DATASETS.items()
     if isinstance(reader, partial) and 'benchmark' in reader.keywords}
 
@@ -707,8 +667,17 @@ MEASURED_AS = {
     name: dict(packing='bos', max_tokens=100 * 1024 * 2048) for name in DATASETS
     if name.startswith('fineweb')}
 
+
 def is_local(dataset):
     return dataset == 'stdlib' or dataset.startswith(('text:', 'pairs:'))
+
+
+def paths_of(dataset):
+    """The files and folders that text:PATH or pairs:PATH,PATH names."""
+    kind, _, path = dataset.partition(':')
+    if kind == 'text' or os.path.exists(path):  # whatever commas it has
+        return [path]
+    return path.split(',')
 
 
 # (pattern, replacement) that join a benchmark's words and punctuation, by the beginning of its name
@@ -741,37 +710,28 @@ def detokenize(dataset_name, text):
     return text
 
 
-def hashed_splits():
-    """The splits of document 0, 1, ...: a hash sends 5% to validation."""
-    for first in itertools.count(0, 2 ** 16):  # so many at a time, for speed
-        index = np.arange(2 ** 16, dtype=np.uint64) + np.uint64(first)
-        for draw in ((splitmix64(index) >> np.uint64(1)) % np.uint64(20)).tolist():
-            yield 'train' if draw else 'validation'
-
-
 def documents(dataset, input=None, streaming=True):
-    """What the reader of a dataset yields, with the text cleaned up and every split chosen."""
-    require(
-        not (input and is_local(dataset)),
-        f'--input={input} takes the place of the hub, which dataset {dataset} does not need')
+    """What a dataset's reader yields, with the text cleaned up and every split chosen."""
+    require(not (input and is_local(dataset)),
+            f'--input={input} takes the place of the hub, which dataset {dataset} does not need')
     if dataset.startswith('text:'):
-        reader = read_files(dataset[5:])
+        reader = read_files(*paths_of(dataset))
     elif dataset.startswith('pairs:'):
-        reader = read_pairs(dataset[6:])
+        reader = read_pairs(paths_of(dataset))
     elif dataset in DATASETS:
         reader = DATASETS[dataset](input=input, streaming=streaming)
     else:
-        near = difflib.get_close_matches(dataset, DATASETS, n=1, cutoff=0)[0]
-        hint = f"the nearest is '{near}', and text:PATH or pairs:PATH takes your own text"
-        raise ValueError(f"dataset '{dataset}' is not known; {hint}")
-    choices = hashed_splits()
-    choice = next(choices)
+        near, = difflib.get_close_matches(dataset, DATASETS, n=1, cutoff=0)
+        raise ValueError(f"dataset '{dataset}' is not known; the nearest is '{near}'; text:PATH "
+                         'and pairs:PATH take your own text')
+    index = 0
     for split, text, last, total in reader:
+        if split is None:
+            split = 'train' if (splitmix64(index) >> 1) % 20 else 'validation'
+            index += last
         if dataset in DATASETS:
             text = detokenize(dataset, text)
-        yield split or choice, text, last, total
-        if split is None and last:
-            choice = next(choices)
+        yield split, text, last, total
 
 
 # -----------------------------------------------------------------------------
@@ -779,47 +739,37 @@ def documents(dataset, input=None, streaming=True):
 
 
 def default_name(dataset, tokenizer):
-    parts = []
-    for part in (re.sub('^(text|pairs):', '', dataset).split(',')[0], tokenizer):
-        stem = os.path.splitext(os.path.basename(part.rstrip('/')))[0]
-        parts.append(re.sub(r'[^\w.-]+', '_', stem))
-    return '-'.join(parts)
+    stems = [PurePath(path).stem for path in (paths_of(dataset)[0] or dataset, tokenizer)]
+    return re.sub(r'[^\w.-]+', '_', '-'.join(stems))
 
 
-def command_for(dataset, tokenizer, name=None, input=None, max_length=None):
+def command_for(**constants):
     """The command that makes a data folder."""
-    arguments = dict(
-        dataset=dataset, tokenizer=tokenizer, name=name, input=input, max_length=max_length)
-    words = [f'--{key}={shlex.quote(str(value))}' for key, value in arguments.items() if value]
+    words = [f'--{key}={shlex.quote(str(value))}' for key, value in constants.items() if value]
     return ' '.join(['python data.py', *words])
 
 
-def source_files(dataset, input=None):
-    """The local files that a dataset is read from, none where they are not there."""
-    paths, endings = input, ''
-    if not input and dataset.startswith(('text:', 'pairs:')):
-        paths, endings = dataset.partition(':')[2], TEXT_FILES
-    files = []
-    for path in paths.split(',') if paths else ():
-        if os.path.isdir(path):
-            files += files_in(path, endings)
-        elif os.path.exists(path):
-            files.append(path)
-    return files
-
-
-def fingerprint(files):
-    """Size in bytes and hash of files, Nones where there are none."""
-    sizes, digest = [], hashlib.sha256()
-    for path in files:
-        sizes.append(os.path.getsize(path))
-        digest.update(b'%d ' % sizes[-1])
-        with open(path, 'rb') as f:
-            while block := f.read(PIECE):
-                digest.update(block)
-    if not sizes:
-        return dict(size=None, sha256=None)
-    return dict(size=sum(sizes), sha256=digest.hexdigest()[:16])
+def source_of(dataset, input, max_length):
+    """What a data folder is made from. size (bytes) and sha256 are of local files, or None."""
+    paths, endings = paths_of(dataset), TEXT_FILES
+    if input:
+        paths, endings = [input], ('',)
+    elif dataset.startswith('pairs:'):
+        endings = ('.jsonl',)
+    files = [file for path in paths if os.path.exists(path) for file in files_of(path, endings)]
+    source = dict(dataset=dataset, input=input, size=None, sha256=None)
+    if files:
+        source['size'] = sum(map(os.path.getsize, files))
+        digest = hashlib.sha256()
+        for file in files:
+            digest.update(b'%d ' % os.path.getsize(file))
+            with open(file, 'rb') as f:
+                while block := f.read(PIECE):
+                    digest.update(block)
+        source['sha256'] = digest.hexdigest()[:16]
+    if max_length:
+        source['max_length'] = max_length
+    return source
 
 
 def read_meta(folder):
@@ -827,40 +777,41 @@ def read_meta(folder):
     the command that rebuilds the folder where a file is not what the meta says."""
     path = f'{folder}/meta.json'
     if not os.path.isfile(path):
-        hint = 'make one with python data.py --dataset=NAME'
-        raise FileNotFoundError(f'{path} is missing: {folder} is not a data folder; {hint}')
+        raise FileNotFoundError(f'{path} is missing: {folder} is not a data folder; make one with '
+                                'python data.py --dataset=NAME')
     try:
         with open(path) as f:
             meta = json.load(f)
         rebuild = f"rebuild it with {meta['command']}"
-        require(meta['source']['dataset'] and meta['tokenizer']['name'], f'{path}: {rebuild}')
+        whole = meta['source']['dataset'] and meta['tokenizer']['name']
+        require(whole, f'{path} does not tell its dataset and tokenizer: {rebuild}')
         itemsize = {'uint16': 2, 'uint32': 4}[meta['dtype']]
-        for key in ('vocab_size', 'eos_id', 'bos_id', 'pad_id', 'mask_id'):
-            require(type(meta['tokenizer'][key]) is int, f'{path}: {key} is not an id: {rebuild}')
-        for split, counts in meta['splits'].items():
-            sizes = dict(bin=counts['tokens'] * itemsize, idx=(counts['documents'] + 1) * 8)
-            if 'prompt_tokens' in counts:
-                sizes['prompt'] = counts['documents'] * 8
+        for split, n in meta['splits'].items():
+            sizes = dict(bin=n['tokens'] * itemsize, idx=(n['documents'] + 1) * 8)
+            if 'prompt_tokens' in n:
+                sizes['prompt'] = n['documents'] * 8
             for ending, size in sizes.items():
                 file = f'{folder}/{split}.{ending}'
                 require(os.path.isfile(file), f'{file} is missing: {rebuild}')
                 found = os.path.getsize(file)
-                problem = f'holds {found:,} bytes, where meta.json says {size:,}'
-                require(found == size, f'{file} {problem}: {rebuild}')
-            offsets = np.memmap(f'{folder}/{split}.idx', dtype='<i8', mode='r')
-            fits = offsets[0] == 0 and offsets[-1] == counts['tokens']
-            require(fits, f'{folder}/{split}.idx does not fit the tokens of meta.json: {rebuild}')
+                require(found == size, f'{file} holds {found:,} bytes, where meta.json says '
+                        f'{size:,}: {rebuild}')
+            ends = np.memmap(f'{folder}/{split}.idx', dtype='<i8', mode='r')[[0, -1]].tolist()
+            require(ends == [0, n['tokens']],
+                    f'{folder}/{split}.idx does not fit the tokens of meta.json: {rebuild}')
     except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         why = f'is not what data.py writes ({type(error).__name__}: {error})'
         raise ValueError(f'{path} {why}: remove {folder} and prepare it again') from None
     return meta
 
 
+def parts_of(examples):
+    return [part for example in examples for row in example for side in row for part in side]
+
+
 def text_of(text):
     """A text as it is, an example as all its parts joined."""
-    if isinstance(text, str):
-        return text
-    return ' '.join(part for row in text for parts in row for part in parts)
+    return text if isinstance(text, str) else ' '.join(parts_of([text]))
 
 
 def training_texts(documents, limit=2 ** 27):
@@ -875,7 +826,7 @@ def training_texts(documents, limit=2 ** 27):
 
 
 def chunks(documents, progress):
-    """About a megabyte of documents at a time: split -> the texts, and which end a document."""
+    """About a megabyte of documents at a time: split, their texts, and which end a document."""
     chunk = {}
     size = 0
     for split, text, last, total in documents:
@@ -885,30 +836,30 @@ def chunks(documents, progress):
         ends.append(last)
         size += len(text_of(text))
         if size >= PIECE:
-            yield chunk
+            yield from chunk.items()
             chunk = {}
             size = 0
-    yield chunk
+    yield from chunk.items()
 
 
-def encode_texts(tok, texts, last):
-    """-> ids, each document closed by EOS; where documents end; the number of bytes."""
+def encode_texts(tok, texts, last, limit):
+    """-> what to append to the files of a split, by their endings, and to its counts. Each document
+    is closed by EOS."""
     ids, ends = tok.encode_batch(texts)
     ends = ends[np.array(last)]
-    closed = np.insert(ids, ends, tok.eos_id)
+    ids = np.insert(ids, ends, tok.eos_id)
     ends = ends + np.arange(1, len(ends) + 1)
-    return closed, ends, len(''.join(texts).encode())
+    n = dict(documents=len(ends), tokens=len(ids), bytes=len(''.join(texts).encode()))
+    return dict(bin=ids, idx=ends), n
 
 
-def encode_examples(tok, examples, limit):
-    """-> ids and ends as of encode_texts; prompt lengths; counts for meta.json. A document begins
-    with BOS, and so does each of its parts where BOS is not EOS. An example with a document of more
-    than `limit` tokens is left out."""
-    parts = [part for example in examples for row in example for side in row for part in side]
-    ids, ends = tok.encode_batch(parts) if parts else (np.zeros(0, dtype=np.int64), [])
+def encode_examples(tok, examples, last, limit):
+    """The same of examples. A document begins with BOS, and so does each of its parts where BOS is
+    not EOS. An example with a document of more than `limit` tokens is left out."""
+    parts = parts_of(examples)
+    ids, ends = tok.encode_batch(parts) if parts else one_after_the_other([])
     encoded = iter(np.split(ids, ends[:-1]))
-    kept, prompt_lengths = [], []
-    n = dict(bytes=0, prompt_tokens=0, prompt_bytes=0, malformed_left_out=0, too_long_left_out=0)
+    kept, malformed, too_long = [], 0, 0
     for example in examples:
         documents = []
         for prompt, answer in example:
@@ -919,40 +870,34 @@ def encode_examples(tok, examples, limit):
                 ids += next(encoded).tolist()
                 if number == len(prompt):
                     prompt_length = len(ids)
-            documents.append((ids + [tok.eos_id], prompt_length))
+            ids.append(tok.eos_id)
+            prompt = ''.join(prompt).encode()
+            n_bytes = len(prompt) + len(''.join(answer).encode())
+            documents.append((ids, n_bytes, prompt_length, len(prompt)))
         if not documents:
-            n['malformed_left_out'] += 1
-        elif max(len(ids) for ids, _ in documents) > limit:
-            n['too_long_left_out'] += 1
+            malformed += 1
+        elif max(len(ids) for ids, *_ in documents) > limit:
+            too_long += 1
         else:
-            for (ids, prompt_length), (prompt, answer) in zip(documents, example, strict=True):
-                kept.append(ids)
-                prompt_lengths.append(prompt_length)
-                n['prompt_bytes'] += len(''.join(prompt).encode())
-                n['bytes'] += len(''.join(prompt + answer).encode())
-    n['prompt_tokens'] = sum(prompt_lengths)
-    return *one_after_the_other(kept), np.array(prompt_lengths, dtype='<i8'), n
+            kept += documents
+    ids, ends = one_after_the_other([ids for ids, *_ in kept])
+    sizes = np.array([sizes for _, *sizes in kept], dtype=np.int64).reshape(-1, 3)
+    n_bytes, prompt_tokens, prompt_bytes = sizes.sum(axis=0).tolist()
+    n = dict(documents=len(kept), tokens=len(ids), bytes=n_bytes, prompt_tokens=prompt_tokens,
+             prompt_bytes=prompt_bytes, malformed_left_out=malformed, too_long_left_out=too_long)
+    return dict(bin=ids, idx=ends, prompt=sizes[:, 1]), n
 
 
-def encode_chunk(tok, dtype, limit, chunk):
-    """split -> what to append to its files, by their endings, and to its counts."""
-    encoded = {}
-    for split, (texts, last) in chunk.items():
-        if isinstance(texts[0], str):
-            ids, ends, n_bytes = encode_texts(tok, texts, last)
-            arrays, n = {}, dict(bytes=n_bytes)
-        else:
-            ids, ends, prompt, n = encode_examples(tok, texts, limit)
-            arrays = dict(prompt=prompt)
-        arrays |= dict(bin=ids.astype(dtype), idx=ends.astype('<i8'))
-        encoded[split] = arrays, dict(documents=len(ends), tokens=len(ids)) | n
-    return encoded
+def encode_chunk(tok, limit, chunk):
+    """What chunks() yields -> split, and what encode_texts or encode_examples makes of it."""
+    split, (texts, last) = chunk
+    encode = encode_texts if isinstance(texts[0], str) else encode_examples
+    return split, *encode(tok, texts, last, limit)
 
 
 def in_order(function, items, workers):
-    """map(function, items) on threads, in order, with few items under way. Tokenizers work outside
-    the interpreter's lock, so threads use every core."""
-    with ThreadPoolExecutor(workers) as pool:
+    """map(function, items) on threads, in order, with few items under way."""
+    with ThreadPoolExecutor(workers) as pool:  # tokenizers work outside the interpreter's lock
         pending = deque()
         for item in items:
             pending.append(pool.submit(function, item))
@@ -962,35 +907,25 @@ def in_order(function, items, workers):
             yield pending.popleft().result()
 
 
-def append(path, array):
-    with open(path, 'ab') as f:
-        f.write(array.tobytes())
-
-
-def write_bins(folder, tok, documents, size=None, name='', limit=math.inf):
-    """Write <split>.bin and <split>.idx of all documents into an empty folder (and <split>.prompt
-    of examples) -> the dtype's name, the counts of each split. size: bytes of the source, for the
-    progress bar. limit: of encode_examples."""
+def write_bins(folder, tok, documents, size, name, limit):
+    """Write the files of all splits into an empty folder -> the dtype's name, the counts of each
+    split. size: bytes of the source, or None, for the progress bar. limit: tokens of an example."""
     dtype = np.dtype('<u2' if tok.vocab_size <= 2 ** 16 else '<u4')
     counts = {}
-    start = time.time()
     unit = 'B' if size else ' documents'
     with tqdm(desc=f'tokenizing {name}', total=size, unit=unit, unit_scale=True) as progress:
-        encode = partial(encode_chunk, tok, dtype, limit)
-        for encoded in in_order(encode, chunks(documents, progress), os.cpu_count()):
-            for split, (arrays, n) in encoded.items():
-                if split not in counts:
-                    counts[split] = dict.fromkeys(n, 0)
-                    append(f'{folder}/{split}.idx', np.zeros(1, dtype='<i8'))
-                count = counts[split]
-                arrays['idx'] += count['tokens']
-                for ending, array in arrays.items():
-                    append(f'{folder}/{split}.{ending}', array)
-                for key in n:
-                    count[key] += n[key]
-                progress.update(n['bytes'] if size else n['documents'])
-            tokens = sum(count['tokens'] for count in counts.values())
-            speed = tokens / (time.time() - start)
+        encode = partial(encode_chunk, tok, limit)
+        for split, arrays, n in in_order(encode, chunks(documents, progress), os.cpu_count()):
+            if split not in counts:
+                counts[split] = Counter()
+                arrays['idx'] = np.append(0, arrays['idx'])
+            arrays['idx'] += counts[split]['tokens']
+            counts[split].update(n)
+            for ending, array in arrays.items():
+                with open(f'{folder}/{split}.{ending}', 'ab') as f:
+                    f.write(array.astype(dtype if ending == 'bin' else '<i8').tobytes())
+            progress.update(n['bytes'] if size else n['documents'])
+            speed = sum(n['tokens'] for n in counts.values()) / progress.format_dict['elapsed']
             progress.set_postfix_str(f'{speed:,.0f} tokens/s', refresh=False)
     return dtype.name, counts
 
@@ -1011,91 +946,91 @@ def is_prepared(folder, source, tokenizer):
     except ValueError as error:
         print(f'{error}\nrebuilding {folder}', file=sys.stderr)
         return False
-    theirs = dict(sha256=None) | meta['source']  # older folders have no hash
-    for key in ('size', 'sha256'):
-        if source[key] is None or theirs[key] is None:  # the text itself may be gone by now
-            source = source | {key: theirs[key]}
-    require(
-        theirs == source and has_tokenizer(meta, tokenizer),
-        f"{folder} was made from {theirs} with {meta['tokenizer']['name']}, not from "
-        f'{source} with {tokenizer}: give another --name, or remove the folder')
+    theirs = meta['source']
+    # the text itself may be gone by now, and older folders have no hash
+    unknown = {key: None for key in ('size', 'sha256') if None in (source[key], theirs.get(key))}
+    other = command_for(dataset=source['dataset'], tokenizer=tokenizer, name='NAME',
+                        input=source['input'], max_length=source.get('max_length'))
+    require(theirs | unknown == source | unknown and has_tokenizer(meta, tokenizer),
+            f"{folder} was made from {theirs} with {meta['tokenizer']['name']}, not from {source} "
+            f'with {tokenizer}: remove it, or make another by {other}, which is --dataset=NAME')
     return True
 
 
-def prepare(
-        dataset, tokenizer='gpt2', name=None, input=None, streaming=True, max_length=None):
-    """Make data/<name> where it is not there -> its path. It appears whole or not at all, and other
-    processes wait. Raises ValueError where it was made from another source or tokenizer."""
+def prepare(dataset, tokenizer='gpt2', name=None, input=None, streaming=True, max_length=None):
+    """Make data/<name> where it is not there, whole or not at all -> its path. Other processes
+    wait. Raises ValueError where it was made from another source or tokenizer."""
     name = default_name(dataset, tokenizer) if name is None else str(name)
-    require(
-        re.fullmatch(r'[\w-][\w.-]*', name),
-        f"name='{name}': letters, digits, '_', '-' and '.' make the name of a folder in data/")
+    require(re.fullmatch(r'[\w-][\w.-]*', name),
+            f"name='{name}': letters, digits, '_', '-' and '.' make the name of a folder in data/")
     folder = f'data/{name}'
     unfinished = f'data/.{name}.unfinished'
     os.makedirs('data', exist_ok=True)
-    source = dict(dataset=dataset, input=input, **fingerprint(source_files(dataset, input)))
-    if max_length:
-        source['max_length'] = max_length
-    limit = max_length or MAX_LENGTH.get(dataset, math.inf)
-    with FileLock(f'data/.{name}.lock'):
-        if is_prepared(folder, source, tokenizer):
-            return folder
+    source = source_of(dataset, input, max_length)
+    read = partial(documents, dataset, input, streaming)
+    lock = FileLock(f'data/.{name}.lock')
+    with lock:
         try:
+            if is_prepared(folder, source, tokenizer):
+                return folder
             shutil.rmtree(unfinished, ignore_errors=True)
             os.makedirs(unfinished)
             if is_bpe(tokenizer):
                 print(f'training the tokenizer {tokenizer} on {dataset}', flush=True)
-                texts = training_texts(documents(dataset, input, streaming))
-                train_bpe(texts, int(tokenizer[4:]), f'{unfinished}/tokenizer.json')
+                size = int(tokenizer.removeprefix('bpe-'))
+                train_bpe(training_texts(read()), size, f'{unfinished}/tokenizer.json')
             tok = get_tokenizer(tokenizer, unfinished)
             if tok.sha256 and not is_bpe(tokenizer):
                 shutil.copy(f'{tokenizer}/tokenizer.json', unfinished)
-            dtype, counts = write_bins(
-                unfinished, tok, documents(dataset, input, streaming), source['size'], name, limit)
+            limit = max_length or MAX_LENGTH.get(dataset, math.inf)
+            dtype, counts = write_bins(unfinished, tok, read(), source['size'], name, limit)
             whole = counts and all(count['documents'] for count in counts.values())
             require(whole, f'{input or dataset} holds no document{described(counts)}')
+            command = command_for(
+                dataset=dataset, tokenizer=tokenizer, name=name, input=input, max_length=max_length)
             meta = dict(
-                source=source, command=command_for(dataset, tokenizer, name, input, max_length),
-                tokenizer=tok.meta(), dtype=dtype, splits=counts)
+                source=source, command=command, tokenizer=tok.meta(), dtype=dtype, splits=counts)
             with open(f'{unfinished}/meta.json', 'w') as f:
                 json.dump(meta, f, indent=1)
             shutil.rmtree(folder, ignore_errors=True)
             os.rename(unfinished, folder)
+            return folder
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-    return folder
+            with contextlib.suppress(OSError):  # who waits for it makes another
+                os.remove(lock.lock_file)
 
 
 def described(counts):
     """The counts of each split, a line each."""
-    lines = ['']
+    text = ''
     for split, count in counts.items():
-        parts = [f'{n:,} {what}'.replace('_', ' ') for what, n in count.items()]
-        lines.append(f'  {split}: ' + ', '.join(parts))
-    return '\n'.join(lines)
+        text += f'\n  {split}: ' + ', '.join(f'{n:,} {what}' for what, n in count.items())
+    return text.replace('_', ' ')
 
 
 def find_or_prepare(dataset, tokenizer=None):
     """data/<dataset>, or the folder made from that dataset with that tokenizer (None: whichever
-    data/<dataset> has, else gpt2), now if that needs no hub. Raises ValueError, or
-    FileNotFoundError with the command that makes it."""
+    data/<dataset> has, else gpt2), now if that needs no hub. Raises ValueError or
+    FileNotFoundError, with the command that makes it."""
     dataset = str(dataset)
     folder = f'data/{dataset}'
     if not os.path.isfile(f'{folder}/meta.json'):
         tokenizer = tokenizer or 'gpt2'
-        folder = f'data/{default_name(dataset, tokenizer)}'
         if is_local(dataset):
-            prepare(dataset, tokenizer)
-        elif not os.path.isdir(folder):
-            hint = f'make it with {command_for(dataset, tokenizer)}'
-            if dataset not in DATASETS:
-                hint = f"and '{dataset}' is none of {', '.join(DATASETS)}"
-            raise FileNotFoundError(f'there is no data in {folder}: {hint}')
+            return prepare(dataset, tokenizer)
+        folder = f'data/{default_name(dataset, tokenizer)}'
+        hint = f': make it with {command_for(dataset=dataset, tokenizer=tokenizer)}'
+        if dataset not in DATASETS:
+            hint = f", nor in data/{dataset}, and '{dataset}' is none of {', '.join(DATASETS)}"
+        if not os.path.isdir(folder):
+            raise FileNotFoundError(f'there is no data in {folder}{hint}')
     meta = read_meta(folder)
-    theirs = meta['tokenizer']['name']
-    problem = f"{folder} holds ids of the tokenizer '{theirs}', not '{tokenizer}'"
-    fits = tokenizer is None or has_tokenizer(meta, tokenizer)
-    require(fits, f'{problem}: give --tokenizer={theirs}, or other data')
+    source, theirs = meta['source'], meta['tokenizer']['name']
+    other = command_for(dataset=source['dataset'], tokenizer=tokenizer, input=source['input'])
+    require(tokenizer is None or has_tokenizer(meta, tokenizer),
+            f"{folder} holds ids of the tokenizer '{theirs}', not '{tokenizer}': give "
+            f'--tokenizer={theirs}, or what is made by {other}')
     return folder
 
 
@@ -1104,14 +1039,12 @@ def find_or_prepare(dataset, tokenizer=None):
 # masks (n, L) that are not all True
 
 
-def stretches(stream, starts, width):
-    """The `width` tokens of the stream from each of starts (n,): (n, width) int64."""
-    columns = np.add.outer(starts, np.arange(width))
-    return stream[columns].astype(np.int64)
+def columns_of(rows, indices):
+    """Where in the stream the tokens of rows are: (n, width)."""
+    return np.add.outer(rows.starts(indices), np.arange(rows.width))
 
 
-def wrap(stream, starts, block_size, bos_id, eos_id):
-    inner = stretches(stream, starts, block_size - 2)
+def between(inner, bos_id, eos_id):
     return np.pad(inner, ((0, 0), (1, 1)), constant_values=((0, 0), (bos_id, eos_id)))
 
 
@@ -1120,68 +1053,62 @@ def pack_wrap(docs, block_size, bos_id, eos_id):
     joined, a row is BOS, the next block_size - 2 ids, EOS, and the rest is dropped."""
     stream = np.array([i for doc in docs for i in [*doc, eos_id]], dtype=np.int64)
     width = block_size - 2
-    starts = np.arange(len(stream) // width) * width
-    return wrap(stream, starts, block_size, bos_id, eos_id)
-
-
-def padded(sequences, length, pad_id):
-    """Sequences of ids -> x0 (n, L), padded on the right, and where the ids are (n, L) bool."""
-    x0 = np.full((len(sequences), length), pad_id, dtype=np.int64)
-    is_filled = np.zeros(x0.shape, dtype=bool)
-    for row, filled, ids in zip(x0, is_filled, sequences, strict=True):
-        row[:len(ids)] = ids
-        filled[:len(ids)] = True
-    return x0, is_filled
+    inner = stream[:len(stream) // width * width].reshape(-1, width)
+    return between(inner, bos_id, eos_id)
 
 
 def wrap_rows(rows, indices):
     """BOS, the next L-2 tokens of the stream, EOS."""
-    starts = rows.starts(indices)
-    x0 = wrap(rows.tokens, starts, rows.block_size, rows.tok['bos_id'], rows.tok['eos_id'])
-    document = np.ones(x0.shape, dtype=bool)
-    document[:, [0, -1]] = False
-    return x0, dict(document=document)
+    inner, _ = concat_rows(rows, indices)
+    document = between(np.ones(inner.shape, dtype=bool), False, False)
+    return between(inner, rows.tok['bos_id'], rows.tok['eos_id']), dict(document=document)
 
 
 def concat_rows(rows, indices):
-    """The next L tokens of the stream."""
-    return stretches(rows.tokens, rows.starts(indices), rows.block_size), {}
+    """The next L tokens of the stream, or with 'crop' from any place of the training stream on: the
+    permutation that picks a row picks the place."""
+    return rows.tokens[columns_of(rows, indices)].astype(np.int64), {}
 
 
 def bos_rows(rows, indices):
     """The next L tokens of the stream in which each document begins with BOS and has no EOS."""
-    columns = np.add.outer(indices * rows.block_size, np.arange(rows.block_size))
+    columns = columns_of(rows, indices)
     x0 = rows.tokens[columns - 1].astype(np.int64)  # BOS stands where the EOS before it stood
     begins = rows.offsets[np.searchsorted(rows.offsets, columns)] == columns
     x0[begins] = rows.tok['bos_id']
     return x0, {}
 
 
-def crop_rows(rows, indices):
-    """L tokens from any place of the training stream on: the permutation that picks a row picks the
-    place. Other splits are as with concat_rows."""
-    if not rows.is_train:
-        return concat_rows(rows, indices)
-    columns = np.add.outer(indices, np.arange(rows.block_size))
-    return rows.tokens[columns].astype(np.int64), {}
+def padded(sequences, length, pad_id):
+    """Sequences of ids -> x0 (n, L), padded on the right, and where the ids are."""
+    ids, ends = one_after_the_other(sequences)
+    is_filled = np.arange(length) < np.diff(ends, prepend=0)[:, None]
+    x0 = np.full(is_filled.shape, pad_id, dtype=np.int64)
+    x0[is_filled] = ids
+    return x0, is_filled
+
+
+def nothing_but(document, attention_mask):
+    """The masks of rows whose padding is neither corrupted nor scored."""
+    return dict(
+        document=document, maskable=document, scored=document, attention_mask=attention_mask)
 
 
 def pad_rows(rows, indices):
-    """One document and its EOS, cut to L, and padding, which is a token like any other, or with
+    """One document and its EOS, cut to L, and padding: a token like any other, or with
     loss_on_padding=False neither corrupted, looked at, nor scored."""
     documents = [rows.document(i)[:rows.block_size] for i in indices]
     x0, document = padded(documents, rows.block_size, rows.tok['pad_id'])
     if rows.loss_on_padding:
         return x0, dict(document=document)
-    return x0, dict(document=document, maskable=document, scored=document, attention_mask=document)
+    return x0, nothing_but(document, document)
 
 
 def sentence_rows(rows, indices):
     """BOS ([CLS]), one document cut to L-2, EOS ([SEP]), and padding, which is not scored."""
     bos, eos = [rows.tok['bos_id']], [rows.tok['eos_id']]
-    texts = [rows.document(i)[:-1][:rows.block_size - 2] for i in indices]
-    sequences = [np.concatenate((bos, text, eos)) for text in texts]
-    x0, scored = padded(sequences, rows.block_size, rows.tok['pad_id'])
+    texts = [np.concatenate((bos, rows.document(i)[:-1][:rows.width], eos)) for i in indices]
+    x0, scored = padded(texts, rows.block_size, rows.tok['pad_id'])
     document = scored.copy()
     document[:, 0] = False
     return x0, dict(document=document, scored=scored)
@@ -1197,34 +1124,34 @@ def pair_rows(rows, indices):
     document = answer & filled
     if rows.loss_on_padding:
         return x0, dict(document=document, maskable=answer, scored=answer)
-    return x0, dict(document=document, maskable=document, scored=document, attention_mask=filled)
+    return x0, nothing_but(document, filled)
 
 
 def document_rows(rows, indices):
     """Whole documents and their EOS one after another, then padding, which is neither corrupted,
     looked at nor scored. attention_mask numbers the documents of a row (model.within_documents)."""
-    texts = [[rows.document(i) for i in rows.members[first:end]]
-             for first, end in zip(rows.starts[indices], rows.starts[indices + 1], strict=True)]
-    x0, document = padded([np.concatenate(row) for row in texts], rows.block_size,
-                          rows.tok['pad_id'])
-    numbers = np.full(x0.shape, -1)
-    for row, inside, parts in zip(numbers, document, texts, strict=True):
-        row[inside] = np.repeat(np.arange(len(parts)), [len(ids) for ids in parts])
-    return x0, dict(document=document, maskable=document, scored=document, attention_mask=numbers)
+    texts = [[rows.document(i) for i in rows.members[first:end]] for first, end in
+             zip(rows.row_ends[indices], rows.row_ends[indices + 1], strict=True)]
+    x0, document = padded(map(np.concatenate, texts), rows.block_size, rows.tok['pad_id'])
+    numbers = [np.repeat(np.arange(len(parts)), [len(ids) for ids in parts]) for parts in texts]
+    return x0, nothing_but(document, padded(numbers, rows.block_size, -1)[0])
+
+
+def spaced(firsts, counts, step):
+    """counts[i] numbers from firsts[i] on, a step apart, for every i."""
+    index = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+    return np.repeat(firsts, counts) + step * index
 
 
 def cut_longer(offsets, length):
     """offsets, with those of documents longer than `length` at every `length` tokens too."""
     pieces = -(-np.diff(offsets) // length)
-    first = np.repeat(pieces.cumsum() - pieces, pieces)
-    return np.append(np.repeat(offsets[:-1], pieces) + length * (np.arange(len(first)) - first),
-                     offsets[-1])
+    return np.append(spaced(offsets[:-1], pieces, length), offsets[-1])
 
 
 def best_fit(lengths, room, window=1024):
-    """Fill rows of `room` from so many neighbours at a time: the longest that is left, then again
-    and again the longest that fits.
-    -> members (n,) indices, row after row, and starts, where each row begins, and n."""
+    """Fill rows of `room` from `window` neighbours at a time: the longest that is left, then again
+    and again the longest that fits -> members (n,), row after row, and where each begins, and n."""
     members, starts = array('q'), array('q', [0])
     for first in range(0, len(lengths), window):
         index = np.argsort(lengths[first:first + window], kind='stable')
@@ -1248,7 +1175,7 @@ PACKINGS = {  # name -> its function, what it cuts up, and the tokens that it ad
     'wrap': (wrap_rows, 'stream', 2),
     'concat': (concat_rows, 'stream', 0),
     'bos': (bos_rows, 'stream', 0),
-    'crop': (crop_rows, 'stream', 0),
+    'crop': (concat_rows, 'stream', 0),
     'pad': (pad_rows, 'documents', 0),
     'sentence': (sentence_rows, 'documents', 2),
     'pair': (pair_rows, 'documents', 0),
@@ -1263,66 +1190,71 @@ class TokenRows:
 
     packing: a key of PACKINGS. pad_to: 'block' or 'batch', see pair_rows. grouping: so many
     documents at a time are cut up, and the rest of each group is dropped (MDLM: 1,000); None: all
-    are one group. Raises what read_meta raises, and ValueError where the split is missing, shorter
-    than a row, or damaged."""
+    are one group. Raises ValueError and FileNotFoundError, as read_meta does."""
 
-    def __init__(
-            self, folder, split, block_size, packing, loss_on_padding=True, pad_to='block',
-            grouping=None):
-        meta = read_meta(folder)
-        splits = meta['splits']
-        known = ', '.join(PACKINGS)
-        require(packing in PACKINGS, f"packing '{packing}' is not known: choose from {known}")
+    def __init__(self, folder, split, block_size, packing, loss_on_padding=True, pad_to='block',
+                 grouping=None):
+        self.meta = read_meta(folder)
+        splits = self.meta['splits']
+        require(packing in PACKINGS,
+                f"packing '{packing}' is not known: choose from {', '.join(PACKINGS)}")
         self.pack, unit, added = PACKINGS[packing]
         require(block_size > added, f'block_size={block_size} is too short for packing {packing}')
-        hint = '--val_split of train.py, --split of eval.py; a very short text has no validation'
-        known = ', '.join(splits)
-        require(split in splits, f"{folder} has no split '{split}', only {known} ({hint})")
-        self.meta = meta
-        self.tok = meta['tokenizer']
-        self.rebuild = f"rebuild it with {meta['command']}"
+        require(split in splits, f"{folder} has no split '{split}', only {', '.join(splits)}: give "
+                '--val_split to train.py, --split to eval.py')
         self.name = f'{folder}/{split}'
-        self.block_size = block_size
-        self.loss_on_padding = loss_on_padding
-        require(pad_to in ('block', 'batch'), f"pad_to='{pad_to}': choose from block, batch")
-        self.pad_to = pad_to
+        self.tok = self.meta['tokenizer']
+        self.rebuild = f"rebuild it with {self.meta['command']}"
         self.counts = splits[split]
+        self.block_size = block_size
+        self.width = block_size - added
+        self.loss_on_padding = loss_on_padding
+        self.pad_to = pad_to
         # plain arrays: their slices take a tenth of the time
-        dtype = np.dtype(meta['dtype']).newbyteorder('<')
+        dtype = np.dtype(self.meta['dtype']).newbyteorder('<')
         self.tokens = np.asarray(np.memmap(f'{self.name}.bin', dtype=dtype, mode='r'))
         self.offsets = np.asarray(np.memmap(f'{self.name}.idx', dtype='<i8', mode='r'))
         self.length = self.counts['documents']
-        self.width = block_size - added
-        self.grouped = None
-        if unit == 'stream' and grouping:
-            firsts = self.offsets[:-1:grouping]
-            counts = np.diff(np.append(firsts, self.offsets[-1])) // self.width
-            row = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
-            self.grouped = np.repeat(firsts, counts) + row * self.width
-            self.length = len(self.grouped)
-        elif unit == 'stream':
-            self.length = len(self.tokens) // self.width
-        self.is_train = split == 'train'
-        if packing == 'crop' and self.is_train:  # places; the EOS at the very end is left out
-            self.length = max(0, len(self.tokens) - block_size)
         self.left_out = 0
-        if packing == 'pair':
+
+        anywhere = packing == 'crop' and split == 'train'
+        require(not grouping or unit == 'stream' and not anywhere,
+                f"grouping={grouping}: rows of packing '{packing}' are not cut from groups")
+        if unit == 'stream':
+            self.cut_stream(anywhere, grouping)
+        elif packing == 'pair':
             self.choose_examples()
-        if packing == 'documents':
+        elif packing == 'documents':
             self.document(np.diff(self.offsets).argmin())  # refuses damaged ones
             self.offsets = cut_longer(self.offsets, block_size)
-            self.members, self.starts = best_fit(np.diff(self.offsets), block_size)
-            self.length = len(self.starts) - 1
+            self.members, self.row_ends = best_fit(np.diff(self.offsets), block_size)
+            self.length = len(self.row_ends) - 1
         problem = f'holds {len(self.tokens)} tokens, less than one row of {block_size}'
         if self.left_out:
             problem = f'holds no document of at most {block_size} tokens'
         require(self.length, f'{self.name}.bin {problem}: prepare more text, or lower block_size')
 
+    def cut_stream(self, anywhere, grouping):
+        """Rows begin anywhere, or side by side, anew in each group of documents."""
+        self.step = 1 if anywhere else self.width
+        self.length = len(self.tokens) // self.width
+        self.grouped = None
+        if anywhere:  # the EOS at the very end is left out
+            self.length = max(0, len(self.tokens) - self.width)
+        if grouping:
+            firsts = self.offsets[:-1:grouping]
+            counts = np.diff(np.append(firsts, self.offsets[-1])) // self.width
+            self.grouped = spaced(firsts, counts, self.width)
+            self.length = len(self.grouped)
+
+    def starts(self, indices):
+        """Where rows cut from the stream begin in it."""
+        return indices * self.step if self.grouped is None else self.grouped[indices]
+
     def choose_examples(self):
         """Which documents fit into a row: the others are left out, with all of their example."""
-        hint = 'python data.py --dataset=pairs:FILE makes data that have them'
-        has = 'prompt_tokens' in self.counts
-        require(has, f"packing 'pair': {self.name} has no prompts and answers; {hint}")
+        require('prompt_tokens' in self.counts, f"packing 'pair': {self.name} has no prompts and "
+                'answers; python data.py --dataset=pairs:FILE makes data that have them')
         self.prompt = np.asarray(np.memmap(f'{self.name}.prompt', dtype='<i8', mode='r'))
         self.lengths = np.diff(self.offsets)
         fits = self.lengths <= self.block_size
@@ -1331,11 +1263,10 @@ class TokenRows:
             fits = fits.reshape(-1, 2).all(axis=1).repeat(2)
         elif dataset not in MAX_LENGTH:
             i = self.prompt.argmax()
-            require(
-                self.prompt[i] < self.block_size,
-                f'{self.name}: the prompt of document {i} has {self.prompt[i]} tokens, which'
-                f' leaves no answer in a row of {self.block_size}: raise block_size, or leave such '
-                f'documents out by data.py --max_length={self.block_size}')
+            require(self.prompt[i] < self.block_size,
+                    f'{self.name}: the prompt of document {i} has {self.prompt[i]} tokens, which '
+                    f'leaves no answer in a row of {self.block_size}: raise block_size, or prepare '
+                    f'again with data.py --max_length={self.block_size}')
         self.kept = np.flatnonzero(fits)
         self.length = len(self.kept)
         self.left_out = len(fits) - self.length
@@ -1347,19 +1278,15 @@ class TokenRows:
         """The tokens of the longest of these rows of packing 'pair', its EOS included."""
         return int(self.lengths[self.kept[indices]].max())
 
-    def __len__(self):
-        return self.length
-
-    def starts(self, indices):
-        """Where rows cut from the stream begin in it."""
-        return indices * self.width if self.grouped is None else self.grouped[indices]
-
     def document(self, i):
         """The ids of document i, its EOS included."""
         start, end = self.offsets[i], self.offsets[i + 1]
-        problem = f'the offsets of {self.name} do not rise at document {i}: {self.rebuild}'
-        require(0 <= start < end <= len(self.tokens), problem)
+        require(0 <= start < end <= len(self.tokens),
+                f'the offsets of {self.name} do not rise at document {i}: {self.rebuild}')
         return self.tokens[start:end]
+
+    def __len__(self):
+        return self.length
 
     def __getitem__(self, indices):
         if isinstance(indices, slice):
@@ -1369,10 +1296,9 @@ class TokenRows:
             if not 0 <= i < len(self):
                 raise IndexError(f'row {i} of {len(self)}')
         x0, masks = self.pack(self, indices)
-        largest = x0.max(initial=0)
-        n_ids = self.tok['vocab_size']
-        problem = f'holds the id {largest}, outside of the {n_ids:,} ids of its tokenizer'
-        require(largest < n_ids, f'{self.name}.bin {problem}: {self.rebuild}')
+        largest, n = x0.max(initial=0), self.tok['vocab_size']
+        require(largest < n, f'{self.name}.bin holds the id {largest}, outside of the {n:,} ids of '
+                f'its tokenizer: {self.rebuild}')
         everything = np.ones(x0.shape, dtype=bool)
         for key in ('maskable', 'scored', 'document', 'attention_mask'):
             masks.setdefault(key, everything)
@@ -1386,5 +1312,5 @@ if __name__ == '__main__':
     folder = prepare(dataset, tokenizer, name, input, streaming, max_length)
     meta = read_meta(folder)
     tok = meta['tokenizer']
-    size = f"{tok['vocab_size']:,} ids with the mask"
-    print(f"{folder}: tokenizer {tok['name']}, {size}, {meta['dtype']}{described(meta['splits'])}")
+    print(f"{folder}: tokenizer {tok['name']}, {tok['vocab_size']:,} ids with the mask, "
+          f"{meta['dtype']}{described(meta['splits'])}")

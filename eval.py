@@ -16,6 +16,8 @@ Under torchrun the processes share rows and samples; the figures are the same. A
 function and an entry of METRICS. The loglinear schedule masks with probability (1 - eps) t but
 weighs by 1/t, as published: a NELBO by sampled times reads eps = 0.1% low, one by counts does not.
 """
+from configurator import configure, require  # first: it answers Ctrl-C
+
 import collections
 import contextlib
 import dataclasses
@@ -46,7 +48,6 @@ from filelock import FileLock, Timeout
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from configurator import configure, require
 from data import (
     BENCHMARKS, DATASETS, GPT2_XLM, MEASURED_AS, TokenRows, Tokenizer, find_or_prepare,
     get_tokenizer, key_of, permute, read_meta, splitmix64, vicuna_prompt)

@@ -16,6 +16,8 @@ MDLM: Sahoo et al. 2024, arXiv 2406.07524; SEDD: Lou et al. 2023, 2310.16834; SM
 2410.18514; LLaDA: Nie et al. 2025, 2502.09992; ReMDM: Wang et al. 2025, 2503.00307; first hitting:
 Zheng et al. 2024, 2409.02908.
 """
+from configurator import constants_of, require  # first: it answers Ctrl-C
+
 import inspect
 import json
 import math
@@ -34,7 +36,6 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from configurator import constants_of, require
 from data import get_tokenizer, key_of, splitmix64
 from model import (
     FIELDS, OBJECTIVES, KVCache, autocast, check_overrides, float64, free_memory, load_pretrained,

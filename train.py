@@ -8,6 +8,8 @@ Train a masked diffusion language model, on one process or any number under torc
 Everything random is a function of (seed, step, micro-batch): any number of processes sees the same
 batches, and --init_from=resume continues a killed run as if it had never stopped.
 """
+from configurator import configure, constants_of, require  # first: it answers Ctrl-C
+
 import contextlib
 import copy
 import dataclasses
@@ -31,7 +33,6 @@ import torch.nn as nn
 from filelock import FileLock, Timeout
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from configurator import configure, constants_of, require
 from data import TokenRows, find_or_prepare, get_tokenizer, key_of, permute
 from model import (
     FAMILIES, OBJECTIVES, SIZES, CheckpointWriter, DiT, ModelConfig, autocast, build,
