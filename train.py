@@ -19,6 +19,7 @@ import glob
 import json
 import math
 import os
+import pathlib
 import re
 import signal
 import sys
@@ -39,7 +40,7 @@ from model import (
     check_objective, check_overrides, corrupt_batch, free_memory, likelihood_of, load_pretrained,
     load_state, memory_needed, on_grid, options_of, per_token_loss, pick_device, put, read_newest,
     require_known, reuse_memory, row_sums, say, schedule_of, stratified_times, write_whole)
-from sample import SAMPLERS, TAKES, generate
+from sample import TAKES, generate
 
 # input and output
 out_dir = 'out'             # checkpoints and metrics.jsonl
@@ -158,29 +159,27 @@ measured_by = record.bound or objective
 is_pair = packing == 'pair'
 require(global_batch_size % (batch_size * world_size) == 0,
         f'global_batch_size={global_batch_size} is not divisible by batch_size={batch_size} times '
-        f'{world_size} processes: make it a multiple of {batch_size * world_size}')
+        f'{world_size} processes')
 require(objective == 'mlm' or not (use_num_masked_factor or loss_on_visible_tokens),
         f"use_num_masked_factor and loss_on_visible_tokens go with mlm, not '{objective}'")
 require(not shard or world_size > 1 and optimizer != 'muon' and not eval_gen_ppl,
-        'shard=True shares the net among several processes, with adamw (Muon needs whole matrices) '
-        'and without eval_gen_ppl')
+        'shard=True shares the net among several processes, without muon and eval_gen_ppl')
 require(epochs is None or flops is None, 'epochs and flops both set max_iters: give one of them')
 require(is_pair or pad_to == 'block' and not prompt_drop,
         f"pad_to and prompt_drop go with packing 'pair', not '{packing}'")
 require(not (causal and prompt_drop), 'prompt_drop goes with nets that are not causal')
-require(measured_by in OBJECTIVES, f"objective '{objective}': its bound '{measured_by}' is not in "
-        f"OBJECTIVES, which has {', '.join(OBJECTIVES)}")
-require(not (sample_at_end or sample_interval or eval_gen_ppl) or record.sampler in SAMPLERS
-        and record.predicts in TAKES[record.sampler],
+require(measured_by in OBJECTIVES,
+        f"objective '{objective}': its bound '{measured_by}' is not in OBJECTIVES")
+require(not (sample_at_end or sample_interval or eval_gen_ppl)
+        or record.predicts in TAKES.get(record.sampler, ()),
         f"objective '{objective}' has no sampler: give it one in OBJECTIVES that is registered "
-        f"with @sampler_for('{record.predicts}') in sample.py, or train with "
-        '--sample_at_end=False --sample_interval=0')
+        f"with @sampler_for('{record.predicts}'), or --sample_at_end=False --sample_interval=0")
 schedule = schedule_of(constants)
 micro_batches = global_batch_size // batch_size  # of a step, on all processes together
 my_micro_batches = range(rank, micro_batches, world_size)
 
 folder = find_or_prepare(dataset, tokenizer)  # before the process group, which would time out
-# the last token of a causal net's row is a target only
+# the last token of a causal net's row: only a target
 extra = int(causal and packing in ('concat', 'crop'))
 row_length = block_size + extra
 loss_on_padding = loss_on_padding and not (is_pair and causal)  # its one EOS is the answer's
@@ -194,9 +193,8 @@ tokenizer_meta = train_rows.meta['tokenizer']
 mask_id = tokenizer_meta['mask_id']
 tokenizer_file = None  # of a tokenizer trained with the data: it goes where the weights go
 if tokenizer_meta['sha256']:
-    get_tokenizer(tokenizer_meta['name'], folder, tokenizer_meta)  # checks it
-    with open(os.path.join(folder, 'tokenizer.json'), 'rb') as f:
-        tokenizer_file = f.read()
+    get_tokenizer(tokenizer_meta['name'], folder, tokenizer_meta)  # refuses another one
+    tokenizer_file = pathlib.Path(folder, 'tokenizer.json').read_bytes()
 if eval_gen_ppl and master:
     from eval import generative_perplexity, load_judge, without_special
     judge = load_judge(gen_ppl_judge, device)
@@ -243,24 +241,15 @@ def shape_of_run():
     return shape
 
 
-def ids_of(net):
-    """What is known of the special ids of a pretrained net."""
-    if net.config.mask_id is None and net.config.vocab_size == mask_id:
-        return {}
-    if net.tokenizer:
-        return get_tokenizer(**net.tokenizer).meta()
-    return dict(vocab_size=net.config.vocab_size, mask_id=net.config.mask_id)
-
-
 def newest_checkpoint():
-    """The newest whole checkpoint of out_dir, which is called ckpt.pt from now on."""
+    """The newest whole checkpoint of out_dir. It is ckpt.pt afterwards."""
     checkpoint, failed = read_newest(out_dir)
     if failed and master:
         older = next(name for name in RESUMABLE[1:] if os.path.exists(f'{out_dir}/{name}'))
         say(f'warning: {failed}; resuming from {out_dir}/{older}, the checkpoint before it')
         with contextlib.suppress(FileNotFoundError):
             os.replace(f'{out_dir}/ckpt.pt', f'{out_dir}/ckpt.bad.pt')
-        put(out_dir, 'ckpt.pt', older)  # not to keep the broken one at the next save
+        put(out_dir, 'ckpt.pt', older)
     theirs = checkpoint['constants'].get('optimizer')
     require(len(checkpoint['optimizer']) == 1 + (optimizer == 'muon'),
             f"{out_dir}/ckpt.pt has the state of optimizer='{theirs}', the run '{optimizer}': "
@@ -269,17 +258,17 @@ def newest_checkpoint():
 
 
 def check_net(config, ids, source, given=None):
-    """Compare a net that was read with this run -> the constants that are not used, since a net
-    tells its shape. given: those of the run that is resumed, whose others must agree."""
+    """Compare this run with a net that was read -> the constants of its shape that are not used.
+    given: those of the run that is resumed, with which the others must agree."""
     require(ids.items() <= tokenizer_meta.items(),
             f'init_from={init_from} has other ids ({ids}) than {folder} ({tokenizer_meta}): data '
             f"with its ids are made by --tokenizer={source.removesuffix('/ckpt.pt')}")
     unused = {key: ours for key, ours in shape.items()
               if key in constants and ours not in (defaults[key], config[key])}
     if given is not None:
-        wanted = unused | {key: shape[key] for key in ('block_size', 'objective')}
-        wanted = {key: ours for key, ours in wanted.items() if given.get(key) != ours}
-        for key, ours in (wanted | (overrides or {})).items():
+        must = unused | {key: shape[key] for key in ('block_size', 'objective')}
+        must = {key: ours for key, ours in must.items() if given.get(key) != ours}
+        for key, ours in (must | (overrides or {})).items():
             require(config[key] == ours, f'{source} has {key}={config[key]!r}, the run '
                     f'{key}={ours!r}: they must agree to resume')
     if unused:
@@ -290,27 +279,23 @@ def check_net(config, ids, source, given=None):
 
 def steps_to_train(config):
     """max_iters, or what epochs or flops come to."""
-    if flops is not None:
-        mean_length = block_size * (1 - ssl_ratio) + ssl_ratio * (1 + block_size) / 2
-        with torch.device('meta'):
-            num_params = DiT(config).num_params(embedding=False)
-        one_step = 6 * num_params * global_batch_size * mean_length
-        require(round(flops / one_step), f'flops={flops:g} is less than one step: {one_step:.3g}')
-        return round(flops / one_step)
+    steps = max_iters
     if epochs is not None:
         steps = int(rows_a_pass * epochs / global_batch_size)
-        require(steps, f'epochs={epochs} of {rows_a_pass:,} rows are less than one step of '
-                f'global_batch_size={global_batch_size}')
-        return steps
-    return max_iters
+    if flops is not None:
+        with torch.device('meta'):
+            num_params = DiT(config).num_params(embedding=False)
+        mean_length = block_size * (1 - ssl_ratio) + ssl_ratio * (1 + block_size) / 2
+        steps = round(flops / (6 * num_params * global_batch_size * mean_length))
+    budget = f'flops={flops:g} is' if flops else f'epochs={epochs} of {rows_a_pass:,} rows are'
+    require(steps, f'{budget} less than one step')
+    return steps
 
 
 def warn_of_idle():
     """Say which constants were given and do nothing."""
     by = {key: 'size' for key in SIZES.get(size, {}) if key != 'cond_dim'}
-    for name in ('flops', 'epochs'):
-        if constants[name] is not None:
-            by['max_iters'] = name
+    by |= {'max_iters': name for name in ('flops', 'epochs') if constants[name] is not None}
     for key, name in by.items():
         if constants[key] not in (defaults[key], shape.get(key)):
             tell(f'warning: {name}={constants[name]} says what {key} is, {key}={constants[key]} is '
@@ -325,56 +310,49 @@ def warn_of_idle():
         overrides=('weights in init_from', init_from not in ('scratch', 'resume')),
         gen_ppl_judge=('eval_gen_ppl', eval_gen_ppl),
         gen_ppl_samples=('eval_gen_ppl', eval_gen_ppl))
-    if not record.bound:
-        tell(f"objective '{objective}' has no bound in OBJECTIVES: validation and eval.py measure "
-             'its own loss, which is no likelihood')
     idle = [f'{key}={constants[key]!r} (it needs {what})' for key, (what, used) in needs.items()
             if not used and constants[key] != defaults[key]]
     if idle:
         tell('warning: these do nothing: ' + ', '.join(idle))
+    if not record.bound:
+        tell(f"objective '{objective}' has no bound in OBJECTIVES: validation and eval.py measure "
+             'its own loss, which is no likelihood')
 
 
 def check_memory(config):
     """Say what training takes. Raises ValueError where there is less, before it is allocated."""
-    free = free_memory(device)
-    if not on_gpu:
-        free /= int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-
     def needed(rows):
         return memory_needed(
             config, rows, row_length, device, dtype, schedule, T, make_optimizers,
             len(my_micro_batches) > 1, loss_on_visible_tokens, world_size if shard else 1,
             **options_of(objective, options))
 
+    free = free_memory(device) / (1 if on_gpu else int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
     parts = needed(batch_size)
     total = parts.pop('total')
     said = (f"{parts['weights'] * world_size ** shard / 4e6:.2f}M parameters and {batch_size} rows "
             f'of {row_length} need {total / 1e9:.2f} GB ('
             + ', '.join(f'{name} {size / 1e9:.2f}' for name, size in parts.items())
             + f'), {free / 1e9:.2f} GB are free on {device}')
-    fits = total - compile * parts['activations'] <= free  # compiling saves activations
-    if fits or not memory_check:
-        tell(said)
-        return
+    # compiling saves activations
+    if not memory_check or total - compile * parts['activations'] <= free:
+        return tell(said)
     fewer = [rows for rows in range(batch_size - 1, 0, -1) if batch_size % rows == 0]
-    rows = next((rows for rows in fewer if needed(rows)['total'] <= free), None)
-    remedy = f'lower batch_size, {rows} fits' if rows else (
+    fits = next((rows for rows in fewer if needed(rows)['total'] <= free), None)
+    remedy = f'lower batch_size, {fits} fits' if fits else (
         'lower n_layer, n_embd or block_size, batch_size is not enough')
     raise ValueError(f'{said}: {remedy}')
 
 
 def claim_out_dir():
-    """Lock out_dir for this process -> the lock. Then remove what this run replaces. Raises
-    ValueError where a run is going on in it, or would be lost, or where it cannot be written to."""
-    def there(*patterns):
-        return [path for pattern in patterns
-                for path in sorted(glob.glob(os.path.join(glob.escape(out_dir), pattern)))]
-
-    names = [os.path.basename(path) for path in there('ckpt*.pt', 'metrics.jsonl')]
-    killed_early = auto and names == ['metrics.jsonl']  # before its first checkpoint
-    require(init_from == 'resume' or overwrite or not names or killed_early,
-            f'out_dir={out_dir} holds a run ({", ".join(names)}), which would be lost: go on with '
-            'it (--init_from=resume), give another --out_dir, or replace it (--overwrite=True)')
+    """Lock out_dir and remove what this run replaces -> the lock. Raises ValueError where a run is
+    going on there, or would be lost, or where nothing can be written."""
+    files = sorted(glob.glob('*', root_dir=out_dir))
+    run = [name for name in files if re.fullmatch(r'ckpt.*\.pt|metrics\.jsonl', name)]
+    killed_early = auto and run == ['metrics.jsonl']  # before its first checkpoint
+    require(init_from == 'resume' or overwrite or not run or killed_early,
+            f'out_dir={out_dir} holds a run ({", ".join(run)}), which would be lost: go on with it '
+            '(--init_from=resume), give another --out_dir, or replace it (--overwrite=True)')
     lock = FileLock(os.path.join(out_dir, '.lock'))
     try:
         os.makedirs(out_dir, exist_ok=True)
@@ -386,16 +364,17 @@ def claim_out_dir():
         raise ValueError(f'out_dir={out_dir} cannot be written to: {error}') from None
     except NotImplementedError:
         pass  # a file system without locks
-    for path in there('ckpt*.unfinished', 'metrics.jsonl.unfinished'):
-        os.remove(path)
+    killed = r'(ckpt.*|metrics\.jsonl)\.unfinished'  # what a killed run was writing
+    replaced = [name for name in files if re.fullmatch(killed, name)]
     if overwrite and init_from != 'resume':
-        for path in there('ckpt*.pt', 'metrics.jsonl', 'tokenizer.json'):
-            os.remove(path)
+        replaced += [*run, 'tokenizer.json']
+    for name in replaced:
+        pathlib.Path(out_dir, name).unlink(missing_ok=True)
     return lock
 
 
 def leave_out_dir():
-    """Unlock it. Where nothing was written, as before an error, it is gone."""
+    """Unlock out_dir. Where nothing was written, it is removed."""
     with contextlib.suppress(OSError):
         os.remove(lock.lock_file)  # whoever waits for the one that is gone makes another
         os.rmdir(out_dir)
