@@ -258,22 +258,23 @@ def newest_checkpoint():
 
 
 def check_net(config, ids, source, given=None):
-    """Compare this run with a net that was read -> the constants of its shape that are not used.
+    """Compare this run with a net that was read -> constants of the shape that are not used.
     given: those of the run that is resumed, with which the others must agree."""
+    theirs = dataclasses.asdict(config)
     require(ids.items() <= tokenizer_meta.items(),
             f'init_from={init_from} has other ids ({ids}) than {folder} ({tokenizer_meta}): data '
             f"with its ids are made by --tokenizer={source.removesuffix('/ckpt.pt')}")
     unused = {key: ours for key, ours in shape.items()
-              if key in constants and ours not in (defaults[key], config[key])}
-    if given is not None:
-        must = unused | {key: shape[key] for key in ('block_size', 'objective')}
-        must = {key: ours for key, ours in must.items() if given.get(key) != ours}
-        for key, ours in (must | (overrides or {})).items():
-            require(config[key] == ours, f'{source} has {key}={config[key]!r}, the run '
+              if key in constants and ours not in (defaults[key], theirs[key])}
+    if given:
+        wanted = unused | dict(block_size=block_size, objective=objective)
+        wanted = {key: ours for key, ours in wanted.items() if given[key] != ours}
+        for key, ours in (wanted | (overrides or {})).items():
+            require(theirs[key] == ours, f'{source} has {key}={theirs[key]!r}, the run '
                     f'{key}={ours!r}: they must agree to resume')
     if unused:
         tell(f'warning: {source} tells the shape of the net, not used are ' + ', '.join(
-            f'{key}={ours!r} (it has {config[key]!r})' for key, ours in unused.items()))
+            f'{key}={ours!r} (it has {theirs[key]!r})' for key, ours in unused.items()))
     return unused
 
 
@@ -295,7 +296,8 @@ def steps_to_train(config):
 def warn_of_idle():
     """Say which constants were given and do nothing."""
     by = {key: 'size' for key in SIZES.get(size, {}) if key != 'cond_dim'}
-    by |= {'max_iters': name for name in ('flops', 'epochs') if constants[name] is not None}
+    if flops or epochs:
+        by['max_iters'] = 'flops' if flops else 'epochs'
     for key, name in by.items():
         if constants[key] not in (defaults[key], shape.get(key)):
             tell(f'warning: {name}={constants[name]} says what {key} is, {key}={constants[key]} is '
@@ -384,13 +386,11 @@ def leave_out_dir():
 class Loss(nn.Module):
     """per_token_loss as a module: DDP and FSDP synchronise only the forward of what they wrap."""
 
-    def __init__(self, net, objective, options):
+    def __init__(self, net, **options):
         super().__init__()
-        self.net, self.objective, self.options = net, objective, options
+        self.net, self.options = net, options
 
-    def forward(self, batch, objective=None):
-        """A batch of corrupt_batch -> (B, L) nats."""
-        objective = objective or self.objective
+    def forward(self, batch, objective):
         return per_token_loss(
             self.net, batch['x0'], batch['xt'], batch['t'], objective, schedule, T,
             batch['masked'], batch['attention_mask'], reconstruction=True,
@@ -519,9 +519,8 @@ def get_lr(step):
 
 @torch.no_grad()
 def evaluate():
-    """What the averaged weights reach on the first rows of val_split (model.likelihood_of), and
-    what is logged of it; of mlm nets also the mean cross entropy at masked positions (xlm). Rows,
-    times and masks are always the same."""
+    """likelihood_of the averaged weights on the first rows of val_split, and what is logged of it,
+    of mlm nets also the cross entropy at masked positions (xlm). All draws are always the same."""
     n = min(len(val_rows), eval_iters * global_batch_size or len(val_rows))
     first = rank * batch_size
     sums = torch.zeros(6, n, dtype=torch.float64)
@@ -534,13 +533,13 @@ def evaluate():
         rows = val_rows[indices]
         batch = corrupt_batch(rows, t, net.config, schedule, key_of(start), device)
         with amp:
-            loss = eval_loss(batch)
-            cross_entropy = eval_loss(batch, 'mlm') if objective == 'mlm' else None
+            found = [row_sums(eval_loss(batch, measured_by), batch, rows)]
+            if objective == 'mlm':
+                masked = dict(scored=batch['scored'] & (batch['xt'] == mask_id))
+                found.append(row_sums(eval_loss(batch, 'mlm'), masked, rows)[:2])
         if start < n:
-            sums[:4, indices] = row_sums(loss, batch, rows)
-        if start < n and objective == 'mlm':
-            masked = dict(scored=batch['scored'] & (batch['xt'] == mask_id))
-            sums[4:, indices] = row_sums(cross_entropy, masked, rows)[:2]
+            found = torch.cat(found)
+            sums[:len(found), indices] = found
     if world_size > 1:
         sums = sums.to(device)
         dist.all_reduce(sums)
@@ -582,8 +581,9 @@ def print_samples(n, when):
     texts, nfe = texts_of_average(n, temperature=0.7)
     for i, text in enumerate(texts):
         say(f'--- sample {i} {when} (temperature 0.7, {nfe[i]} network evaluations)\n{text}')
-    if texts:
-        metrics.write_texts(texts)
+    if wandb_project and texts:
+        table = wandb.Table(columns=['step', 'text'], data=[[step, text] for text in texts])
+        wandb.log(dict(samples=table), step=step)
     return texts
 
 
@@ -605,7 +605,7 @@ class Metrics:
     """metrics.jsonl, wandb and TensorBoard."""
 
     def __init__(self, wandb_id):
-        self.path, self.wandb_id = os.path.join(out_dir, 'metrics.jsonl'), wandb_id
+        self.path, self.wandb_id = f'{out_dir}/metrics.jsonl', wandb_id
         if os.path.exists(self.path):
             self.cut()
         if wandb_project:
@@ -620,24 +620,19 @@ class Metrics:
         try:
             write_whole(self.path, ''.join(m[0] for m in matches if m and int(m[1]) <= step))
         except OSError as error:
-            say(f'warning: it could not be cut back to step {step}: {error}')
+            say(f'warning: {error}')
 
     def write(self, **line):
         try:
             with open(self.path, 'a') as f:
                 f.write(json.dumps(line) + '\n')
         except OSError as error:
-            say(f'warning: {self.path} cannot be written ({error})')
+            say(f'warning: {error}')
         if wandb_project:
-            wandb.log(line, step=line['iter'])
+            wandb.log(line, step=step)
         if self.board:
             for key in line.keys() - {'iter', 'changed'}:
-                self.board.add_scalar(key, line[key], line['iter'])
-
-    def write_texts(self, texts):
-        if wandb_project:
-            table = wandb.Table(columns=['step', 'text'], data=[[step, text] for text in texts])
-            wandb.log(dict(samples=table), step=step)
+                self.board.add_scalar(key, line[key], step)
 
 
 # dense bf16 FLOP/s, for the share that is used (MFU)
@@ -645,10 +640,9 @@ PEAK = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12, 'B200': 2250e12}
 
 
 def report(loss, lr, grad_norm, seconds):
-    """Print and log a step, and the seconds that it took."""
+    """Print and log a step that took so many seconds."""
     rate = global_batch_size * min(block_size, longest_row_of(step - 1)) / seconds
-    mfu = ''
-    gpu = torch.cuda.get_device_name(device) if on_gpu else ''
+    mfu, gpu = '', torch.cuda.get_device_name(device) if on_gpu else ''
     for peak in (PEAK[name] for name in PEAK if name in gpu):
         projected = global_batch_size * block_size // (1 if causal else 2)  # the masked
         used = net.train_flops(global_batch_size, block_size, projected) / seconds
@@ -693,25 +687,30 @@ if auto:
     found = any(os.path.exists(f'{out_dir}/{name}') for name in RESUMABLE)
     init_from = 'resume' if found else 'scratch'
 shape = shape_of_run()
+dropouts = {key: (shape | (overrides or {}))[key] for key in ('dropout', 'attn_dropout')}
 step, tokens_seen, best_val_loss, wandb_id = 0, 0, math.inf, None
 net, checkpoint, before, unused = None, None, {}, {}
 if init_from == 'resume':
     checkpoint = newest_checkpoint()
     step, tokens_seen = checkpoint['iter'], checkpoint['tokens_seen']
     best_val_loss, wandb_id = checkpoint['best_val_loss'], checkpoint.get('wandb_id')
-    before, unused = checkpoint['constants'], checkpoint.get('unused', {})
-    source, fields = f'{out_dir}/ckpt.pt', shape | (overrides or {})
-    dropouts = {key: fields[key] for key in ('dropout', 'attn_dropout')}
+    before, unused = defaults | checkpoint['constants'], checkpoint.get('unused', {})
+    source = f'{out_dir}/ckpt.pt'
     net = build(checkpoint['model_config'], dropouts, checkpoint['model'], source)
-    given = before | SIZES.get(before.get('size'), {}) | unused
-    unused |= check_net(dataclasses.asdict(net.config), checkpoint['tokenizer'], source, given)
+    given = before | SIZES.get(before['size'], {}) | unused
+    unused |= check_net(net.config, checkpoint['tokenizer'], source, given)
 elif init_from != 'scratch':
-    fields = {key: shape[key] for key in ('dropout', 'attn_dropout', 'block_size', 'objective')}
-    net = load_pretrained(init_from, trainable=True, **fields | (overrides or {}))
-    before = net.constants
-    unused = check_net(dataclasses.asdict(net.config), ids_of(net), init_from)
-model_config = net.config if net else ModelConfig(**shape)
-max_iters = steps_to_train(model_config)
+    ours = dict(block_size=block_size, objective=objective) | (overrides or {}) | dropouts
+    net = load_pretrained(init_from, trainable=True, **ours)
+    before, theirs = net.constants, net.config
+    ids = dict(vocab_size=theirs.vocab_size, mask_id=theirs.mask_id)
+    if net.tokenizer:
+        ids = get_tokenizer(**net.tokenizer).meta()
+    if theirs.mask_id is None and theirs.vocab_size == mask_id:
+        ids = {}  # a causal net that has all ids but the mask
+    unused = check_net(theirs, ids, init_from)
+config = net.config if net else ModelConfig(**shape)
+max_iters = steps_to_train(config)
 if checkpoint and step >= max_iters:
     tell(f'{out_dir} is finished: it is at step {step:,} of {max_iters:,}; '
          'a larger --max_iters goes on')
@@ -720,11 +719,11 @@ if checkpoint and step >= max_iters:
     sys.exit()
 warn_of_idle()
 warmup_iters = max(warmup_iters, round(warmup_share * max_iters))
-check_memory(model_config)
+check_memory(config)
 
 # constants say what is trained: the shape is the net's, max_iters what epochs or flops came to
-config = dataclasses.asdict(model_config)
-constants |= {key: config[key] for key in shape if key in constants} | dict(max_iters=max_iters)
+constants |= {key: getattr(config, key) for key in FIELDS if key in constants}
+constants['max_iters'] = max_iters
 if unused.keys() & SIZES.get(size, {}):
     constants['size'] = None
 # how nets of its family are prompted and measured
@@ -733,18 +732,18 @@ constants |= {key: before[key] for family in FAMILIES.values() for key in family
 changed = {}
 if checkpoint:
     changed = {key: value for key, value in constants.items()
-               if before.get(key) != value and key not in ('init_from', 'overwrite')}
-    changes = [f'{key}={value!r} (was {before.get(key)!r})' for key, value in changed.items()]
+               if before[key] != value and key not in ('init_from', 'overwrite')}
+    changes = [f'{key}={value!r} (was {before[key]!r})' for key, value in changed.items()]
     tell(', '.join([f'resuming at step {step:,}', *changes]))
 
-net = net or DiT(model_config)
+net = net or DiT(config)
 ema_net = copy.deepcopy(net)
 if checkpoint:
     load_state(ema_net, checkpoint['ema'], out_dir)
 net.train()
 ema_net.eval().requires_grad_(False)
-loss_module = Loss(net, objective, options)
-eval_loss = Loss(ema_net, measured_by, options | dict(importance=False))
+loss_module = Loss(net, **options)
+eval_loss = Loss(ema_net, **options | dict(importance=False))
 if shard:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -763,8 +762,7 @@ if compile:
     net.trunk = torch.compile(net.trunk)  # torch.compile(net).trunk would run eagerly
 if world_size > 1:
     if not shard:
-        loss_module = DDP(loss_module, device_ids=[device.index] if on_gpu else None,
-                          gradient_as_bucket_view=True)
+        loss_module = DDP(loss_module, gradient_as_bucket_view=True)
     steps = [None] * world_size  # folders may not be shared, a disk may fail one of them
     dist.all_gather_object(steps, step)
     require(len(set(steps)) == 1, f'the processes would resume at different steps, {steps}: '
@@ -780,22 +778,20 @@ if master:
     if changed:
         metrics.write(iter=step, changed=changed)
     left_out = f' ({train_rows.left_out:,} longer ones left out)' if train_rows.left_out else ''
-    say(f'{net.num_params() / 1e6:.2f}M parameters '
-        f'({net.num_params(embedding=False) / 1e6:.2f}M without embedding and head), '
+    say(f'{net.num_params() / 1e6:.2f}M parameters, without embedding and head '
+        f'{net.num_params(embedding=False) / 1e6:.2f}M; '
         f'{len(train_rows):,} rows of {block_size} tokens{left_out}, '
         f'{rows_a_pass / global_batch_size:,.1f} steps an epoch; {world_size} x {device}, '
         f"{'bfloat16 autocast' if amp._enabled else 'float32'}; "
         f'training to step {max_iters:,} in {out_dir}')
-for name in ('SIGTERM', 'SIGINT', 'SIGUSR1'):  # queues send the first or the last
-    if hasattr(signal, name):
-        signal.signal(getattr(signal, name), ask_to_stop)
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # queues send the first or the last
+    signal.signal(number, ask_to_stop)
 
 writer = CheckpointWriter(out_dir, device, master, tokenizer_file)
 parameters, ema_parameters = list(net.parameters()), list(ema_net.parameters())
 start = step
 skipped, bad_steps = 0, 0  # updates skipped in all, and in a row
-stopping = 0         # whether some process is asked to stop
-typical_norm = None  # a running mean of the gradient norm
+stopping, usual_norm = 0, 0  # whether some process is asked to stop; a running mean
 maker = ThreadPoolExecutor(1)  # makes the next batch while this one is trained on
 upcoming = maker.submit(training_batch, step, rank)
 untrained = print_samples(1, 'before training') if master and sample_interval and not step else []
@@ -849,7 +845,7 @@ while True:
         synchronised = last or world_size == 1 or shard
         with contextlib.nullcontext() if synchronised else loss_module.no_sync():
             with amp:
-                micro_loss, part = mean_loss(loss_module(batch), batch)
+                micro_loss, part = mean_loss(loss_module(batch, objective), batch)
                 micro_loss = micro_loss / len(my_micro_batches)
             micro_loss.backward()
         loss += micro_loss.detach()
@@ -895,11 +891,10 @@ while True:
              f'skipped ({bad_steps} in a row, {skipped} since step {start:,})')
     else:
         bad_steps = 0
-        if typical_norm is None:
-            typical_norm = grad_norm
-        if grad_norm > 10 * typical_norm > 0:
-            tell(f'step {step}: grad norm {grad_norm:.2f}, where {typical_norm:.2f} is usual')
-        typical_norm = 0.98 * typical_norm + 0.02 * grad_norm
+        usual_norm = usual_norm or grad_norm
+        if grad_norm > 10 * usual_norm:
+            tell(f'step {step}: grad norm {grad_norm:.2f}, where {usual_norm:.2f} is usual')
+        usual_norm += 0.02 * (grad_norm - usual_norm)
 
     if step % log_interval == 0 or step == start + 1:
         seconds = (time.monotonic() - timer) / (step - timed_from)
