@@ -37,7 +37,7 @@ from configurator import configure, constants_of, require
 from data import TokenRows, find_or_prepare, get_tokenizer, key_of, permute
 from model import (
     FAMILIES, FIELDS, OBJECTIVES, SIZES, CheckpointWriter, DiT, ModelConfig, autocast, build,
-    check_objective, check_overrides, corrupt_batch, free_memory, likelihood_of, load_pretrained,
+    check_objective, corrupt_batch, free_memory, likelihood_of, load_pretrained,
     load_state, memory_needed, on_grid, options_of, per_token_loss, pick_device, put, read_newest,
     require_known, reuse_memory, row_sums, say, schedule_of, stratified_times, write_whole)
 from sample import TAKES, generate
@@ -151,7 +151,6 @@ if device.type == 'cpu':
 options = {name: constants[name] for record in OBJECTIVES.values() for name in record.options
            if name in constants}
 check_objective(objective, T, options, causal)
-check_overrides(overrides)
 if size is not None:
     require_known('size=', size, SIZES)
 record = OBJECTIVES[objective]
@@ -270,7 +269,7 @@ def check_net(config, ids, source, given=None):
         wanted = unused | dict(block_size=block_size, objective=objective)
         wanted = {key: ours for key, ours in wanted.items() if given[key] != ours}
         for key, ours in (wanted | (overrides or {})).items():
-            require(theirs[key] == ours, f'{source} has {key}={theirs[key]!r}, the run '
+            require(theirs.get(key) == ours, f'{source} has {key}={theirs.get(key)!r}, the run '
                     f'{key}={ours!r}: they must agree to resume')
     if unused:
         tell(f'warning: {source} tells the shape of the net, not used are ' + ', '.join(
@@ -418,15 +417,14 @@ def make_optimizers(net):
 
 
 def load_optimizers(saved):
-    for opt, theirs in zip(optimizers, saved, strict=True):
-        state, own = theirs['state'], opt.state_dict()
+    """Their state. The settings of their groups (decay, betas) are those of this run."""
+    for opt, state in zip(optimizers, (theirs['state'] for theirs in saved), strict=True):
         if shard:
             parameters = [p for group in opt.param_groups for p in group['params']]
-            for i, p in enumerate(parameters):
-                state[i] = {key: distribute_tensor(x.to(device), mesh, p.placements)
-                            if x.shape == p.shape else x for key, x in state.get(i, {}).items()}
-        # the groups' settings (decay, betas) are those of this run
-        opt.load_state_dict(dict(state=state, param_groups=own['param_groups']))
+            state = {i: {key: distribute_tensor(x.to(device), mesh, parameters[i].placements)
+                         if x.shape == parameters[i].shape else x for key, x in tensors.items()}
+                     for i, tensors in state.items()}
+        opt.load_state_dict(opt.state_dict() | dict(state=state))
 
 
 # -----------------------------------------------------------------------------
@@ -590,15 +588,16 @@ def print_samples(n, when):
 def judge_samples():
     """The generative perplexity of samples, nothing truncated, and their entropy in nats."""
     texts, _ = texts_of_average(gen_ppl_samples, batch_size=batch_size)
-    texts = [without_special(text, judge[1]) for text in texts]
     try:
-        found = generative_perplexity(texts, judge, 'xlm', min(batch_size, 8))
-    except ValueError as error:  # nothing but special tokens, not a number
+        found = generative_perplexity([without_special(text, judge[1]) for text in texts],
+                                      judge, 'xlm', min(batch_size, 8))
+    except ValueError as error:  # nothing but special tokens, NaN
         say(f'warning: no generative perplexity ({error})')
         return {}
-    say(f"step {step}: generative perplexity {found['gen_ppl']:.2f}, entropy "
-        f"{found['entropy']:.2f} of {found['texts']} samples by {gen_ppl_judge}")
-    return {key: found[key] for key in ('gen_ppl', 'entropy')}
+    gen_ppl, entropy = found['gen_ppl'], found['entropy']
+    say(f'step {step}: generative perplexity {gen_ppl:.2f}, entropy {entropy:.2f} of '
+        f"{found['texts']} samples by {gen_ppl_judge}")
+    return dict(gen_ppl=gen_ppl, entropy=entropy)
 
 
 class Metrics:
@@ -622,17 +621,17 @@ class Metrics:
         except OSError as error:
             say(f'warning: {error}')
 
-    def write(self, **line):
+    def write(self, **values):
         try:
             with open(self.path, 'a') as f:
-                f.write(json.dumps(line) + '\n')
+                f.write(json.dumps(dict(iter=step) | values) + '\n')
         except OSError as error:
             say(f'warning: {error}')
         if wandb_project:
-            wandb.log(line, step=step)
-        if self.board:
-            for key in line.keys() - {'iter', 'changed'}:
-                self.board.add_scalar(key, line[key], step)
+            wandb.log(dict(iter=step) | values, step=step)
+        if tensorboard:
+            for key in values.keys() - {'changed'}:
+                self.board.add_scalar(key, values[key], step)
 
 
 # dense bf16 FLOP/s, for the share that is used (MFU)
@@ -650,7 +649,7 @@ def report(loss, lr, grad_norm, seconds):
     left = datetime.timedelta(seconds=round(min(seconds * (max_iters - step), 1e13)))  # no overflow
     say(f'step {step}: loss {loss:.3f}, lr {lr:.2e}, grad norm {grad_norm:.2f}, '
         f'{rate:,.0f} tokens/s{mfu}, {left} left')
-    metrics.write(iter=step, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=rate)
+    metrics.write(loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=rate)
 
 
 def training_state():
@@ -688,12 +687,10 @@ if auto:
     init_from = 'resume' if found else 'scratch'
 shape = shape_of_run()
 dropouts = {key: (shape | (overrides or {}))[key] for key in ('dropout', 'attn_dropout')}
-step, tokens_seen, best_val_loss, wandb_id = 0, 0, math.inf, None
-net, checkpoint, before, unused = None, None, {}, {}
+net, before, unused = None, {}, {}
+checkpoint = dict(iter=0, tokens_seen=0, best_val_loss=math.inf)
 if init_from == 'resume':
     checkpoint = newest_checkpoint()
-    step, tokens_seen = checkpoint['iter'], checkpoint['tokens_seen']
-    best_val_loss, wandb_id = checkpoint['best_val_loss'], checkpoint.get('wandb_id')
     before, unused = defaults | checkpoint['constants'], checkpoint.get('unused', {})
     source = f'{out_dir}/ckpt.pt'
     net = build(checkpoint['model_config'], dropouts, checkpoint['model'], source)
@@ -709,9 +706,11 @@ elif init_from != 'scratch':
     if theirs.mask_id is None and theirs.vocab_size == mask_id:
         ids = {}  # a causal net that has all ids but the mask
     unused = check_net(theirs, ids, init_from)
+step, tokens_seen = checkpoint['iter'], checkpoint['tokens_seen']
+best_val_loss = checkpoint['best_val_loss']
 config = net.config if net else ModelConfig(**shape)
 max_iters = steps_to_train(config)
-if checkpoint and step >= max_iters:
+if step >= max_iters:
     tell(f'{out_dir} is finished: it is at step {step:,} of {max_iters:,}; '
          'a larger --max_iters goes on')
     if world_size > 1:
@@ -730,7 +729,7 @@ if unused.keys() & SIZES.get(size, {}):
 constants |= {key: before[key] for family in FAMILIES.values() for key in family.constants
               if key in before and key not in constants}
 changed = {}
-if checkpoint:
+if step:
     changed = {key: value for key, value in constants.items()
                if before[key] != value and key not in ('init_from', 'overwrite')}
     changes = [f'{key}={value!r} (was {before[key]!r})' for key, value in changed.items()]
@@ -738,7 +737,7 @@ if checkpoint:
 
 net = net or DiT(config)
 ema_net = copy.deepcopy(net)
-if checkpoint:
+if step:
     load_state(ema_net, checkpoint['ema'], out_dir)
 net.train()
 ema_net.eval().requires_grad_(False)
@@ -755,9 +754,8 @@ else:
     net.to(device)
     ema_net.to(device)
 optimizers = make_optimizers(net)
-if checkpoint:
-    load_optimizers(checkpoint.pop('optimizer'))
-    del checkpoint
+if step:
+    load_optimizers(checkpoint['optimizer'])
 if compile:
     net.trunk = torch.compile(net.trunk)  # torch.compile(net).trunk would run eagerly
 if world_size > 1:
@@ -774,9 +772,9 @@ if world_size > 1:
 if master:
     lock = claim_out_dir()
     atexit.register(leave_out_dir)
-    metrics = Metrics(wandb_id)
+    metrics = Metrics(checkpoint.get('wandb_id'))
     if changed:
-        metrics.write(iter=step, changed=changed)
+        metrics.write(changed=changed)
     left_out = f' ({train_rows.left_out:,} longer ones left out)' if train_rows.left_out else ''
     say(f'{net.num_params() / 1e6:.2f}M parameters, without embedding and head '
         f'{net.num_params(embedding=False) / 1e6:.2f}M; '
@@ -784,6 +782,7 @@ if master:
         f'{rows_a_pass / global_batch_size:,.1f} steps an epoch; {world_size} x {device}, '
         f"{'bfloat16 autocast' if amp._enabled else 'float32'}; "
         f'training to step {max_iters:,} in {out_dir}')
+del checkpoint  # its tensors take memory
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # queues send the first or the last
     signal.signal(number, ask_to_stop)
 
@@ -809,7 +808,7 @@ while True:
         if master:
             if eval_gen_ppl:
                 logged |= judge_samples()
-            metrics.write(iter=step, **logged)
+            metrics.write(**logged)
             at_end = sample_at_end and step == max_iters
             if sample_interval and step % sample_interval == 0 and not at_end:
                 print_samples(1, f'at step {step}')
@@ -821,7 +820,7 @@ while True:
            f'ckpt_{step}.pt': keep_interval and step % keep_interval == 0}
     files = [name for name in due if due[name] and step > start]
     if files:
-        seldom = dict(wandb_id=wandb_id, unused=unused)
+        seldom = dict(wandb_id=metrics.wandb_id, unused=unused) if master else {}
         writer.save(training_state(), files, iter=step, tokens_seen=tokens_seen,
                     best_val_loss=best_val_loss, model_config=dataclasses.asdict(net.config),
                     constants=constants, tokenizer=tokenizer_meta,
@@ -914,10 +913,10 @@ if master and sample_at_end and step >= max_iters:
     print_samples(4, f'after {step} steps')
     say(f'next: python sample.py --out_dir={out_dir} --watch=True (or --trace=trace.html), and '
         f'python eval.py --out_dir={out_dir}')
+if master and tensorboard:
+    metrics.board.close()
 if master:
     leave_out_dir()
-    if tensorboard:
-        metrics.board.close()
 wait_for_master()
 if world_size > 1:
     loss_module = micro_loss = None  # gloo's threads end with what DDP holds, or exiting may abort
