@@ -157,15 +157,15 @@ record = OBJECTIVES[objective]
 measured_by = record.bound or objective
 is_pair = packing == 'pair'
 require(global_batch_size % (batch_size * world_size) == 0,
-        f'global_batch_size={global_batch_size} is not divisible by batch_size={batch_size} times '
-        f'{world_size} processes')
+        f'global_batch_size={global_batch_size} is not divisible by batch_size={batch_size} '
+        f'* {world_size} processes')
 require(objective == 'mlm' or not (use_num_masked_factor or loss_on_visible_tokens),
-        f"use_num_masked_factor and loss_on_visible_tokens go with mlm, not '{objective}'")
+        "use_num_masked_factor and loss_on_visible_tokens go with objective 'mlm'")
 require(not shard or world_size > 1 and optimizer != 'muon' and not eval_gen_ppl,
         'shard=True shares the net among several processes, without muon and eval_gen_ppl')
 require(epochs is None or flops is None, 'epochs and flops both set max_iters: give one of them')
 require(is_pair or pad_to == 'block' and not prompt_drop,
-        f"pad_to and prompt_drop go with packing 'pair', not '{packing}'")
+        "pad_to and prompt_drop go with packing 'pair'")
 require(not (causal and prompt_drop), 'prompt_drop goes with nets that are not causal')
 require(measured_by in OBJECTIVES,
         f"objective '{objective}': its bound '{measured_by}' is not in OBJECTIVES")
@@ -203,8 +203,7 @@ try:
     if tensorboard and master:
         from torch.utils.tensorboard import SummaryWriter
 except ImportError as error:
-    raise ValueError(f'{error}: wandb_project needs wandb, tensorboard=True tensorboard: '
-                     'pip install it') from None
+    raise ValueError(f'{error}: pip install wandb or tensorboard, or log without it') from None
 
 if on_gpu:
     torch.set_float32_matmul_precision('high')  # TF32 for what is not autocast
@@ -316,8 +315,8 @@ def warn_of_idle():
     if idle:
         tell('warning: these do nothing: ' + ', '.join(idle))
     if not record.bound:
-        tell(f"objective '{objective}' has no bound in OBJECTIVES: validation and eval.py measure "
-             'its own loss, which is no likelihood')
+        tell(f"objective '{objective}' has no bound in OBJECTIVES: what validation and eval.py "
+             'measure is its loss, no likelihood')
 
 
 def check_memory(config):
@@ -346,8 +345,8 @@ def check_memory(config):
 
 
 def claim_out_dir():
-    """Lock out_dir and remove what this run replaces -> the lock. Raises ValueError where a run is
-    going on there, or would be lost, or where nothing can be written."""
+    """Lock out_dir and remove what this run replaces -> the lock. Raises ValueError where a run
+    goes on there, or would be lost, or where nothing can be written."""
     files = sorted(glob.glob('*', root_dir=out_dir))
     run = [name for name in files if re.fullmatch(r'ckpt.*\.pt|metrics\.jsonl', name)]
     killed_early = auto and run == ['metrics.jsonl']  # before its first checkpoint
@@ -431,6 +430,12 @@ def load_optimizers(saved):
 # batches
 
 
+def uniform(shape, *key, dtype=torch.float64):
+    """What is drawn is a function of (seed, *key)."""
+    generator = torch.Generator().manual_seed(key_of(seed, *key))
+    return torch.rand(shape, generator=generator, dtype=dtype)
+
+
 def rows_of(step, first, n):
     """n indices of a step's rows, from its `first` on. Each epoch permutes the rows."""
     index = step * global_batch_size + first + np.arange(n)
@@ -449,8 +454,7 @@ def longest_row_of(step):
 
 def row_length_of(step, micro):
     """SMDM's stochastic sequence length: some micro-batches draw one from 1 ... block_size."""
-    generator = torch.Generator().manual_seed(key_of(seed, step, micro // ssl_group, 1))
-    cut, length = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
+    cut, length = uniform(2, step, micro // ssl_group, 1).tolist()
     return longest_row_of(step) if cut >= ssl_ratio else 1 + int(length * block_size) + extra
 
 
@@ -460,13 +464,10 @@ def times_of(step, micro):
     a stratum, by its own uniform. 'iid' (SMDM, xlm)."""
     row = torch.arange(batch_size)
     if time_sampling == 'stratified':
-        generator = torch.Generator().manual_seed(key_of(seed, step))
-        u = torch.rand((), generator=generator, dtype=torch.float64)
         strata = micro + micro_batches * row
-        return stratified_times(u, strata, global_batch_size, sampling_eps)
+        return stratified_times(uniform((), step), strata, global_batch_size, sampling_eps)
     n = batch_size if time_sampling == 'per_process' else 1
-    generator = torch.Generator().manual_seed(key_of(seed, step, micro, 3))
-    u = torch.rand(batch_size, generator=generator, dtype=torch.float64) / n
+    u = uniform(batch_size, step, micro, 3) / n
     return stratified_times(u, row % n, n, sampling_eps)
 
 
@@ -480,8 +481,7 @@ def training_batch(step, micro):
     length = row_length_of(step, micro)
     rows = train_rows[rows_of(step, micro * batch_size, batch_size)]
     rows = {name: x[:, :length] for name, x in rows.items()}
-    generator = torch.Generator().manual_seed(key_of(seed, step, micro, 4))
-    drop = torch.rand((), generator=generator).item() < prompt_drop
+    drop = uniform((), step, micro, 4, dtype=torch.float32).item() < prompt_drop
     return corrupt_batch(rows, t, net.config, schedule, key_of(seed, step, micro), device,
                          loss_on_visible_tokens, drop_prompt=drop)
 
@@ -520,6 +520,7 @@ def evaluate():
     """likelihood_of the averaged weights on the first rows of val_split, and what is logged of it,
     of mlm nets also the cross entropy at masked positions (xlm). All draws are always the same."""
     n = min(len(val_rows), eval_iters * global_batch_size or len(val_rows))
+    measures = [measured_by, 'mlm'] if objective == 'mlm' else [measured_by]
     first = rank * batch_size
     sums = torch.zeros(6, n, dtype=torch.float64)
     # past the end, FSDP takes part with a row that does not count
@@ -531,13 +532,12 @@ def evaluate():
         rows = val_rows[indices]
         batch = corrupt_batch(rows, t, net.config, schedule, key_of(start), device)
         with amp:
-            found = [row_sums(eval_loss(batch, measured_by), batch, rows)]
-            if objective == 'mlm':
-                masked = dict(scored=batch['scored'] & (batch['xt'] == mask_id))
-                found.append(row_sums(eval_loss(batch, 'mlm'), masked, rows)[:2])
+            losses = [eval_loss(batch, name) for name in measures]
         if start < n:
-            found = torch.cat(found)
-            sums[:len(found), indices] = found
+            sums[:4, indices] = row_sums(losses[0], batch, rows)
+        if start < n and objective == 'mlm':
+            masked = dict(scored=batch['scored'] & (batch['xt'] == mask_id))
+            sums[4:, indices] = row_sums(losses[1], masked, rows)[:2]
     if world_size > 1:
         sums = sums.to(device)
         dist.all_reduce(sums)
@@ -641,11 +641,10 @@ PEAK = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12, 'B200': 2250e12}
 def report(loss, lr, grad_norm, seconds):
     """Print and log a step that took so many seconds."""
     rate = global_batch_size * min(block_size, longest_row_of(step - 1)) / seconds
-    mfu, gpu = '', torch.cuda.get_device_name(device) if on_gpu else ''
-    for peak in (PEAK[name] for name in PEAK if name in gpu):
-        projected = global_batch_size * block_size // (1 if causal else 2)  # the masked
-        used = net.train_flops(global_batch_size, block_size, projected) / seconds
-        mfu = f', MFU {used / peak / world_size:.1%}'
+    projected = global_batch_size * block_size // (1 if causal else 2)  # the masked
+    used = net.train_flops(global_batch_size, block_size, projected) / seconds / world_size
+    gpu = torch.cuda.get_device_name(device) if on_gpu else ''
+    mfu = ''.join(f', MFU {used / PEAK[name]:.1%}' for name in PEAK if name in gpu)
     left = datetime.timedelta(seconds=round(min(seconds * (max_iters - step), 1e13)))  # no overflow
     say(f'step {step}: loss {loss:.3f}, lr {lr:.2e}, grad norm {grad_norm:.2f}, '
         f'{rate:,.0f} tokens/s{mfu}, {left} left')
@@ -776,8 +775,7 @@ if master:
     if changed:
         metrics.write(changed=changed)
     left_out = f' ({train_rows.left_out:,} longer ones left out)' if train_rows.left_out else ''
-    say(f'{net.num_params() / 1e6:.2f}M parameters, without embedding and head '
-        f'{net.num_params(embedding=False) / 1e6:.2f}M; '
+    say(f'{net.num_params(embedding=False) / 1e6:.2f}M parameters without embedding and head; '
         f'{len(train_rows):,} rows of {block_size} tokens{left_out}, '
         f'{rows_a_pass / global_batch_size:,.1f} steps an epoch; {world_size} x {device}, '
         f"{'bfloat16 autocast' if amp._enabled else 'float32'}; "
@@ -901,21 +899,22 @@ while True:
         if master and not bad:
             report(loss, lr, grad_norm, seconds)
 
-if step > start:
-    tell(f'the loop waited for its batches {waited / (time.monotonic() - began):.2%} of the time')
 saved = writer.wait() or writer.retry()
-if master and stopping and saved and step < max_iters:
-    say(f'stopped by a signal after step {step}: '
-        'go on with the same command and --init_from=resume')
-if master and sample_at_end and step >= max_iters:
-    if untrained:
-        say(f'--- sample 0 before training, again\n{untrained[0]}')
-    print_samples(4, f'after {step} steps')
-    say(f'next: python sample.py --out_dir={out_dir} --watch=True (or --trace=trace.html), and '
-        f'python eval.py --out_dir={out_dir}')
-if master and tensorboard:
-    metrics.board.close()
 if master:
+    if step > start:
+        share = waited / (time.monotonic() - began)
+        say(f'the loop waited for its batches {share:.2%} of the time')
+    if stopping and saved and step < max_iters:
+        say(f'stopped by a signal after step {step}: '
+            'go on with the same command and --init_from=resume')
+    if sample_at_end and step >= max_iters:
+        if untrained:
+            say(f'--- sample 0 before training, again\n{untrained[0]}')
+        print_samples(4, f'after {step} steps')
+        say(f'next: python sample.py --out_dir={out_dir} --watch=True (or --trace=trace.html), '
+            f'and python eval.py --out_dir={out_dir}')
+    if tensorboard:
+        metrics.board.close()
     leave_out_dir()
 wait_for_master()
 if world_size > 1:
