@@ -375,10 +375,11 @@ def claim_out_dir():
 
 def leave_out_dir():
     """Unlock out_dir. Where nothing was written, it is removed."""
-    with contextlib.suppress(OSError):
-        os.remove(lock.lock_file)  # whoever waits for the one that is gone makes another
-        os.rmdir(out_dir)
-    lock.release()
+    if lock.is_locked:
+        with contextlib.suppress(OSError):
+            os.remove(lock.lock_file)  # whoever waits for the one that is gone makes another
+            os.rmdir(out_dir)
+        lock.release()
 
 
 class Loss(nn.Module):
