@@ -10,6 +10,7 @@ batches, and --init_from=resume continues a killed run as if it had never stoppe
 """
 from configurator import configure, constants_of, require  # first: it answers Ctrl-C
 
+import atexit
 import contextlib
 import copy
 import dataclasses
@@ -20,6 +21,7 @@ import glob
 import json
 import math
 import os
+import pathlib
 import re
 import signal
 import sys
@@ -35,11 +37,11 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from data import TokenRows, find_or_prepare, get_tokenizer, key_of, permute
 from model import (
-    FAMILIES, OBJECTIVES, SIZES, CheckpointWriter, DiT, ModelConfig, autocast, build,
-    check_objective, check_overrides, corrupt_batch, free_memory, likelihood_of, load_pretrained,
-    load_state, memory_needed, on_grid, options_of, per_token_loss, pick_device, put,
-    read_newest, reuse_memory, row_sums, say, schedule_of, stratified_times)
-from sample import SAMPLERS, TAKES, generate
+    FAMILIES, FIELDS, OBJECTIVES, SIZES, CheckpointWriter, DiT, ModelConfig, autocast, build,
+    check_objective, corrupt_batch, free_memory, likelihood_of, load_pretrained,
+    load_state, memory_needed, on_grid, options_of, per_token_loss, pick_device, put, read_newest,
+    require_known, reuse_memory, row_sums, say, schedule_of, stratified_times, write_whole)
+from sample import TAKES, generate
 
 # input and output
 out_dir = 'out'             # checkpoints and metrics.jsonl
@@ -128,106 +130,106 @@ device = 'auto'             # 'auto' (the first there is), 'cuda', 'cuda:1', 'mp
 dtype = 'auto'              # [auto | float32 | bfloat16] auto: bfloat16 if native to the device
 compile = None              # [bool] torch.compile the trunk; None: on CUDA
 seed = 0
+memory_check = True         # refuse what needs more memory than is free; False: only say it
 max_bad_steps = 20          # [> 0] non-finite steps in a row, which are skipped, that end the run
 shard = False               # FSDP in place of DDP, for nets that do not fit on one device
 constants = configure(globals())
 
 # -----------------------------------------------------------------------------
-# who we are, and on what
+# who we are, on what, with which rows
 
 rank = int(os.environ.get('RANK', 0))
-local_rank = int(os.environ.get('LOCAL_RANK', 0))
 world_size = int(os.environ.get('WORLD_SIZE', 1))
 master = rank == 0
-device = pick_device(device, local_rank)
+device = pick_device(device, int(os.environ.get('LOCAL_RANK', 0)))
 amp = autocast(device, dtype)
+on_gpu = device.type == 'cuda'
+if compile is None:
+    compile = on_gpu
 if device.type == 'cpu':
     reuse_memory()
 
-require(global_batch_size % (batch_size * world_size) == 0,
-        f'global_batch_size={global_batch_size} is not divisible by batch_size={batch_size} times '
-        f'{world_size} processes: make it a multiple of {batch_size * world_size}')
-require(size in (None, *SIZES), f"size='{size}' is not known: choose from {', '.join(SIZES)}")
-require(objective == 'mlm' or not (use_num_masked_factor or loss_on_visible_tokens),
-        f"use_num_masked_factor and loss_on_visible_tokens go with mlm, not '{objective}'")
-require(not shard or world_size > 1 and optimizer != 'muon',
-        'shard=True shares the net among several processes, with adamw: Muon needs whole matrices')
-require(init_from, "init_from='': give 'scratch', 'resume' or a source of weights")
-require(epochs is None or flops is None, 'epochs and flops both set max_iters: give one of them')
-is_pair = packing == 'pair'
-require(is_pair or pad_to == 'block' and not prompt_drop,
-        f"pad_to and prompt_drop go with packing 'pair', not '{packing}'")
-require(not (causal and prompt_drop), 'prompt_drop goes with nets that are not causal')
-check_overrides(overrides)
 options = {name: constants[name] for record in OBJECTIVES.values() for name in record.options
            if name in constants}
 check_objective(objective, T, options, causal)
+if size is not None:
+    require_known('size=', size, SIZES)
 record = OBJECTIVES[objective]
 measured_by = record.bound or objective
-require(measured_by in OBJECTIVES, f"objective '{objective}': its bound '{measured_by}' is not in "
-        f"OBJECTIVES, which has {', '.join(OBJECTIVES)}")
-require(not (sample_at_end or sample_interval or eval_gen_ppl) or record.sampler in SAMPLERS
-        and record.predicts in TAKES[record.sampler],
+is_pair = packing == 'pair'
+require(global_batch_size % (batch_size * world_size) == 0,
+        f'global_batch_size={global_batch_size} is not divisible by batch_size={batch_size} '
+        f'* {world_size} processes')
+require(objective == 'mlm' or not (use_num_masked_factor or loss_on_visible_tokens),
+        "use_num_masked_factor and loss_on_visible_tokens go with objective 'mlm'")
+require(not shard or world_size > 1 and optimizer != 'muon' and not eval_gen_ppl,
+        'shard=True shares the net among several processes, without muon and eval_gen_ppl')
+require(epochs is None or flops is None, 'epochs and flops both set max_iters: give one of them')
+require(is_pair or pad_to == 'block' and not prompt_drop,
+        "pad_to and prompt_drop go with packing 'pair'")
+require(not (causal and prompt_drop), 'prompt_drop goes with nets that are not causal')
+require(measured_by in OBJECTIVES,
+        f"objective '{objective}': its bound '{measured_by}' is not in OBJECTIVES")
+require(not (sample_at_end or sample_interval or eval_gen_ppl)
+        or record.predicts in TAKES.get(record.sampler, ()),
         f"objective '{objective}' has no sampler: give it one in OBJECTIVES that is registered "
-        f"with @sampler_for('{record.predicts}') in sample.py, or train with "
-        '--sample_at_end=False --sample_interval=0')
-if not record.bound and master:
-    say(f"objective '{objective}' has no bound in OBJECTIVES: validation and eval.py measure its "
-        'own loss, which is no likelihood')
+        f"with @sampler_for('{record.predicts}'), or --sample_at_end=False --sample_interval=0")
 schedule = schedule_of(constants)
-if importance:
-    schedule.sigma_range()  # refuses schedules without it
 micro_batches = global_batch_size // batch_size  # of a step, on all processes together
 my_micro_batches = range(rank, micro_batches, world_size)
 
 folder = find_or_prepare(dataset, tokenizer)  # before the process group, which would time out
-# the last token of a causal net's row is a target only
-row_length = block_size + (causal and packing in ('concat', 'crop'))
+# the last token of a causal net's row: only a target
+extra = int(causal and packing in ('concat', 'crop'))
+row_length = block_size + extra
 loss_on_padding = loss_on_padding and not (is_pair and causal)  # its one EOS is the answer's
 train_rows = TokenRows(folder, 'train', row_length, packing, loss_on_padding)
 # what pads a batch is not measured, which would depend on the batch
 val_rows = TokenRows(folder, val_split, row_length, packing,
                      loss_on_padding and pad_to == 'block', pad_to)
+# of a pass over the text: 'crop' has a row at every place
+rows_a_pass = len(train_rows.tokens) // block_size if packing == 'crop' else len(train_rows)
 tokenizer_meta = train_rows.meta['tokenizer']
 mask_id = tokenizer_meta['mask_id']
 tokenizer_file = None  # of a tokenizer trained with the data: it goes where the weights go
 if tokenizer_meta['sha256']:
-    get_tokenizer(tokenizer_meta['name'], folder, tokenizer_meta)
-    with open(os.path.join(folder, 'tokenizer.json'), 'rb') as f:
-        tokenizer_file = f.read()
-
-if eval_gen_ppl:
-    require(not shard, 'eval_gen_ppl=True needs a net that is not shared out: give --shard=False')
-    if master:
-        from eval import generative_perplexity, load_judge, without_special
-        judge = load_judge(gen_ppl_judge, device)
-if wandb_project and master:
-    try:
+    get_tokenizer(tokenizer_meta['name'], folder, tokenizer_meta)  # refuses another one
+    tokenizer_file = pathlib.Path(folder, 'tokenizer.json').read_bytes()
+if eval_gen_ppl and master:
+    from eval import generative_perplexity, load_judge, without_special
+    judge = load_judge(gen_ppl_judge, device)
+try:
+    if wandb_project and master:
         import wandb
-    except ImportError:
-        raise ValueError(f'wandb_project={wandb_project} needs wandb: pip install wandb') from None
-if tensorboard and master:
-    try:
+    if tensorboard and master:
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ValueError('tensorboard=True needs it: pip install tensorboard') from None
-if device.type == 'cuda':
+except ImportError as error:
+    raise ValueError(f'{error}: pip install wandb or tensorboard, or log without it') from None
+
+if on_gpu:
     torch.set_float32_matmul_precision('high')  # TF32 for what is not autocast
+    torch.cuda.set_device(device)
 if world_size > 1:
-    if device.type == 'cuda':
-        torch.cuda.set_device(device)
-    dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo',
-                            timeout=datetime.timedelta(minutes=10))
+    dist.init_process_group('nccl' if on_gpu else 'gloo', timeout=datetime.timedelta(minutes=10))
+    # to wait for what the first process does alone
+    patient_group = dist.new_group(backend='gloo', timeout=datetime.timedelta(days=1))
 
 # -----------------------------------------------------------------------------
 # what a run starts from
 
+defaults = {key: default for key, (default, _) in constants_of(__file__).items()}
+RESUMABLE = 'ckpt.pt', 'ckpt.prev.pt', 'ckpt_best.pt'  # the first there is
+
+
+def tell(text):
+    """say, by the first process alone."""
+    if master:
+        say(text)
+
 
 def shape_of_run():
-    """Fields of ModelConfig by the constants. A warning is printed where one overrules another."""
-    shape = {field.name: constants[field.name] for field in dataclasses.fields(ModelConfig)
-             if field.name in constants}
-    shape |= SIZES.get(size, {})
+    """Fields of ModelConfig by the constants."""
+    shape = {key: constants[key] for key in FIELDS if key in constants} | SIZES.get(size, {})
     if not cond_dim:
         shape['cond_dim'] = 0
     shape |= dict(vocab_size=tokenizer_meta['vocab_size'], mask_id=mask_id)
@@ -235,119 +237,160 @@ def shape_of_run():
         shape |= dict(vocab_size=mask_id, mask_id=None, head_mask=True)
     if init == 'xlm' and tokenizer_meta['pad_id'] != tokenizer_meta['eos_id']:
         shape['pad_id'] = tokenizer_meta['pad_id']
-
-    overruled = {key: 'size' for key in SIZES.get(size, {}) if key != 'cond_dim'}
-    for key in ('flops', 'epochs'):
-        if constants[key] is not None:
-            overruled['max_iters'] = key
-    for key, by in overruled.items():
-        default = constants_of(__file__)[key][0]
-        if master and constants[key] not in (default, shape.get(key)):
-            say(f'warning: {by}={constants[by]} says what {key} is, {key}={constants[key]} is '
-                f'not used: give --{by}=None to choose it yourself')
     return shape
 
 
-def warn_of_unused(config, source):
-    """Say which constants were given for a net whose shape its source tells."""
-    unused = [f'{key}={ours!r} (it has {config[key]!r})' for key, ours in shape.items()
-              if key in constants and ours not in (constants_of(__file__)[key][0], config[key])]
-    if unused and master:
-        say(f'warning: {source} tells the shape of the net, not used are ' + ', '.join(unused))
-
-
-def pretrained_net():
-    fields = {key: shape[key] for key in ('dropout', 'attn_dropout', 'block_size', 'objective')}
-    net = load_pretrained(init_from, trainable=True, **fields | (overrides or {}))
-    warn_of_unused(dataclasses.asdict(net.config), init_from)
-    check_objective(objective, T, options, net.config.causal)
-    theirs = dict(vocab_size=net.config.vocab_size, mask_id=net.config.mask_id)
-    if net.tokenizer:
-        theirs = get_tokenizer(**net.tokenizer).meta()
-    without_mask = net.config.mask_id is None and net.config.vocab_size == mask_id
-    require(without_mask or theirs.items() <= tokenizer_meta.items(),
-            f'init_from={init_from} has other ids ({theirs}) than {folder} ({tokenizer_meta}): '
-            f'data with its ids are made by --tokenizer={init_from}')
-    return net
-
-
-def checkpoint_to_resume():
-    """The newest whole checkpoint in out_dir. Raises ValueError where this run is not its run."""
+def newest_checkpoint():
+    """The newest whole checkpoint of out_dir. It is ckpt.pt afterwards."""
     checkpoint, failed = read_newest(out_dir)
-    path = f'{out_dir}/ckpt.pt'
     if failed and master:
-        names = 'ckpt.prev.pt', 'ckpt_best.pt'
-        older = next(name for name in names if os.path.exists(f'{out_dir}/{name}'))
+        older = next(name for name in RESUMABLE[1:] if os.path.exists(f'{out_dir}/{name}'))
         say(f'warning: {failed}; resuming from {out_dir}/{older}, the checkpoint before it')
         with contextlib.suppress(FileNotFoundError):
-            os.replace(path, f'{out_dir}/ckpt.bad.pt')
-        put(out_dir, 'ckpt.pt', older)  # not to keep the broken one at the next save
-    theirs = checkpoint['tokenizer']
-    require(theirs == tokenizer_meta, f'{path} was trained with another tokenizer ({theirs}) than '
-            f'{folder} ({tokenizer_meta})')
+            os.replace(f'{out_dir}/ckpt.pt', f'{out_dir}/ckpt.bad.pt')
+        put(out_dir, 'ckpt.pt', older)
     theirs = checkpoint['constants'].get('optimizer')
     require(len(checkpoint['optimizer']) == 1 + (optimizer == 'muon'),
-            f"{path} has the state of optimizer='{theirs}', the run '{optimizer}': "
+            f"{out_dir}/ckpt.pt has the state of optimizer='{theirs}', the run '{optimizer}': "
             'they must agree to resume')
     return checkpoint
 
 
-def resumed_net():
-    """The net of the checkpoint. Constants may differ from its shape where they are not given, or
-    where they did so in the first run, which took its shape from weights."""
-    path, before = f'{out_dir}/ckpt.pt', checkpoint['constants']
-    wanted = {key: shape[key] for key in shape if key in constants} | (overrides or {})
-    dropouts = {key: value for key, value in wanted.items() if 'dropout' in key}
-    net = build(checkpoint['model_config'], dropouts, checkpoint['model'], path)
-    config, defaults = dataclasses.asdict(net.config), constants_of(__file__)
-    for key, ours in wanted.items():
-        agrees = config[key] == ours
-        if key not in (overrides or {}):
-            agrees |= ours == defaults[key][0] and key not in ('block_size', 'objective')
-            agrees |= all(before.get(name) == constants[name] for name in ('size', key))
-        require(agrees, f'{path} has {key}={config[key]!r}, the run {key}={ours!r}: '
-                'they must agree to resume')
-    warn_of_unused(config, path)
-    return net
+def check_net(config, ids, source, given=None):
+    """Compare this run with a net that was read -> constants of the shape that are not used.
+    given: those of the run that is resumed, with which the others must agree."""
+    theirs = dataclasses.asdict(config)
+    require(ids.items() <= tokenizer_meta.items(),
+            f'init_from={init_from} has other ids ({ids}) than {folder} ({tokenizer_meta}): data '
+            f"with its ids are made by --tokenizer={source.removesuffix('/ckpt.pt')}")
+    unused = {key: ours for key, ours in shape.items()
+              if key in constants and ours not in (defaults[key], theirs[key])}
+    if given:
+        wanted = unused | dict(block_size=block_size, objective=objective)
+        wanted = {key: ours for key, ours in wanted.items() if given[key] != ours}
+        for key, ours in (wanted | (overrides or {})).items():
+            require(theirs.get(key) == ours, f'{source} has {key}={theirs.get(key)!r}, the run '
+                    f'{key}={ours!r}: they must agree to resume')
+    if unused:
+        tell(f'warning: {source} tells the shape of the net, not used are ' + ', '.join(
+            f'{key}={ours!r} (it has {theirs[key]!r})' for key, ours in unused.items()))
+    return unused
+
+
+def steps_to_train(config):
+    """max_iters, or what epochs or flops come to."""
+    steps = max_iters
+    if epochs is not None:
+        steps = int(rows_a_pass * epochs / global_batch_size)
+    if flops is not None:
+        with torch.device('meta'):
+            num_params = DiT(config).num_params(embedding=False)
+        mean_length = block_size * (1 - ssl_ratio) + ssl_ratio * (1 + block_size) / 2
+        steps = round(flops / (6 * num_params * global_batch_size * mean_length))
+    budget = f'flops={flops:g} is' if flops else f'epochs={epochs} of {rows_a_pass:,} rows are'
+    require(steps, f'{budget} less than one step')
+    return steps
+
+
+def warn_of_idle():
+    """Say which constants were given and do nothing."""
+    by = {key: 'size' for key in SIZES.get(size, {}) if key != 'cond_dim'}
+    if flops or epochs:
+        by['max_iters'] = 'flops' if flops else 'epochs'
+    for key, name in by.items():
+        if constants[key] not in (defaults[key], shape.get(key)):
+            tell(f'warning: {name}={constants[name]} says what {key} is, {key}={constants[key]} is '
+                 f'not used: give --{name}=None to choose it yourself')
+    noise = 'an objective with noise', not causal
+    needs = dict(
+        schedule=noise, schedule_parameters=noise, time_sampling=noise, sampling_eps=noise,
+        min_lr=("lr_schedule='cosine'", lr_schedule == 'cosine'),
+        warmup_share=('a larger max_iters', warmup_share * max_iters > warmup_iters),
+        loss_on_padding=("packing='pad' or 'pair'", packing in ('pad', 'pair')),
+        ssl_group=('ssl_ratio', ssl_ratio),
+        overrides=('weights in init_from', init_from not in ('scratch', 'resume')),
+        gen_ppl_judge=('eval_gen_ppl', eval_gen_ppl),
+        gen_ppl_samples=('eval_gen_ppl', eval_gen_ppl))
+    idle = [f'{key}={constants[key]!r} (it needs {what})' for key, (what, used) in needs.items()
+            if not used and constants[key] != defaults[key]]
+    if idle:
+        tell('warning: these do nothing: ' + ', '.join(idle))
+    if not record.bound:
+        tell(f"objective '{objective}' has no bound in OBJECTIVES: what validation and eval.py "
+             'measure is its loss, no likelihood')
+
+
+def check_memory(config):
+    """Say what training takes. Raises ValueError where there is less, before it is allocated."""
+    def needed(rows):
+        return memory_needed(
+            config, rows, row_length, device, dtype, schedule, T, make_optimizers,
+            len(my_micro_batches) > 1, loss_on_visible_tokens, world_size if shard else 1,
+            **options_of(objective, options))
+
+    free = free_memory(device) / (1 if on_gpu else int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+    parts = needed(batch_size)
+    total = parts.pop('total')
+    said = (f"{parts['weights'] * world_size ** shard / 4e6:.2f}M parameters and {batch_size} rows "
+            f'of {row_length} need {total / 1e9:.2f} GB ('
+            + ', '.join(f'{name} {size / 1e9:.2f}' for name, size in parts.items())
+            + f'), {free / 1e9:.2f} GB are free on {device}')
+    # compiling saves activations
+    if not memory_check or total - compile * parts['activations'] <= free:
+        return tell(said)
+    fewer = [rows for rows in range(batch_size - 1, 0, -1) if batch_size % rows == 0]
+    fits = next((rows for rows in fewer if needed(rows)['total'] <= free), None)
+    remedy = f'lower batch_size, {fits} fits' if fits else (
+        'lower n_layer, n_embd or block_size, batch_size is not enough')
+    raise ValueError(f'{said}: {remedy}')
 
 
 def claim_out_dir():
-    """Lock out_dir for this process -> the lock, which ends with it. Raises ValueError where a run
-    is going on in it, where there is one that would be replaced, or where nothing can be written.
-    """
-    name = f'out_dir={out_dir}'
-    lock = FileLock(os.path.join(out_dir, '.lock'))
-    there = [os.path.basename(file) for pattern in ('ckpt*.pt', 'metrics.jsonl')
-             for file in sorted(glob.glob(os.path.join(glob.escape(out_dir), pattern)))]
-    if auto and there == ['metrics.jsonl']:
-        there = []  # this run was killed before its first checkpoint
-    require(init_from == 'resume' or overwrite or not there,
-            f'{name} holds a run ({", ".join(there)}), which would be lost: go on with it '
+    """Lock out_dir and remove what this run replaces -> the lock. Raises ValueError where a run
+    goes on there, or would be lost, or where nothing can be written."""
+    files = sorted(glob.glob('*', root_dir=out_dir))
+    run = [name for name in files if re.fullmatch(r'ckpt.*\.pt|metrics\.jsonl', name)]
+    killed_early = auto and run == ['metrics.jsonl']  # before its first checkpoint
+    require(init_from == 'resume' or overwrite or not run or killed_early,
+            f'out_dir={out_dir} holds a run ({", ".join(run)}), which would be lost: go on with it '
             '(--init_from=resume), give another --out_dir, or replace it (--overwrite=True)')
+    lock = FileLock(os.path.join(out_dir, '.lock'))
     try:
         os.makedirs(out_dir, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
-        raise ValueError(f'{name}: another training is going on there, wait for its end or '
-                         'give another --out_dir') from None
+        raise ValueError(f'out_dir={out_dir}: another training is going on there, wait for its end '
+                         'or give another --out_dir') from None
     except OSError as error:
-        raise ValueError(f'{name} cannot be written to: {error}') from None
+        raise ValueError(f'out_dir={out_dir} cannot be written to: {error}') from None
     except NotImplementedError:
         pass  # a file system without locks
+    killed = r'(ckpt.*|metrics\.jsonl)\.unfinished'  # what a killed run was writing
+    replaced = [name for name in files if re.fullmatch(killed, name)]
+    if overwrite and init_from != 'resume':
+        replaced += [*run, 'tokenizer.json']
+    for name in replaced:
+        pathlib.Path(out_dir, name).unlink(missing_ok=True)
     return lock
+
+
+def leave_out_dir():
+    """Unlock out_dir. Where nothing was written, it is removed."""
+    if lock.is_locked:
+        with contextlib.suppress(OSError):
+            os.remove(lock.lock_file)  # whoever waits for the one that is gone makes another
+            os.rmdir(out_dir)
+        lock.release()
 
 
 class Loss(nn.Module):
     """per_token_loss as a module: DDP and FSDP synchronise only the forward of what they wrap."""
 
-    def __init__(self, net, objective, **options):
+    def __init__(self, net, **options):
         super().__init__()
-        self.net, self.objective = net, objective
-        self.options = options
+        self.net, self.options = net, options
 
-    def forward(self, batch, objective=None):
-        """A batch of corrupt_batch -> (B, L) nats."""
-        objective = objective or self.objective
+    def forward(self, batch, objective):
         return per_token_loss(
             self.net, batch['x0'], batch['xt'], batch['t'], objective, schedule, T,
             batch['masked'], batch['attention_mask'], reconstruction=True,
@@ -374,150 +417,25 @@ def make_optimizers(net):
     return optimizers
 
 
-def check_memory(config):
-    """Say what training takes. Raises ValueError where there is less, before it is allocated."""
-    free = free_memory(device)
-    if device.type != 'cuda':
-        free /= int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-
-    def needed(rows):
-        return memory_needed(
-            config, rows, row_length, device, dtype, schedule, T, make_optimizers,
-            len(my_micro_batches) > 1, loss_on_visible_tokens, world_size if shard else 1,
-            **options_of(objective, options))
-
-    parts = needed(batch_size)
-    total = parts.pop('total')
-    said = (f"{parts['weights'] * world_size ** shard / 4e6:.2f}M parameters and {batch_size} rows "
-            f'of {row_length} need {total / 1e9:.2f} GB ('
-            + ', '.join(f'{name} {size / 1e9:.2f}' for name, size in parts.items())
-            + f'), {free / 1e9:.2f} GB are free on {device}')
-    compiled = compile or compile is None and device.type == 'cuda'  # saves activations
-    if total - compiled * parts['activations'] > free:
-        fewer = [rows for rows in range(batch_size - 1, 0, -1) if batch_size % rows == 0]
-        fits = next((rows for rows in fewer if needed(rows)['total'] <= free), None)
-        remedy = f'lower batch_size, {fits} fits' if fits else (
-            'lower n_layer, n_embd or block_size, batch_size is not enough')
-        raise ValueError(f'{said}: {remedy}')
-    if master:
-        say(said)
-
-
-# -----------------------------------------------------------------------------
-# the net, its average, the optimizer
-
-torch.manual_seed(seed)
-step, tokens_seen, best_val_loss = 0, 0, math.inf
-wandb_id = None
-checkpoint, changed = None, {}
-auto = init_from == 'auto'
-if auto:
-    names = 'ckpt.pt', 'ckpt.prev.pt', 'ckpt_best.pt'
-    found = any(os.path.exists(f'{out_dir}/{name}') for name in names)
-    init_from = 'resume' if found else 'scratch'
-shape = shape_of_run()
-net = None
-if init_from == 'resume':
-    checkpoint = checkpoint_to_resume()
-    net = resumed_net()
-elif init_from != 'scratch':
-    net = pretrained_net()
-model_config = net.config if net else ModelConfig(**shape)
-if checkpoint:
-    step, tokens_seen = checkpoint['iter'], checkpoint['tokens_seen']
-    best_val_loss = checkpoint['best_val_loss']
-    wandb_id = checkpoint.get('wandb_id')
-if flops is not None:
-    mean_length = block_size * (1 - ssl_ratio) + ssl_ratio * (1 + block_size) / 2
-    with torch.device('meta'):
-        num_params = DiT(model_config).num_params(embedding=False)
-    one_step = 6 * num_params * global_batch_size * mean_length
-    max_iters = round(flops / one_step)
-    require(max_iters > 0, f'flops={flops:g} is less than one step: {one_step:.3g}')
-if epochs is not None:
-    max_iters = int(len(train_rows) * epochs / global_batch_size)
-    require(max_iters > 0, f'epochs={epochs} of {len(train_rows):,} rows are less than one step of '
-            f'global_batch_size={global_batch_size}')
-constants['max_iters'] = max_iters  # what epochs and flops came to
-warmup_iters = max(warmup_iters, round(warmup_share * max_iters))
-if checkpoint and step >= max_iters:
-    if master:
-        say(f'{out_dir} is finished: it is at step {step:,} of {max_iters:,}; '
-            'a larger --max_iters goes on')
-    if world_size > 1:
-        dist.destroy_process_group()
-    sys.exit()
-check_memory(model_config)
-lock = claim_out_dir() if master else None
-net = net or DiT(model_config)
-before = checkpoint['constants'] if checkpoint else net.constants
-# how nets of its family are prompted and measured
-constants |= {key: before[key] for family in FAMILIES.values() for key in family.constants
-              if key in before and key not in constants}
-ema_net = copy.deepcopy(net)
-if checkpoint:
-    load_state(ema_net, checkpoint['ema'], out_dir)
-    for key in shape.keys() & before.keys() - {'dropout', 'attn_dropout'}:
-        constants[key] = before[key]
-    changed = {key: value for key, value in constants.items()
-               if before.get(key) != value and key not in ('init_from', 'overwrite')}
-    if master:
-        changes = [f'{key}={value!r} (was {before.get(key)!r})' for key, value in changed.items()]
-        say(', '.join([f'resuming at step {step:,}', *changes]))
-net.train()
-ema_net.eval().requires_grad_(False)
-if world_size > 1:  # folders may not be shared, a disk may fail one of them
-    steps = [None] * world_size
-    dist.all_gather_object(steps, step)
-    require(len(set(steps)) == 1, f'the processes would resume at different steps, {steps}: '
-            f'out_dir={out_dir} must be one folder for all')
-of_noise = 'schedule', 'schedule_parameters', 'time_sampling', 'sampling_eps'
-needs = dict.fromkeys(of_noise, ('an objective with noise', not causal)) | {
-    'min_lr': ("lr_schedule='cosine'", lr_schedule == 'cosine'),
-    'warmup_share': ('a larger max_iters', warmup_share * max_iters > constants['warmup_iters']),
-    'loss_on_padding': ("packing='pad' or 'pair'", packing in ('pad', 'pair')),
-    'ssl_group': ('ssl_ratio', ssl_ratio),
-    'overrides': ('weights in init_from', init_from not in ('scratch', 'resume')),
-    'gen_ppl_judge': ('eval_gen_ppl', eval_gen_ppl),
-    'gen_ppl_samples': ('eval_gen_ppl', eval_gen_ppl),
-}
-idle = [f'{key}={constants[key]!r} (it needs {what})' for key, (what, used) in needs.items()
-        if not used and constants[key] != constants_of(__file__)[key][0]]
-if idle and master:
-    say('warning: these do nothing: ' + ', '.join(idle))
-
-loss_module = Loss(net, objective, **options)
-eval_loss = Loss(ema_net, measured_by, **options | dict(importance=False))
-if shard:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import distribute_tensor
-    mesh = init_device_mesh(device.type, (world_size,))
-    for module in (*net.blocks, *ema_net.blocks, loss_module, eval_loss):
-        fully_shard(module, mesh=mesh, reshard_after_forward=module is not loss_module)
-else:
-    net.to(device)
-    ema_net.to(device)
-optimizers = make_optimizers(net)
-if checkpoint:
-    for opt, saved in zip(optimizers, checkpoint['optimizer'], strict=True):
-        state = saved['state']
+def load_optimizers(saved):
+    """Their state. The settings of their groups (decay, betas) are those of this run."""
+    for opt, state in zip(optimizers, (theirs['state'] for theirs in saved), strict=True):
         if shard:
-            sharded = [p for group in opt.param_groups for p in group['params']]
-            for i, p in enumerate(sharded):
-                state[i] = {key: distribute_tensor(x.to(device), mesh, p.placements)
-                            if x.shape == p.shape else x for key, x in state.get(i, {}).items()}
-        # the groups' settings (decay, betas) are those of this run
-        opt.load_state_dict(dict(state=state, param_groups=opt.state_dict()['param_groups']))
-    del checkpoint, saved, state
-if compile or compile is None and device.type == 'cuda':
-    net.trunk = torch.compile(net.trunk)  # torch.compile(net).trunk would run eagerly
-if world_size > 1 and not shard:
-    loss_module = DDP(loss_module, device_ids=[device.index] if device.type == 'cuda' else None,
-                      gradient_as_bucket_view=True)
+            parameters = [p for group in opt.param_groups for p in group['params']]
+            state = {i: {key: distribute_tensor(x.to(device), mesh, parameters[i].placements)
+                         if x.shape == parameters[i].shape else x for key, x in tensors.items()}
+                     for i, tensors in state.items()}
+        opt.load_state_dict(opt.state_dict() | dict(state=state))
+
 
 # -----------------------------------------------------------------------------
-# batches, evaluation, logs
+# batches
+
+
+def uniform(shape, *key, dtype=torch.float64):
+    """What is drawn is a function of (seed, *key)."""
+    generator = torch.Generator().manual_seed(key_of(seed, *key))
+    return torch.rand(shape, generator=generator, dtype=dtype)
 
 
 def rows_of(step, first, n):
@@ -538,11 +456,8 @@ def longest_row_of(step):
 
 def row_length_of(step, micro):
     """SMDM's stochastic sequence length: some micro-batches draw one from 1 ... block_size."""
-    generator = torch.Generator().manual_seed(key_of(seed, step, micro // ssl_group, 1))
-    cut, length = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
-    if cut >= ssl_ratio:
-        return longest_row_of(step)
-    return 1 + int(length * block_size) + (row_length - block_size)
+    cut, length = uniform(2, step, micro // ssl_group, 1).tolist()
+    return longest_row_of(step) if cut >= ssl_ratio else 1 + int(length * block_size) + extra
 
 
 def times_of(step, micro):
@@ -551,29 +466,25 @@ def times_of(step, micro):
     a stratum, by its own uniform. 'iid' (SMDM, xlm)."""
     row = torch.arange(batch_size)
     if time_sampling == 'stratified':
-        generator = torch.Generator().manual_seed(key_of(seed, step))
-        u = torch.rand((), generator=generator, dtype=torch.float64)
         strata = micro + micro_batches * row
-        return stratified_times(u, strata, global_batch_size, sampling_eps)
+        return stratified_times(uniform((), step), strata, global_batch_size, sampling_eps)
     n = batch_size if time_sampling == 'per_process' else 1
-    generator = torch.Generator().manual_seed(key_of(seed, step, micro, 3))
-    u = torch.rand(batch_size, generator=generator, dtype=torch.float64) / n
+    u = uniform(batch_size, step, micro, 3) / n
     return stratified_times(u, row % n, n, sampling_eps)
 
 
 def training_batch(step, micro):
     """Micro-batch `micro` of a step."""
-    rows = rows_of(step, micro * batch_size, batch_size)
     t = times_of(step, micro)
     if T:
         t = on_grid(t, T)
     elif importance:
         t = schedule.importance_time(t)
     length = row_length_of(step, micro)
-    batch = {name: x[:, :length] for name, x in train_rows[rows].items()}
-    generator = torch.Generator().manual_seed(key_of(seed, step, micro, 4))
-    drop = torch.rand((), generator=generator).item() < prompt_drop
-    return corrupt_batch(batch, t, net.config, schedule, key_of(seed, step, micro), device,
+    rows = train_rows[rows_of(step, micro * batch_size, batch_size)]
+    rows = {name: x[:, :length] for name, x in rows.items()}
+    drop = uniform((), step, micro, 4, dtype=torch.float32).item() < prompt_drop
+    return corrupt_batch(rows, t, net.config, schedule, key_of(seed, step, micro), device,
                          loss_on_visible_tokens, drop_prompt=drop)
 
 
@@ -592,12 +503,26 @@ def mean_loss(loss, batch):
     return (loss * batch['scored']).sum() / divisor, count / divisor
 
 
+def get_lr(step):
+    """Linear warm-up, then constant or cosine."""
+    if step + (lr_offset or 0) < warmup_iters:
+        return learning_rate * (step + (1 if lr_offset is None else lr_offset)) / warmup_iters
+    if lr_schedule == 'constant':
+        return learning_rate
+    done = (step + (lr_offset or 0) - warmup_iters) / max(1, max_iters - warmup_iters)
+    return min_lr + (learning_rate - min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+# -----------------------------------------------------------------------------
+# evaluation, samples, logs
+
+
 @torch.no_grad()
 def evaluate():
-    """What the averaged weights reach on the first rows of val_split (model.likelihood_of), and
-    what is logged of it; of mlm nets also the mean cross entropy at masked positions (xlm). Rows,
-    times and masks are always the same."""
+    """likelihood_of the averaged weights on the first rows of val_split, and what is logged of it,
+    of mlm nets also the cross entropy at masked positions (xlm). All draws are always the same."""
     n = min(len(val_rows), eval_iters * global_batch_size or len(val_rows))
+    measures = [measured_by, 'mlm'] if objective == 'mlm' else [measured_by]
     first = rank * batch_size
     sums = torch.zeros(6, n, dtype=torch.float64)
     # past the end, FSDP takes part with a row that does not count
@@ -609,13 +534,12 @@ def evaluate():
         rows = val_rows[indices]
         batch = corrupt_batch(rows, t, net.config, schedule, key_of(start), device)
         with amp:
-            loss = eval_loss(batch)
-            cross_entropy = eval_loss(batch, 'mlm') if objective == 'mlm' else None
+            losses = [eval_loss(batch, name) for name in measures]
         if start < n:
-            sums[:4, indices] = row_sums(loss, batch, rows)
+            sums[:4, indices] = row_sums(losses[0], batch, rows)
         if start < n and objective == 'mlm':
             masked = dict(scored=batch['scored'] & (batch['xt'] == mask_id))
-            sums[4:, indices] = row_sums(cross_entropy, masked, rows)[:2]
+            sums[4:, indices] = row_sums(losses[1], masked, rows)[:2]
     if world_size > 1:
         sums = sums.to(device)
         dist.all_reduce(sums)
@@ -624,45 +548,13 @@ def evaluate():
     logged = dict(val_loss=found['nats_per_token' if record.bound else objective],
                   val_bpb=found.get('bits_per_byte'))
     cross_entropy, masked = sums[4:].sum(dim=1).tolist()
-    return found, logged | (dict(val_mlm_loss=cross_entropy / masked) if masked else {})
-
-
-def get_lr(step):
-    """Linear warm-up, then constant or cosine."""
-    if step + (lr_offset or 0) < warmup_iters:
-        return learning_rate * (step + (1 if lr_offset is None else lr_offset)) / warmup_iters
-    if lr_schedule == 'constant':
-        return learning_rate
-    done = (step + (lr_offset or 0) - warmup_iters) / max(1, max_iters - warmup_iters)
-    return min_lr + (learning_rate - min_lr) * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def cut_metrics():
-    """Drop the lines after this step, which is done again."""
-    if not os.path.exists(metrics_path):
-        return
-    with open(metrics_path, errors='replace') as f:
-        matches = [re.match(r'\{"iter": (\d+), .*\}\n', line) for line in f]
-    kept = [match[0] for match in matches if match and int(match[1]) <= step]
-    try:
-        with open(metrics_path + '.unfinished', 'w') as f:
-            f.writelines(kept)
-        os.replace(metrics_path + '.unfinished', metrics_path)
-    except OSError as error:
-        say(f'warning: {metrics_path} could not be cut back to step {step} ({error})')
-
-
-def log(**line):
-    try:
-        with open(metrics_path, 'a') as f:
-            f.write(json.dumps(line) + '\n')
-    except OSError as error:
-        say(f'warning: {metrics_path} cannot be written ({error})')
-    if wandb_project:
-        wandb.log(line, step=line['iter'])
-    if tensorboard:
-        for key in line.keys() - {'iter', 'changed'}:
-            board.add_scalar(key, line[key], line['iter'])
+    if masked:
+        logged['val_mlm_loss'] = cross_entropy / masked
+    tell(f'step {step}: validation ' + ', '.join(
+        f"{found[name]:.4f} ± {found[name + '_se']:.4f} {name.replace('_per_', '/')}"
+        for name in ('nats_per_token', 'bits_per_byte', objective) if name in found)
+        + f' (first {n:,} of {len(val_rows):,} rows, one time each)')
+    return found, logged
 
 
 def texts_of_average(n, **options):
@@ -681,20 +573,6 @@ def texts_of_average(n, **options):
     return texts, out.nfe
 
 
-def judge_samples():
-    """The generative perplexity of samples, nothing truncated, and their entropy in nats."""
-    texts, _ = texts_of_average(gen_ppl_samples, batch_size=batch_size)
-    texts = [without_special(text, judge[1]) for text in texts]
-    try:
-        found = generative_perplexity(texts, judge, 'xlm', min(batch_size, 8))
-    except ValueError as error:  # nothing but special tokens, not a number
-        say(f'warning: no generative perplexity ({error})')
-        return {}
-    say(f"step {step}: generative perplexity {found['gen_ppl']:.2f}, entropy "
-        f"{found['entropy']:.2f} of {found['texts']} samples by {gen_ppl_judge}")
-    return {key: found[key] for key in ('gen_ppl', 'entropy')}
-
-
 def print_samples(n, when):
     """-> their texts"""
     if shard:
@@ -709,9 +587,81 @@ def print_samples(n, when):
     return texts
 
 
+def judge_samples():
+    """The generative perplexity of samples, nothing truncated, and their entropy in nats."""
+    texts, _ = texts_of_average(gen_ppl_samples, batch_size=batch_size)
+    try:
+        found = generative_perplexity([without_special(text, judge[1]) for text in texts],
+                                      judge, 'xlm', min(batch_size, 8))
+    except ValueError as error:  # nothing but special tokens, NaN
+        say(f'warning: no generative perplexity ({error})')
+        return {}
+    gen_ppl, entropy = found['gen_ppl'], found['entropy']
+    say(f'step {step}: generative perplexity {gen_ppl:.2f}, entropy {entropy:.2f} of '
+        f"{found['texts']} samples by {gen_ppl_judge}")
+    return dict(gen_ppl=gen_ppl, entropy=entropy)
+
+
+class Metrics:
+    """metrics.jsonl, wandb and TensorBoard."""
+
+    def __init__(self, wandb_id):
+        self.path, self.wandb_id = f'{out_dir}/metrics.jsonl', wandb_id
+        if os.path.exists(self.path):
+            self.cut()
+        if wandb_project:
+            self.wandb_id = wandb.init(project=wandb_project, name=out_dir, config=constants,
+                                       id=wandb_id, resume='allow').id
+        self.board = SummaryWriter(out_dir) if tensorboard else None
+
+    def cut(self):
+        """Drop the lines after this step, which is done again."""
+        with open(self.path, errors='replace') as f:
+            matches = [re.match(r'\{"iter": (\d+), .*\}\n', line) for line in f]
+        try:
+            write_whole(self.path, ''.join(m[0] for m in matches if m and int(m[1]) <= step))
+        except OSError as error:
+            say(f'warning: {error}')
+
+    def write(self, **values):
+        try:
+            with open(self.path, 'a') as f:
+                f.write(json.dumps(dict(iter=step) | values) + '\n')
+        except OSError as error:
+            say(f'warning: {error}')
+        if wandb_project:
+            wandb.log(dict(iter=step) | values, step=step)
+        if tensorboard:
+            for key in values.keys() - {'changed'}:
+                self.board.add_scalar(key, values[key], step)
+
+
+# dense bf16 FLOP/s, for the share that is used (MFU)
+PEAK = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12, 'B200': 2250e12}
+
+
+def report(loss, lr, grad_norm, seconds):
+    """Print and log a step that took so many seconds."""
+    rate = global_batch_size * min(block_size, longest_row_of(step - 1)) / seconds
+    projected = global_batch_size * block_size // (1 if causal else 2)  # the masked
+    used = net.train_flops(global_batch_size, block_size, projected) / seconds / world_size
+    gpu = torch.cuda.get_device_name(device) if on_gpu else ''
+    mfu = ''.join(f', MFU {used / PEAK[name]:.1%}' for name in PEAK if name in gpu)
+    left = datetime.timedelta(seconds=round(min(seconds * (max_iters - step), 1e13)))  # no overflow
+    say(f'step {step}: loss {loss:.3f}, lr {lr:.2e}, grad norm {grad_norm:.2f}, '
+        f'{rate:,.0f} tokens/s{mfu}, {left} left')
+    metrics.write(loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=rate)
+
+
 def training_state():
-    states = [opt.state_dict() for opt in optimizers]
-    return dict(model=net.state_dict(), ema=ema_net.state_dict(), optimizer=states)
+    return dict(model=net.state_dict(), ema=ema_net.state_dict(),
+                optimizer=[opt.state_dict() for opt in optimizers])
+
+
+def wait_for_master():
+    """Let the others wait for what the first process does alone, a day at most."""
+    if world_size > 1:
+        dist.barrier(group=patient_group)
 
 
 stop_requests = []  # when
@@ -729,88 +679,152 @@ def ask_to_stop(number, frame):
 
 
 # -----------------------------------------------------------------------------
+# the net, its average, the optimizer
+
+torch.manual_seed(seed)
+auto = init_from == 'auto'
+if auto:
+    found = any(os.path.exists(f'{out_dir}/{name}') for name in RESUMABLE)
+    init_from = 'resume' if found else 'scratch'
+shape = shape_of_run()
+dropouts = {key: (shape | (overrides or {}))[key] for key in ('dropout', 'attn_dropout')}
+net, before, unused = None, {}, {}
+checkpoint = dict(iter=0, tokens_seen=0, best_val_loss=math.inf)
+if init_from == 'resume':
+    checkpoint = newest_checkpoint()
+    before, unused = defaults | checkpoint['constants'], checkpoint.get('unused', {})
+    source = f'{out_dir}/ckpt.pt'
+    net = build(checkpoint['model_config'], dropouts, checkpoint['model'], source)
+    given = before | SIZES.get(before['size'], {}) | unused
+    unused |= check_net(net.config, checkpoint['tokenizer'], source, given)
+elif init_from != 'scratch':
+    ours = dict(block_size=block_size, objective=objective) | (overrides or {}) | dropouts
+    net = load_pretrained(init_from, trainable=True, **ours)
+    before, theirs = net.constants, net.config
+    ids = dict(vocab_size=theirs.vocab_size, mask_id=theirs.mask_id)
+    if net.tokenizer:
+        ids = get_tokenizer(**net.tokenizer).meta()
+    if theirs.mask_id is None and theirs.vocab_size == mask_id:
+        ids = {}  # a causal net that has all ids but the mask
+    unused = check_net(theirs, ids, init_from)
+step, tokens_seen = checkpoint['iter'], checkpoint['tokens_seen']
+best_val_loss = checkpoint['best_val_loss']
+config = net.config if net else ModelConfig(**shape)
+max_iters = steps_to_train(config)
+if step >= max_iters:
+    tell(f'{out_dir} is finished: it is at step {step:,} of {max_iters:,}; '
+         'a larger --max_iters goes on')
+    if world_size > 1:
+        dist.destroy_process_group()
+    sys.exit()
+warn_of_idle()
+warmup_iters = max(warmup_iters, round(warmup_share * max_iters))
+check_memory(config)
+
+# constants say what is trained: the shape is the net's, max_iters what epochs or flops came to
+constants |= {key: getattr(config, key) for key in FIELDS if key in constants}
+constants['max_iters'] = max_iters
+if unused.keys() & SIZES.get(size, {}):
+    constants['size'] = None
+# how nets of its family are prompted and measured
+constants |= {key: before[key] for family in FAMILIES.values() for key in family.constants
+              if key in before and key not in constants}
+changed = {}
+if step:
+    changed = {key: value for key, value in constants.items()
+               if before[key] != value and key not in ('init_from', 'overwrite')}
+    changes = [f'{key}={value!r} (was {before[key]!r})' for key, value in changed.items()]
+    tell(', '.join([f'resuming at step {step:,}', *changes]))
+
+net = net or DiT(config)
+ema_net = copy.deepcopy(net)
+if step:
+    load_state(ema_net, checkpoint['ema'], out_dir)
+net.train()
+ema_net.eval().requires_grad_(False)
+loss_module = Loss(net, **options)
+eval_loss = Loss(ema_net, **options | dict(importance=False))
+if shard:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import distribute_tensor
+    mesh = init_device_mesh(device.type, (world_size,))
+    for module in (*net.blocks, *ema_net.blocks, loss_module, eval_loss):
+        fully_shard(module, mesh=mesh, reshard_after_forward=module is not loss_module)
+else:
+    net.to(device)
+    ema_net.to(device)
+optimizers = make_optimizers(net)
+if step:
+    load_optimizers(checkpoint['optimizer'])
+if compile:
+    net.trunk = torch.compile(net.trunk)  # torch.compile(net).trunk would run eagerly
+if world_size > 1:
+    if not shard:
+        loss_module = DDP(loss_module, gradient_as_bucket_view=True)
+    steps = [None] * world_size  # folders may not be shared, a disk may fail one of them
+    dist.all_gather_object(steps, step)
+    require(len(set(steps)) == 1, f'the processes would resume at different steps, {steps}: '
+            f'out_dir={out_dir} must be one folder for all')
+
+# -----------------------------------------------------------------------------
 # the loop
 
-metrics_path = os.path.join(out_dir, 'metrics.jsonl')
-writer = CheckpointWriter(out_dir, device, master, tokenizer_file)
 if master:
-    stale = ['ckpt*.unfinished', 'metrics.jsonl.unfinished']  # what a killed run was writing
-    if overwrite and init_from != 'resume':
-        stale += ['ckpt*.pt', 'metrics.jsonl', 'tokenizer.json']
-    for pattern in stale:
-        for path in glob.glob(os.path.join(glob.escape(out_dir), pattern)):
-            os.remove(path)
-    cut_metrics()
-    if wandb_project:
-        wandb_id = wandb.init(project=wandb_project, name=out_dir, config=constants, id=wandb_id,
-                              resume='allow').id
-    if tensorboard:
-        board = SummaryWriter(out_dir)
+    lock = claim_out_dir()
+    atexit.register(leave_out_dir)
+    metrics = Metrics(checkpoint.get('wandb_id'))
     if changed:
-        log(iter=step, changed=changed)
+        metrics.write(changed=changed)
     left_out = f' ({train_rows.left_out:,} longer ones left out)' if train_rows.left_out else ''
-    say(f'{net.num_params() / 1e6:.2f}M parameters '
-        f'({net.num_params(embedding=False) / 1e6:.2f}M without embedding and head), '
+    say(f'{net.num_params(embedding=False) / 1e6:.2f}M parameters without embedding and head; '
         f'{len(train_rows):,} rows of {block_size} tokens{left_out}, '
-        f'{len(train_rows) / global_batch_size:,.1f} steps an epoch; {world_size} x {device}, '
+        f'{rows_a_pass / global_batch_size:,.1f} steps an epoch; {world_size} x {device}, '
         f"{'bfloat16 autocast' if amp._enabled else 'float32'}; "
         f'training to step {max_iters:,} in {out_dir}')
+del checkpoint  # its tensors take memory
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # queues send the first or the last
+    signal.signal(number, ask_to_stop)
 
-# dense bf16 FLOP/s, for the share that is used
-PEAK = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12, 'B200': 2250e12}
-gpu = torch.cuda.get_device_name(device) if device.type == 'cuda' else ''
-peak = next((PEAK[name] for name in PEAK if name in gpu), None)
-
-for name in ('SIGTERM', 'SIGINT', 'SIGUSR1'):  # queues send the first or the last
-    if hasattr(signal, name):
-        signal.signal(getattr(signal, name), ask_to_stop)
-
+writer = CheckpointWriter(out_dir, device, master, tokenizer_file)
 parameters, ema_parameters = list(net.parameters()), list(ema_net.parameters())
 start = step
-timer, timed_from = time.monotonic(), step
-skipped = 0          # updates skipped in all,
-bad_steps = 0        # and in a row
-stopping = 0         # whether some process is asked to stop
-typical_norm = None  # a running mean of the gradient norm
+skipped, bad_steps = 0, 0  # updates skipped in all, and in a row
+stopping, usual_norm = 0, 0  # whether some process is asked to stop; a running mean
 maker = ThreadPoolExecutor(1)  # makes the next batch while this one is trained on
 upcoming = maker.submit(training_batch, step, rank)
 untrained = print_samples(1, 'before training') if master and sample_interval and not step else []
+wait_for_master()
 began, waited = time.monotonic(), 0.0
+timer, timed_from = began, step
 while True:
 
     better = False
     if step > start and (step % eval_interval == 0 or step == max_iters):
         found, logged = evaluate()
-        val_loss = logged['val_loss']
-        better = val_loss < best_val_loss  # NaN is never better
+        better = logged['val_loss'] < best_val_loss  # NaN is never better
         if better:
-            best_val_loss = val_loss
+            best_val_loss = logged['val_loss']
         if master:
-            say(f'step {step}: validation ' + ', '.join(
-                f"{found[name]:.4f} ± {found[name + '_se']:.4f} {name.replace('_per_', '/')}"
-                for name in ('nats_per_token', 'bits_per_byte', objective) if name in found)
-                + f" (first {found['rows']:,} of {len(val_rows):,} rows, one time each)")
             if eval_gen_ppl:
                 logged |= judge_samples()
-            log(iter=step, **logged)
+            metrics.write(**logged)
             at_end = sample_at_end and step == max_iters
             if sample_interval and step % sample_interval == 0 and not at_end:
                 print_samples(1, f'at step {step}')
+        wait_for_master()
         timer, timed_from = time.monotonic(), step  # evaluations do not count in tokens/s
     hopeless = bad_steps >= max_bad_steps
     ending = step >= max_iters or stopping or hopeless
-    files = []
-    if step > start and (step % ckpt_interval == 0 or ending):
-        files.append('ckpt.pt')
-    if better:
-        files.append('ckpt_best.pt')
-    if step > start and keep_interval and step % keep_interval == 0:
-        files.append(f'ckpt_{step}.pt')
+    due = {'ckpt.pt': ending or step % ckpt_interval == 0, 'ckpt_best.pt': better,
+           f'ckpt_{step}.pt': keep_interval and step % keep_interval == 0}
+    files = [name for name in due if due[name] and step > start]
     if files:
-        of_wandb = dict(wandb_id=wandb_id) if wandb_id else {}
+        seldom = dict(wandb_id=metrics.wandb_id, unused=unused) if master else {}
         writer.save(training_state(), files, iter=step, tokens_seen=tokens_seen,
                     best_val_loss=best_val_loss, model_config=dataclasses.asdict(net.config),
-                    constants=constants, tokenizer=tokenizer_meta, **of_wandb)
+                    constants=constants, tokenizer=tokenizer_meta,
+                    **{key: value for key, value in seldom.items() if value})
     if ending:
         break
 
@@ -830,7 +844,7 @@ while True:
         synchronised = last or world_size == 1 or shard
         with contextlib.nullcontext() if synchronised else loss_module.no_sync():
             with amp:
-                micro_loss, part = mean_loss(loss_module(batch), batch)
+                micro_loss, part = mean_loss(loss_module(batch, objective), batch)
                 micro_loss = micro_loss / len(my_micro_batches)
             micro_loss.backward()
         loss += micro_loss.detach()
@@ -845,9 +859,10 @@ while True:
     if world_size > 1:  # all processes skip, and stop, together
         status[0] /= world_size
         dist.all_reduce(status, op=dist.ReduceOp.SUM)
-    loss, filled, bad, stopping = status.tolist()  # note: this waits for the device
+    # note: this, and nothing else, waits for the device
+    loss, filled, bad, stopping, grad_norm = torch.stack([*status, grad_norm.float()]).tolist()
     scale = world_size / (filled or world_size)  # to the mean over what the whole step scores
-    loss, grad_norm = loss * scale, float(grad_norm) * scale
+    loss, grad_norm = loss * scale, grad_norm * scale
     if not bad:
         if 0 < grad_clip < grad_norm:
             scale *= grad_clip / grad_norm
@@ -863,63 +878,48 @@ while True:
             torch._foreach_lerp_(*pair, 1 - decay)
     for opt in optimizers:
         opt.zero_grad(set_to_none=True)
-    tokens_seen -= global_batch_size * (row_length - block_size)
-    tokens_seen += sum(batch_size * row_length_of(step, micro) for micro in range(micro_batches))
+    tokens_seen += sum(batch_size * (row_length_of(step, micro) - extra)
+                       for micro in range(micro_batches))
     step += 1
     if step == start + 1 and master and not shard:
         writer.make_buffers(training_state())
     if bad:
         bad_steps += 1
         skipped += 1
-        if master:
-            say(f'step {step}: loss {loss}, grad norm {grad_norm}: not finite, the update is '
-                f'skipped ({bad_steps} in a row, {skipped} since step {start:,})')
+        tell(f'step {step}: loss {loss}, grad norm {grad_norm}: not finite, the update is '
+             f'skipped ({bad_steps} in a row, {skipped} since step {start:,})')
     else:
         bad_steps = 0
-        if master and typical_norm and grad_norm > 10 * typical_norm:
-            say(f'step {step}: grad norm {grad_norm:.2f}, where {typical_norm:.2f} is usual')
-        if typical_norm is None:
-            typical_norm = grad_norm
-        else:
-            typical_norm = 0.98 * typical_norm + 0.02 * grad_norm
+        usual_norm = usual_norm or grad_norm
+        if grad_norm > 10 * usual_norm:
+            tell(f'step {step}: grad norm {grad_norm:.2f}, where {usual_norm:.2f} is usual')
+        usual_norm += 0.02 * (grad_norm - usual_norm)
 
     if step % log_interval == 0 or step == start + 1:
         seconds = (time.monotonic() - timer) / (step - timed_from)
         timer, timed_from = time.monotonic(), step
         if master and not bad:
-            length = min(block_size, longest_row_of(step - 1))
-            rate = global_batch_size * length / seconds
-            mfu = ''
-            if peak:
-                projected = global_batch_size * block_size // (1 if causal else 2)  # the masked
-                used = net.train_flops(global_batch_size, block_size, projected) / seconds
-                mfu = f', MFU {used / peak / world_size:.1%}'
-            left = min(seconds * (max_iters - step), 1e13)  # timedelta overflows
-            left = datetime.timedelta(seconds=round(left))
-            say(f'step {step}: loss {loss:.3f}, lr {lr:.2e}, grad norm {grad_norm:.2f}, '
-                f'{rate:,.0f} tokens/s{mfu}, {left} left')
-            log(iter=step, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=rate)
+            report(loss, lr, grad_norm, seconds)
 
-if master and step > start:
-    say(f'the loop waited for its batches {waited / (time.monotonic() - began):.2%} of the time')
 saved = writer.wait() or writer.retry()
-if master and stopping and saved and step < max_iters:
-    say(f'stopped by a signal after step {step}: '
-        'go on with the same command and --init_from=resume')
-if master and sample_at_end and step >= max_iters:
-    if untrained:
-        say(f'--- sample 0 before training, again\n{untrained[0]}')
-    print_samples(4, f'after {step} steps')
-    say(f'next: python sample.py --out_dir={out_dir} --watch=True (or --trace=trace.html), and '
-        f'python eval.py --out_dir={out_dir}')
 if master:
-    with contextlib.suppress(OSError):
-        os.remove(lock.lock_file)  # whoever waits for the one that is gone makes another
-    lock.release()
+    if step > start:
+        share = waited / (time.monotonic() - began)
+        say(f'the loop waited for its batches {share:.2%} of the time')
+    if stopping and saved and step < max_iters:
+        say(f'stopped by a signal after step {step}: '
+            'go on with the same command and --init_from=resume')
+    if sample_at_end and step >= max_iters:
+        if untrained:
+            say(f'--- sample 0 before training, again\n{untrained[0]}')
+        print_samples(4, f'after {step} steps')
+        say(f'next: python sample.py --out_dir={out_dir} --watch=True (or --trace=trace.html), '
+            f'and python eval.py --out_dir={out_dir}')
     if tensorboard:
-        board.close()
+        metrics.board.close()
+    leave_out_dir()
+wait_for_master()
 if world_size > 1:
-    dist.barrier()  # the others wait for the last checkpoint and the samples
     loss_module = micro_loss = None  # gloo's threads end with what DDP holds, or exiting may abort
     gc.collect()
     dist.destroy_process_group()
