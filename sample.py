@@ -16,6 +16,7 @@ MDLM: Sahoo et al. 2024, arXiv 2406.07524; SEDD: Lou et al. 2023, 2310.16834; SM
 2410.18514; LLaDA: Nie et al. 2025, 2502.09992; ReMDM: Wang et al. 2025, 2503.00307; first hitting:
 Zheng et al. 2024, 2409.02908.
 """
+import contextlib
 import inspect
 import json
 import math
@@ -27,14 +28,14 @@ import sys
 import time
 import unicodedata
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from configurator import constants_of, require
+from configurator import check_spec, checked, constants_of, require
 from data import get_tokenizer, key_of, splitmix64
 from model import (
     FIELDS, OBJECTIVES, KVCache, autocast, check_overrides, float64, free_memory, load_pretrained,
@@ -140,7 +141,8 @@ def generate(
 
 
 # -----------------------------------------------------------------------------
-# the samplers: f(batch, num_steps, its own options). A new one is a function under @sampler_for
+# the samplers: f(batch, num_steps, its own options). A new one is a function under @sampler_for;
+# the comment behind an option says what it takes as that of a constant does: [0 <= x <= 1]
 
 SAMPLERS = {}
 TAKES = {}  # name -> what the nets it takes predict
@@ -155,23 +157,28 @@ def sampler_for(*predicts):
     return enter
 
 
-def own_options(name):
-    """option -> its default, of a sampler's signature."""
-    parameters = list(inspect.signature(SAMPLERS[name]).parameters.values())[2:]
-    return {parameter.name: parameter.default for parameter in parameters}
+@cache
+def options_of(function):
+    """option -> (default, comment) of a sampler's signature."""
+    source = ''
+    with contextlib.suppress(OSError):  # typed into an interpreter
+        source = inspect.getsource(function)
+    options = {}
+    for name, parameter in list(inspect.signature(function).parameters.items())[2:]:
+        comment = re.search(rf'^ +{name}=.*?# *(.*)', source, re.M)
+        options[name] = parameter.default, comment[1] if comment else 'its own option'
+    return options
 
 
 def flags():
     """What configure() takes besides the constants: --n_head=4 for a key of overrides, --eta=0.1
-    for one of sampler_options, which has the comment behind it in the signature."""
+    for one of sampler_options."""
     options, constants = {}, constants_of(__file__)
     for name, function in SAMPLERS.items():
-        source = inspect.getsource(function)
-        for option, default in own_options(name).items():
+        for option, (default, comment) in options_of(function).items():
             require(option not in constants, f"sampler '{name}': its option {option} "
                     'has the name of a constant of sample.py: give it another')
-            comment = re.search(rf'^ +{option}=.*?# *(.*)', source, re.M)
-            about = f'{name}: {comment[1] if comment else "its own option"}'
+            about = f'{name}: {comment}'
             if option in options:
                 default, others = options[option]
                 about = f'{others}; {about}'
@@ -191,8 +198,7 @@ def plan_steps(b, mask_prob):
     position's uniform. The last step takes the rest."""
     still = mask_prob / mask_prob[0]
     still[-1] = 0
-    u = b.uniforms(torch.arange(len(b.x)))
-    return len(still) - 1 - torch.searchsorted(still[1:].flip(0), u, right=True)
+    return len(still) - 1 - torch.searchsorted(still[1:].flip(0), b.uniforms(), right=True)
 
 
 def most_confident(scores, count):
@@ -214,7 +220,7 @@ def confidence_of(b, candidates, confidence):
 @sampler_for('x0', 'x0 or mask')
 def ancestral(
     b, num_steps,
-    subs_masking=None,  # for d3pm nets; None: as it was trained
+    subs_masking=None,  # [bool] for d3pm nets; None: as it was trained
 ):
     """MDLM's ancestral sampler (equation 7; its `ddpm` and `ddpm_cache`) on the times 1 -> 0. A net
     that never predicts the mask unmasks at steps that do not depend on the tokens. A d3pm net gives
@@ -232,7 +238,7 @@ def ancestral(
     for rows, step in b.steps(mask_prob):
         m_t = mask_prob[step][:, None]
         m_s = mask_prob[step + 1][:, None]
-        token_prob = b.score(b.masked[rows], b.not_the_mask) * (m_t - m_s)
+        token_prob = b.token_prob(b.masked[rows]) * (m_t - m_s)
         unmask_prob = torch.where(m_s == 0, 1, token_prob / (token_prob + m_s))
         b.unmask(b.uniforms(rows, step) < unmask_prob)
 
@@ -254,7 +260,7 @@ def analytic(b, num_steps):
     for rows, step in b.steps(mask_prob):
         sigma_t = sigma[step][:, None]
         sigma_s = sigma[step + 1][:, None]
-        token_prob = b.score(b.masked[rows], b.total_score)
+        token_prob = b.total_score(b.masked[rows])
         token_prob = token_prob * torch.expm1(sigma_t - sigma_s) / torch.expm1(sigma_t)
         stay = (1 - token_prob).clamp(min=0)
         unmask_prob = torch.where(sigma_s == 0, 1, token_prob / (token_prob + stay))
@@ -264,10 +270,10 @@ def analytic(b, num_steps):
 @sampler_for('x0')
 def fixed(
     b, num_steps,
-    confidence='uniform',        # or 'top_prob', 'prob_diff', 'entropy'
-    confidence_temperature=0.0,  # draw positions by softmax(score / this); 0: the top; xlm: 1.0
-    threshold=None,              # unmask while the summed lack of confidence is under this
-    single_threshold=1.0,        # unmask besides all whose score is above this
+    confidence='uniform',        # [uniform | top_prob | prob_diff | entropy] which to unmask
+    confidence_temperature=0.0,  # [>= 0] draw them by softmax(score / this); 0: the top; xlm: 1.0
+    threshold=None,              # [> 0] unmask while the summed lack of confidence is under this
+    single_threshold=1.0,        # [0 < x <= 1] unmask besides all whose score is above this
 ):
     """xlm's predictor: each step unmasks floor(masked / steps left) positions, the last the rest:
     any ('uniform'), the most confident ones by a key of CONFIDENCE, or with a
@@ -275,34 +281,30 @@ def fixed(
     threshold: instead, the most confident while their lacks of confidence but the largest sum to
     less than the threshold, at least one. single_threshold: besides, all of a higher top_prob or
     prob_diff (Fast-dLLM: Wu et al. 2025, arXiv 2505.22618)."""
-    check_fixed(confidence, confidence_temperature, threshold, single_threshold)
+    check_thresholds(confidence, single_threshold, threshold, confidence_temperature)
     mask_prob = 1 - b.schedule.alpha(grid(1, 0, num_steps))
     if confidence == 'uniform':
         b.follow(plan_counts(b, num_steps), mask_prob)
         return
 
-    score, highest = CONFIDENCE[confidence]
     for rows, step in b.steps(mask_prob):
-        if threshold is not None:
-            scores = b.score(b.masked[rows], score)
-            last = (step == num_steps - 1)[:, None]
-            order = b.rounded(scores, highest).argsort(dim=1, descending=True, stable=True)
-            b.unmask(last | under_threshold(highest - scores, order, float(threshold)))
-            continue
         count = b.num_masked[rows] // (num_steps - step)
-        scores = b.score(b.masked[rows] & (count > 0)[:, None], score)
+        if threshold is not None:
+            count = count.clamp(min=1)
+        scores, highest = confidence_of(b, b.masked[rows] & (count > 0)[:, None], confidence)
+        first = b.rounded(scores, highest)
         if confidence_temperature:
             gumbel = -torch.log(-torch.log1p(-b.uniforms(rows, step)))
-            b.unmask(most_confident(scores / float(confidence_temperature) + gumbel, count))
-        else:
-            best = most_confident(b.rounded(scores, highest), count)
-            b.unmask(best | (scores > single_threshold))
+            first = scores / confidence_temperature + gumbel
+        if threshold is not None:
+            under = num_under(threshold, highest - scores, first)
+            count = torch.where(step == num_steps - 1, count, under)
+        b.unmask(most_confident(first, count) | (scores > single_threshold))
 
 
 def plan_counts(b, num_steps):
     """The step (n, L) at which xlm's predictor unmasks each position, in random order."""
-    u = torch.where(b.masked, b.uniforms(torch.arange(len(b.x))), 1)
-    rank = u.argsort(dim=1).argsort(dim=1)
+    rank = torch.where(b.masked, b.uniforms(), 1).argsort(dim=1).argsort(dim=1)
     plan = torch.zeros_like(rank)
     for num_masked in b.num_masked.unique().tolist():  # rows with as many masks share their counts
         left = num_masked
@@ -315,82 +317,69 @@ def plan_counts(b, num_steps):
     return plan
 
 
-def under_threshold(lack, order, threshold):
-    """Of each row of lack (A, L), inf where nothing is to be chosen, the first in order (A, L)
-    while they sum to less than the threshold without the last, at least one -> (A, L) bool."""
-    ordered = lack.gather(1, order)
-    under = ordered.cumsum(dim=1) - ordered < threshold
-    under[:, 0] = True
-    return torch.zeros_like(under).scatter_(1, order, under) & lack.isfinite()
+def num_under(threshold, lack, scores):
+    """How many of each row of lack (A, L), in the order of falling scores (A, L), sum to less than
+    the threshold without the last, at least 1 -> (A,)"""
+    lack = lack.gather(1, scores.argsort(dim=1, descending=True, stable=True))
+    return (lack.cumsum(dim=1) - lack < threshold).sum(dim=1).clamp(min=1)
 
 
 @sampler_for('x0')
 def greedy(
     b, num_steps,
-    across_rows=False,  # True: the most confident of batch_size rows at once, as released
-    confidence=None,    # a key of CONFIDENCE; None: the probability of the token drawn
+    across_rows=False,  # [bool] the most confident of batch_size rows at once, as released
+    confidence=None,    # [top_prob | prob_diff | entropy] None: probability of the token drawn
 ):
     """SMDM's greedy sampler (appendix) on the times 1 -> 1e-5: from t to s
     int(masked (1 - s/t)) of the most confident are unmasked, at the last step the rest. Its power
     form of Gumbel noise is a draw at the temperature. across_rows: a row depends on those beside
     it, which begin and end together."""
-    require(type(across_rows) is bool, f'across_rows={across_rows!r}: it must be True or False')
-    check_confidence(confidence)
     alone = not across_rows or confidence is None
     require(alone, 'across_rows does not go with a confidence')
     times = torch.linspace(1, 1e-5, num_steps + 1)  # in float32 as released: it decides the counts
-    fraction = 1 - times[1:] / times[:-1]
     mask_prob = 1 - b.schedule.alpha(times.double())
+    fraction = 1 - times[1:] / times[:-1]
+    fraction[-1] = 1
     if across_rows:  # where other prompts are longer, guidance hides what has been drawn, too
         b.hidden_by_guidance |= torch.arange(b.x.size(1)) < b.prompt_length.max()
     for rows, step in b.steps(mask_prob, to_the_end=across_rows):
         masked = b.num_masked[rows]
         if across_rows:
             masked = masked.sum().expand(len(rows))
-        count = torch.where(step == num_steps - 1, masked, (masked * fraction[step]).long())
+        count = (masked * fraction[step]).long()
         scores, highest = confidence_of(b, b.masked[rows] & (count > 0)[:, None], confidence)
         if across_rows:
-            best = most_confident(b.rounded(scores.view(1, -1)), count[:1])
-        else:
-            best = most_confident(b.rounded(scores, highest), count)
-        b.unmask(best.view_as(scores))
+            scores, count = scores.view(1, -1), count[:1]
+        best = most_confident(b.rounded(scores, highest), count)
+        b.unmask(best.view(len(rows), -1))
 
 
 @sampler_for('x0')
 def low_confidence(
     b, num_steps,
-    block_length=None,     # tokens a block; None: one block
-    confidence=None,       # a key of CONFIDENCE; None: the probability of the token drawn
-    single_threshold=1.0,  # unmask besides all whose score is above this
+    block_length=None,     # [int >= 1] tokens a block; None: one block
+    confidence=None,       # [top_prob | prob_diff | entropy] None: probability of the token drawn
+    single_threshold=1.0,  # [0 < x <= 1] unmask besides all whose score is above this
 ):
     """LLaDA's low-confidence remasking: after the prompt, blocks from left to right, num_steps /
-    blocks steps each. A step unmasks masked // steps of the positions masked at the beginning of
-    its block, and one more in the first masked % steps. A block_length of 1: left to right.
+    blocks steps each. A step unmasks masks // steps of the positions masked at the beginning of its
+    block, and one more in the first masks % steps. A block_length of 1: left to right.
     single_threshold: besides, all of its block that score higher (as `fixed`)."""
-    check_confidence(confidence)
-    check_single_threshold(single_threshold, confidence)
+    check_thresholds(confidence, single_threshold)
     width = b.x.size(1)
-    begin = b.prompt_length
-    if block_length is None:
-        block_length = width
-    require(
-        is_whole(block_length) and block_length >= 1,
-        f'block_length={block_length}: it must be a whole number of at least 1')
-    block_length = min(block_length, width)
-    blocks = ((b.length - begin + block_length - 1) // block_length).clamp(min=1)  # (n,)
-    uneven = next(iter(blocks[num_steps % blocks > 0].tolist()), None)
-    require(
-        uneven is None,
-        f'steps={num_steps} cannot be shared evenly by {uneven} blocks of {block_length}')
-    steps_each = num_steps // blocks
-    at_first = torch.zeros_like(begin)  # masks at the beginning of the block
-    col = torch.arange(width)
+    block_length = min(block_length or width, width)
+    blocks = ((b.length - b.prompt_length + block_length - 1) // block_length).clamp(min=1)  # (n,)
+    uneven = (blocks * (num_steps % blocks > 0)).max()
+    require(uneven == 0,
+            f'steps={num_steps} cannot be shared evenly by {uneven} blocks of {block_length}')
     for rows, step in b.steps(1 - b.schedule.alpha(grid(1, 0, num_steps))):
-        each = steps_each[rows]
-        first = (begin[rows] + step // each * block_length)[:, None]
-        masked = b.masked[rows] & (col >= first) & (col < first + block_length)
-        at_first[rows] = torch.where(step % each == 0, masked.sum(dim=1), at_first[rows])
-        count = at_first[rows] // each + (step % each < at_first[rows] % each)
+        steps = num_steps // blocks[rows]
+        begin = b.prompt_length[rows] + step // steps * block_length
+        place = torch.arange(width) - begin[:, None]
+        in_block = (place >= 0) & (place < block_length)
+        masks = (b.is_open[rows] & in_block).sum(dim=1)
+        count = masks // steps + (step % steps < masks % steps)
+        masked = b.masked[rows] & in_block
         scores, highest = confidence_of(b, masked & (count > 0)[:, None], confidence)
         best = most_confident(b.rounded(scores, highest), count)
         b.unmask(best | (scores > single_threshold))
@@ -399,16 +388,15 @@ def low_confidence(
 @sampler_for('x0')
 def semi_ar(
     b, num_steps,
-    stride=None,  # tokens a window advances by; None: half of block_size
+    stride=None,  # [int >= 1] tokens a window advances by; None: half of block_size
 ):
     """MDLM's semi-autoregressive sampler: windows of block_size that advance by `stride`, each
     sampled by `ancestral` in num_steps steps given what the last one left. Rows of any length."""
     width = b.net.config.block_size
     if stride is None:
         stride = max(1, width // 2)
-    require(
-        is_whole(stride) and 1 <= stride < max(width, 2),
-        f'stride={stride}: it must be at least 1 and below {width}, the block_size of the net')
+    require(stride < max(width, 2),
+            f'stride={stride}: it must be at least 1 and below {width}, the block_size of the net')
     # the window that unmasks each position
     window = ((torch.arange(b.x.size(1)) - width + stride) // stride).clamp(min=0)
     windows = int(window[-1]) + 1
@@ -422,11 +410,11 @@ def semi_ar(
 @sampler_for('x0')
 def remdm(
     b, num_steps,
-    strategy='cap',  # or 'rescale', 'conf', 'loop'
-    eta=None,        # None: 0.008 for cap, 0.015 for rescale, 1 for conf, 0.02 for loop
-    t_on=0.55,       # loop: the time at which remasking begins
-    t_off=0.05,      # loop: the time at which it ends
-    alpha_on=0.9,    # loop: the share of visible tokens in between
+    strategy='cap',  # [cap | rescale | conf | loop]
+    eta=None,        # [0 <= x <= 1] None: cap 0.008, rescale 0.015, conf 1, loop 0.02
+    t_on=0.55,       # [0 < x < 1] loop: the time at which remasking begins
+    t_off=0.05,      # [0 < x < 1] loop: the time at which it ends
+    alpha_on=0.9,    # [0 < x <= 1] loop: the share of visible tokens in between
 ):
     """ReMDM (equation 6): from t to s a visible token is masked again with probability sigma, a
     masked one unmasked with (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t); sigma is at most
@@ -434,36 +422,33 @@ def remdm(
     'conf', eta times that times a softmax over the visible tokens of minus the probability with
     which each was drawn; 'loop', alpha rises to alpha_on by t_on, stays while tokens are remasked
     as in cap, and rises to 1 from t_off on. What is given stays."""
-    etas = dict(cap=0.008, rescale=0.015, conf=1.0, loop=0.02)
-    check_remdm(etas, strategy, eta, t_on, t_off, alpha_on)
-    eta = etas[strategy] if eta is None else eta
+    require(t_off <= t_on, f't_on={t_on}, t_off={t_off}: t_off must not be above t_on')
+    if eta is None:
+        eta = dict(cap=0.008, rescale=0.015, conf=1.0, loop=0.02)[strategy]
     t = grid(1, 0, num_steps)
     alpha = b.schedule.alpha(t)
-    remasks = torch.ones(num_steps, dtype=torch.bool)
     if strategy == 'loop':
-        remasks = ((t <= t_on) & (t > t_off))[:-1]
-        after = torch.where(t > t_off, alpha_on, 1 - t / t_off * (1 - alpha_on))
-        alpha = torch.where(t > t_on, (1 - t) / (1 - t_on) * alpha_on, after)
+        alpha = torch.where(t > t_off, alpha_on, 1 - t / t_off * (1 - alpha_on))
+        alpha = torch.where(t > t_on, (1 - t) / (1 - t_on) * alpha_on, alpha)
     alpha[-1] = 1
-    sigma_max = torch.where(remasks, ((1 - alpha[1:]) / alpha[:-1]).clamp(max=1), 0)
+    sigmas = ((1 - alpha[1:]) / alpha[:-1]).clamp(max=1)
+    sigmas = eta * sigmas if strategy in ('rescale', 'conf') else sigmas.clamp(max=eta)
+    if strategy == 'loop':
+        sigmas[(t > t_on)[:-1] | (t <= t_off)[:-1]] = 0
     if strategy == 'conf':
         b.drawn_prob = torch.full(b.x.shape, torch.inf, dtype=torch.float64)
 
     for rows, step in b.steps(1 - alpha, to_the_end=True):
         alpha_t = alpha[step][:, None]
         alpha_s = alpha[step + 1][:, None]
-        sigma = sigma_max[step][:, None]
+        sigma = sigmas[step][:, None]
         masked = b.masked[rows]
         visible = b.is_open[rows] & ~masked
-        if strategy == 'conf':
+        if strategy == 'conf':  # 0 where it is masked
             weight = torch.where(visible, torch.exp(-b.drawn_prob[rows]), 0)
-            sigma = eta * sigma * weight / weight.sum(dim=1, keepdim=True).clamp(min=1e-300)
-            unmask_prob = (alpha_s - alpha_t) / (1 - alpha_t)  # sigma is 0 where it is masked
-        else:
-            sigma = eta * sigma if strategy == 'rescale' else sigma.clamp(max=eta)
-            unmask_prob = (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t)
+            sigma = sigma * weight / weight.sum(dim=1, keepdim=True).clamp(min=1e-300)
         u = b.uniforms(rows, step)
-        b.unmask(masked & (u < unmask_prob))
+        b.unmask(masked & (u < (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t)))
         b.remask(visible & (u < sigma))
 
 
@@ -471,7 +456,7 @@ def remdm(
 def first_hitting(b, num_steps):
     """One token at a time at exactly drawn hitting times (Zheng et al., algorithm 1), the limit of
     `ancestral` for infinitely many steps. num_steps plays no part."""
-    u = torch.where(b.masked, b.uniforms(torch.arange(len(b.x))), -1)
+    u = torch.where(b.masked, b.uniforms(), -1)
     order = u.argsort(dim=1, descending=True)
     mask_prob_1 = 1 - b.schedule.alpha(torch.ones((), dtype=torch.float64))
     mask_prob = u.gather(1, order).clamp(min=1e-9) * mask_prob_1  # (n, L), at each hitting time
@@ -481,19 +466,16 @@ def first_hitting(b, num_steps):
 @sampler_for('next token')
 def ar(
     b, num_steps,
-    eos_id=None,  # the id that ends a row; None: the tokenizer's; -1: none
+    eos_id=None,  # [int >= -1] the id that ends a row; None: the tokenizer's; -1: none
 ):
     """Token after token from a causal net with a key/value cache. A row ends with the first eos_id
     it draws (None or -1: at its length). num_steps plays no part."""
     V = b.net.config.vocab_size
-    is_id = eos_id is None or type(eos_id) is int and -1 <= eos_id < V
-    require(is_id, f'eos_id={eos_id!r}: it must be an id below {V}, or -1')
-    require(
-        (b.prompt_length > 0).all(),
-        'a causal net begins with a token: give a prompt (or a net that names its tokenizer)')
-    require(
-        (b.is_open.sum(dim=1) == b.length - b.prompt_length).all(),
-        'a causal net goes on after a prompt; it cannot fill in a template')
+    require(eos_id is None or eos_id < V, f'eos_id={eos_id}: it must be an id below {V}, or -1')
+    require((b.prompt_length > 0).all(),
+            'a causal net begins with a token: give a prompt (or a net that names its tokenizer)')
+    require((b.is_open.sum(dim=1) == b.length - b.prompt_length).all(),
+            'a causal net goes on after a prompt; it cannot fill in a template')
     cache = KVCache(len(b.rows), b.x.size(1))
     for rows, step in b.steps(torch.ones(b.x.size(1))):
         col = b.prompt_length[rows] + step
@@ -818,17 +800,23 @@ class Batch:
     def tokens(self, rows, cols):
         return self.x.view(-1)[self.place(rows, cols)]
 
-    def uniforms(self, rows, step=0):
-        """Uniforms (A, L) float64 that decide when, of all positions of rows (A,)."""
+    def token_prob(self, candidates):
+        """The probability that a d3pm net gives all tokens together, as `score`."""
+        def tokens(logits):
+            return 1 - logits.double().softmax(dim=-1)[:, self.net.config.mask_id]
+        return self.score(candidates, tokens)
+
+    def total_score(self, candidates):
+        """The sum of the concrete scores, times e^sigma - 1, as `score`."""
+        def total(logits):
+            return relative_score(self.net, logits.double()).sum(dim=-1)
+        return self.score(candidates, total)
+
+    def uniforms(self, rows=None, step=0):
+        """Uniforms (A, L) float64 that decide when, of all positions of rows (A,); None: all."""
+        rows = torch.arange(len(self.x)) if rows is None else rows
         step = torch.as_tensor(step).view(-1, 1)
         return self.hashed(rows[:, None], torch.arange(self.x.size(1)), step, 0)
-
-    def not_the_mask(self, logits):
-        """The probability that a d3pm net gives all tokens together, (N,)."""
-        return 1 - logits.double().softmax(dim=-1)[:, self.net.config.mask_id]
-
-    def total_score(self, logits):
-        return relative_score(self.net, logits.double()).sum(dim=-1)
 
     # how it is done
 
@@ -1008,7 +996,7 @@ class TextBatch(Batch):
         logit = logits.gather(1, ids[:, None]).squeeze(1)
         return ids, (logit - highest).double() - others.log1p()
 
-    def uniforms(self, rows, step=0):
+    def uniforms(self, rows=None, step=0):
         raise ValueError(
             f"sampler '{self.sampler}', with its options, chooses positions by chance or by tokens "
             'that it draws: it gives no exact likelihood, as fixed, greedy and low_confidence do '
@@ -1030,7 +1018,7 @@ def is_whole(value):
 
 
 def check_sampler(objective, name, options):
-    """Refuse a sampler that does not take the net, or options that are not its own."""
+    """Refuse a sampler that does not take the net, and options that it has not or does not take."""
     require(name in list(SAMPLERS),
             f"sampler '{name}' is not known: choose from {', '.join(SAMPLERS)}")
     predicts = OBJECTIVES[objective].predicts
@@ -1038,10 +1026,12 @@ def check_sampler(objective, name, options):
     takes = [key for key, record in OBJECTIVES.items() if record.predicts in TAKES[name]]
     require(name in able, f"sampler '{name}' takes nets of the objectives {', '.join(takes)}; for "
             f"this one, {objective}, there is {', '.join(able)}")
-    own = own_options(name)
-    for key in options:
+    own = options_of(SAMPLERS[name])
+    for key, value in options.items():
         require(key in own, f"{key} does not go with sampler '{name}', which has the options "
                 f"{', '.join(own) or '(none)'}")
+        check_spec(key, plain(value), *own[key])
+        checked(key, plain(value), own[key][0])
 
 
 def check_numbers(sampler, **values):
@@ -1083,42 +1073,15 @@ def check_memory(num_samples, length, steps):
             'at a time, each time with another seed, or in fewer steps')
 
 
-def check_confidence(confidence, other=None):
-    known = [other, *CONFIDENCE]
-    require(confidence in known,
-            f"confidence='{confidence}' is not known: choose from {', '.join(map(str, known))}")
-
-
-def check_single_threshold(single_threshold, confidence):
-    require(is_number(single_threshold) and 0 < single_threshold <= 1,
-            f'single_threshold={single_threshold}: it must be above 0 and at most 1')
+def check_thresholds(confidence, single_threshold, threshold=None, confidence_temperature=0.0):
     require(single_threshold == 1 or confidence in (None, 'top_prob', 'prob_diff'),
             f"single_threshold={single_threshold} goes with confidence 'top_prob' or 'prob_diff', "
             f"not '{confidence}'")
-
-
-def check_fixed(confidence, confidence_temperature, threshold, single_threshold):
-    check_confidence(confidence, 'uniform')
-    check_single_threshold(single_threshold, confidence)
-    require(is_number(confidence_temperature) and 0 <= confidence_temperature < math.inf,
-            f'confidence_temperature={confidence_temperature}: it must be 0 or more, and finite')
-    require(threshold is None or is_number(threshold) and 0 < threshold < math.inf,
-            f'threshold={threshold}: it must be above 0')
+    require(single_threshold == 1 or threshold is None and not confidence_temperature,
+            'single_threshold goes without threshold and confidence_temperature')
     require(threshold is None or confidence != 'uniform' and not confidence_temperature,
             "threshold goes with confidence 'top_prob', 'prob_diff' or 'entropy', and without "
             'confidence_temperature')
-    require(single_threshold == 1 or threshold is None and not confidence_temperature,
-            'single_threshold goes without threshold and confidence_temperature')
-
-
-def check_remdm(etas, strategy, eta, t_on, t_off, alpha_on):
-    require(strategy in list(etas),
-            f"strategy='{strategy}' is not known: choose from {', '.join(etas)}")
-    values = dict(eta=0 if eta is None else eta, t_on=t_on, t_off=t_off, alpha_on=alpha_on)
-    for name, value in values.items():
-        require(is_number(value) and 0 <= value <= 1, f'{name}={value}: it must be in 0 ... 1')
-    require(0 < t_off <= t_on < 1 and alpha_on > 0, f't_on={t_on}, t_off={t_off}, '
-            f'alpha_on={alpha_on}: 0 < t_off <= t_on < 1 and alpha_on above 0 are needed')
 
 
 def tokenizer_of(net):
