@@ -27,6 +27,7 @@ import shutil
 import sys
 import time
 import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -38,8 +39,8 @@ from tqdm import tqdm
 from configurator import check_spec, checked, constants_of, require
 from data import get_tokenizer, key_of, splitmix64
 from model import (
-    FIELDS, OBJECTIVES, KVCache, autocast, check_overrides, float64, free_memory, load_pretrained,
-    loglinear, pick_device, reuse_memory, schedule_of, sent, write_whole)
+    FIELDS, OBJECTIVES, KVCache, Schedule, autocast, check_overrides, float64, free_memory,
+    load_pretrained, loglinear, pick_device, reuse_memory, schedule_of, sent, write_whole)
 
 out_dir = 'out'         # where train.py left ckpt.pt
 init_from = None        # another source of weights for load_pretrained; None: out_dir
@@ -122,10 +123,9 @@ def generate(
     keys = np.array([key_of(seed, number) for number in numbers], dtype=np.uint64)
     draw_options = dict(
         temperature=temperature, top_k=top_k, top_p=top_p, dtype=getattr(torch, draw_dtype))
-    make = Batch if text is None else partial(TextBatch, text_of(net, text, is_open), sampler)
-    b = make(
-        net, x, is_open, lengths, keys, batch_size, schedule, cfg_scale, draw_options, on_change,
-        on_finish, compile, progress)
+    b = (net, x, is_open, lengths, keys, batch_size, schedule, cfg_scale, draw_options, on_change,
+         on_finish, compile, progress)
+    b = Batch(*b) if text is None else TextBatch(*b, text_of(net, text, is_open), sampler)
     try:
         SAMPLERS[sampler](b, steps, **options)
     finally:
@@ -631,72 +631,76 @@ def denoiser_probs(net, xt, t):
 
 
 # -----------------------------------------------------------------------------
-# the rows of a call. What makes the samplers fast is here: skip at first reading
+# the rows of a call
 
 
+@dataclass(eq=False)
 class Batch:
     """The n rows of a call of generate(). At most batch_size of them, `rows` (A,), are in work; one
-    that is finished makes room for the next. The ids x (n, L) are on the net's device, all else on
-    the CPU, so that what is masked is known without asking a GPU."""
+    that is finished makes room for the next. x is on the net's device, all else on the CPU, so that
+    what is masked is known without asking a GPU. A step of a sampler
 
-    def __init__(
-        self, net, x, is_open, length, keys, batch_size, schedule, cfg_scale, draw_options,
-        on_change=None, on_finish=None, compile=False, progress=False,
-    ):
-        n = len(x)
-        self.net = net
-        self.predicts = OBJECTIVES[net.config.objective].predicts
-        self.schedule = schedule
-        self.cfg_scale = cfg_scale
-        self.draw_options = draw_options
-        self.on_change = on_change
-        self.on_finish = on_finish
-        self.device = next(net.parameters()).device
+        reads        masked, num_masked, is_open, length, prompt_length of the rows, and uniforms()
+        asks the net by score(), draw(), token_prob() or total_score(), at most once
+        changes      the rows by unmask(), remask(), end()."""
+    net: torch.nn.Module
+    x: torch.Tensor        # (n, L) ids
+    is_open: torch.Tensor  # (n, L) bool: it was not given
+    length: torch.Tensor   # (n,) tokens
+    keys: np.ndarray       # (n,) uint64, of the random numbers
+    batch_size: int
+    schedule: Schedule
+    cfg_scale: float
+    draw_options: dict     # of draw()
+    on_change: Callable
+    on_finish: Callable
+    compile: bool
+    progress: bool
+
+    def __post_init__(self):
+        n, L = self.x.shape
+        self.predicts = OBJECTIVES[self.net.config.objective].predicts
+        self.device = next(self.net.parameters()).device
         self.draw_device = self.device
         if self.device.type == 'mps':  # it has no float64
             self.draw_device = torch.device('cpu')
-        narrow = next(net.parameters()).element_size() == 2
-        amp = torch.is_autocast_enabled(self.device.type)
-        self.grid = 0.25 if narrow or amp else 2 ** -12  # of log odds, see `rounded`
-        self.x = x.to(self.device)
-        self.is_open = is_open
-        self.hidden_by_guidance = ~is_open
-        self.masked = is_open.clone()
-        self.num_masked = is_open.sum(dim=1)
-        self.length = length
-        self.prompt_length = torch.where(is_open.any(dim=1), is_open.int().argmax(dim=1), length)
-        self.keys = keys
+        self.x = self.x.to(self.device)
+        self.masked = self.is_open.clone()
+        self.num_masked = self.is_open.sum(dim=1)
+        first = self.is_open.int().argmax(dim=1)
+        self.prompt_length = torch.where(self.num_masked > 0, first, self.length)
         self.step = torch.zeros(n, dtype=torch.int64)
-        self.start = torch.zeros(n, dtype=torch.int64)  # of the window that the net sees
         self.nfe = torch.zeros(n, dtype=torch.int64)
-        self.mask_prob = torch.ones(n, dtype=torch.float64)  # what a time-conditioned net is told
-        self.reveal_step = torch.full(x.shape, -1)
+        self.reveal_step = torch.full((n, L), -1)
         self.drawn_prob = None  # a sampler may ask for it: (n, L), of each token when it was drawn
-        self.saw_non_finite = torch.zeros((), dtype=torch.bool, device=self.draw_device)
         self.asked = None  # in a step that has asked the net: row, col, h, ids drawn or None
+        # what the net is shown
+        self.start = torch.zeros(n, dtype=torch.int64)  # of a row's window
+        self.mask_prob = torch.ones(n, dtype=torch.float64)  # if it is time-conditioned
+        self.hidden_by_guidance = ~self.is_open
+        self.run_trunk = self.compile_trunk() if self.compile else self.net.trunk
+        self.saw_non_finite = torch.zeros((), dtype=torch.bool, device=self.draw_device)
+        # the rows in work and those that wait
         queue = self.num_masked.nonzero().squeeze(1)
-        self.rows = queue[:min(batch_size, n)]
+        self.rows = queue[:min(self.batch_size, n)]
         self.queue = queue[len(self.rows):]
         self.slots = torch.arange(len(self.rows))  # the place of each row in the step before
         self.entered = torch.ones(len(self.rows), dtype=torch.bool)
-        self.run_trunk = self.compile_trunk() if compile else net.trunk
-        self.bar = tqdm(
-            total=int(self.num_masked.sum()), unit=' tokens', desc='sampling', disable=not progress)
-        if on_change:
-            rows, cols = (torch.arange(x.size(1)) < length[:, None]).nonzero(as_tuple=True)
-            ids = torch.where(is_open, -1, x)[rows, cols]
-            on_change(rows, cols, ids, torch.ones(len(rows)), torch.full_like(rows, -1))
+        self.bar = tqdm(total=int(self.num_masked.sum()), unit=' tokens', desc='sampling',
+                        disable=not self.progress)
+        if self.on_change:
+            rows, cols = (torch.arange(L) < self.length[:, None]).nonzero(as_tuple=True)
+            ids = torch.where(self.is_open, -1, self.x.cpu())[rows, cols]
+            self.on_change(rows, cols, ids, torch.ones(len(rows)), torch.full_like(rows, -1))
         self.report((self.num_masked == 0).nonzero().squeeze(1))
-
-    # what samplers use
 
     def steps(self, mask_prob, plan=None, start=None, to_the_end=False):
         """Yield the rows in work and the step each takes now, both (A,), until all are finished.
 
         mask_prob (S + 1,) or (n, S + 1): the probability of a mask before each of S steps, and at
         the end. plan (n, L): the step of each position; steps that unmask nothing are skipped.
-        start: where the net's window begins, at most. to_the_end: a row takes all S steps, even if
-        nothing is masked. Raises ValueError where a row has masks left after its last step."""
+        start (S,): where the net's window begins, at most. to_the_end: a row takes all S steps,
+        even if nothing is masked. Raises ValueError where masks are left after the last step."""
         never = torch.iinfo(torch.int64).max
         last = mask_prob.size(-1) - 1
         mask_prob = mask_prob.expand(len(self.x), -1)
@@ -705,8 +709,7 @@ class Batch:
             if plan is not None:
                 self.step[rows] = torch.where(self.masked[rows], plan[rows], never).amin(dim=1)
             step = self.step[rows]
-            left = int(step.max()) >= mask_prob.size(1)
-            require(not left, 'the sampler left masks after its last step')
+            require(step.max() <= last, 'the sampler left masks after its last step')
             self.mask_prob[rows] = mask_prob[rows, step].double()
             if start is not None:
                 end = (self.length[rows] - self.net.config.block_size).clamp(min=0)
@@ -748,7 +751,9 @@ class Batch:
         if highest:
             far -= scores.clamp(min=1e-12).log()
         far.nan_to_num_(nan=-1000, posinf=torch.inf)  # NaN is chosen first: it ends the sampling
-        steps = (far - far.amin(dim=1, keepdim=True)) / self.grid
+        narrow = next(self.net.parameters()).element_size() == 2
+        narrow = narrow or torch.is_autocast_enabled(self.device.type)
+        steps = (far - far.amin(dim=1, keepdim=True)) / (0.25 if narrow else 2 ** -12)
         return -steps.round().nan_to_num_(nan=torch.inf, posinf=torch.inf)
 
     def unmask(self, chosen, h=None):
@@ -766,14 +771,15 @@ class Batch:
         u = self.uniforms_of_tokens(rows, cols) if ids is None else None
         if h is None:
             h = self.hidden_states(rows, cols)
-        elif len(kept) < len(row):
+        else:
             kept = sent(kept, self.device)
             h = h[kept]
-            ids = None if ids is None else ids[kept.to(ids.device)]
         if ids is None:
             ids, probs = self.from_logits(h, self.draw_from, u)
             if self.drawn_prob is not None:
                 self.drawn_prob[rows, cols] = probs.cpu()
+        else:
+            ids = ids[kept.to(ids.device)]
         self.saw_non_finite |= (ids < 0).any()
         self.put(rows, cols, at, ids.clamp(min=0).to(self.device), masked=False)
         self.reveal_step[rows, cols] = self.step[rows]
@@ -818,7 +824,7 @@ class Batch:
         step = torch.as_tensor(step).view(-1, 1)
         return self.hashed(rows[:, None], torch.arange(self.x.size(1)), step, 0)
 
-    # how it is done
+    # ---- how it is done: skip at first reading
 
     def place(self, rows, cols):
         """Where (rows, cols) stand in x, on the device. Made before the net is called: a copy that
@@ -903,9 +909,8 @@ class Batch:
         A = len(active)
         source = torch.cat((torch.arange(A), guided))  # of each row that the net sees
         index = row[:, None]
-        if len(guided):
-            partner = torch.arange(A)  # a row without anything given is its own
-            partner[guided] = A + torch.arange(len(guided))
+        if len(guided):  # a row without anything given is its own partner
+            partner = torch.arange(A).index_copy(0, guided, torch.arange(A, len(source)))
             index = torch.stack((row, partner[row]), dim=1)  # (N, 2)
         index = sent(index * width + (cols - start[row])[:, None], self.device)
         sigma = torch.zeros(len(source), device=self.device)
@@ -914,8 +919,7 @@ class Batch:
             sigma = sent(self.schedule.conditioning_at(mask_prob).float(), self.device)
         x = self.tokens(active[source, None], window[source])
         if len(guided):
-            hidden = given[source]
-            hidden[:A] = False
+            hidden = given[source] & (torch.arange(len(source)) >= A)[:, None]
             x = x.masked_fill(sent(hidden, self.device), config.mask_id)
         everywhere = attention_mask.all()
         attention_mask = None if everywhere else sent(attention_mask[source], self.device)
@@ -924,18 +928,17 @@ class Batch:
     def run_in_chunks(self, x, sigma, attention_mask):
         """The trunk over x (B, W); on a CPU a few rows at a time, to stay in its cache."""
         size = max(1, 1024 // x.size(1)) if self.device.type == 'cpu' else len(x)
-        parts = []
-        for i in range(0, len(x), size):
-            mask = None if attention_mask is None else attention_mask[i:i + size]
-            parts.append(self.run_trunk(x[i:i + size], sigma[i:i + size], mask))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        chunks = [x.split(size), sigma.split(size)]
+        if attention_mask is not None:
+            chunks.append(attention_mask.split(size))
+        return torch.cat([self.run_trunk(*chunk) for chunk in zip(*chunks, strict=True)])
 
     def compile_trunk(self):
         """The compiled trunk, in few sizes: its last row fills a batch up to a power of 2."""
         options = dict(mode='reduce-overhead') if self.device.type == 'cuda' else {}
         compiled = torch.compile(self.net.trunk, dynamic=False, **options)
 
-        def run(x, sigma, attention_mask):
+        def run(x, sigma, attention_mask=None):
             size = 2 ** math.ceil(math.log2(len(x)))
             repeat = torch.arange(size, device=self.device).clamp(max=len(x) - 1)
             mask = None if attention_mask is None else attention_mask[repeat]
@@ -977,16 +980,17 @@ class Batch:
         return [torch.cat(parts) for parts in zip(*results, strict=True)]
 
 
+@dataclass(eq=False)
 class TextBatch(Batch):
     """Rows that take the tokens of a text (n, L) where others draw them. drawn_prob (n, L) holds
     the log probability of each as it was unmasked, 0 where it was given. Raises ValueError where a
     sampler lets chance or drawn tokens decide on positions."""
+    text: torch.Tensor
+    sampler: str
 
-    def __init__(self, text, sampler, *arguments):
-        super().__init__(*arguments)
-        self.text = text.cpu()
-        self.sampler = sampler
-        self.drawn_prob = torch.zeros(text.shape, dtype=torch.float64)
+    def __post_init__(self):
+        super().__post_init__()
+        self.drawn_prob = torch.zeros(self.text.shape, dtype=torch.float64)
 
     def uniforms_of_tokens(self, rows, cols):
         return sent(self.text[rows, cols], self.draw_device)
