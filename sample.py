@@ -40,7 +40,8 @@ from configurator import check_spec, checked, constants_of, require
 from data import get_tokenizer, key_of, splitmix64
 from model import (
     FIELDS, OBJECTIVES, KVCache, Schedule, autocast, check_overrides, float64, free_memory,
-    load_pretrained, loglinear, pick_device, reuse_memory, schedule_of, sent, write_whole)
+    load_pretrained, loglinear, pick_device, require_known, reuse_memory, schedule_of, sent,
+    write_whole)
 
 out_dir = 'out'         # where train.py left ckpt.pt
 init_from = None        # another source of weights for load_pretrained; None: out_dir
@@ -104,28 +105,31 @@ def generate(
     if top_p is None:
         top_p = 0.9 if sampler == 'remdm' else 1.0
     check_sampler(config.objective, sampler, options)
+    require_known('draw_dtype=', draw_dtype, ('float64', 'float32'))
     check_numbers(
-        sampler, num_samples=num_samples, steps=steps, top_k=top_k, seed=seed, top_p=top_p,
-        batch_size=batch_size, first_row=first_row, temperature=temperature, cfg_scale=cfg_scale,
-        compile=compile, draw_dtype=draw_dtype)
+        num_samples=num_samples, steps=steps, top_k=top_k, seed=seed, top_p=top_p,
+        batch_size=batch_size, first_row=first_row, temperature=temperature, cfg_scale=cfg_scale)
     if schedule is None:
         schedule = schedule_of(net.constants)
     bos_id = None
-    if sampler == 'ar' and net.tokenizer is not None:
-        tok = get_tokenizer(**net.tokenizer)
-        bos_id = tok.bos_id
-        options.setdefault('eos_id', tok.eos_id if text is None else -1)
+    if sampler == 'ar':
+        require(not compile, "compile=True: it must be False for sampler 'ar'")
+        require(not cfg_scale, f"cfg_scale={cfg_scale}: it must be 0 for sampler 'ar'")
+        if net.tokenizer is not None:
+            tok = get_tokenizer(**net.tokenizer)
+            bos_id = tok.bos_id
+            options.setdefault('eos_id', tok.eos_id if text is None else -1)
     longest = 2 ** 24 if sampler == 'semi_ar' else config.block_size
-
-    check_memory(num_samples, config.block_size if length is None else length, steps)
-    x, is_open, lengths = lay_out(net, num_samples, length, prompt, template, bos_id, longest)
+    x, is_open, lengths = lay_out(
+        net, num_samples, length, prompt, template, bos_id, longest, steps)
     numbers = range(first_row, first_row + num_samples) if numbers is None else numbers
     keys = np.array([key_of(seed, number) for number in numbers], dtype=np.uint64)
     draw_options = dict(
         temperature=temperature, top_k=top_k, top_p=top_p, dtype=getattr(torch, draw_dtype))
-    b = (net, x, is_open, lengths, keys, batch_size, schedule, cfg_scale, draw_options, on_change,
-         on_finish, compile, progress)
-    b = Batch(*b) if text is None else TextBatch(*b, text_of(net, text, is_open), sampler)
+    scored = () if text is None else (text_of(net, text, is_open), sampler)
+    b = (Batch if text is None else TextBatch)(
+        net, x, is_open, lengths, keys, batch_size, schedule, cfg_scale, draw_options, on_change,
+        on_finish, compile, progress, *scored)
     try:
         SAMPLERS[sampler](b, steps, **options)
     finally:
@@ -1013,18 +1017,9 @@ class TextBatch(Batch):
 # what a user gives: numbers, prompts, templates
 
 
-def is_number(value):
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def is_whole(value):
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
 def check_sampler(objective, name, options):
     """Refuse a sampler that does not take the net, and options that it has not or does not take."""
-    require(name in list(SAMPLERS),
-            f"sampler '{name}' is not known: choose from {', '.join(SAMPLERS)}")
+    require_known('sampler ', name, SAMPLERS)
     predicts = OBJECTIVES[objective].predicts
     able = [other for other in SAMPLERS if predicts in TAKES[other]]
     takes = [key for key, record in OBJECTIVES.items() if record.predicts in TAKES[name]]
@@ -1038,43 +1033,34 @@ def check_sampler(objective, name, options):
         checked(key, plain(value), own[key][0])
 
 
-def check_numbers(sampler, **values):
-    for name in ('num_samples', 'steps', 'top_k', 'batch_size', 'seed', 'first_row'):
-        require(is_whole(values[name]), f'{name}={values[name]!r}: it must be a whole number')
-    dtypes = ('float64', 'float32')
-    require(values['draw_dtype'] in dtypes,
-            f"draw_dtype='{values['draw_dtype']}' is not known: choose from {', '.join(dtypes)}")
-    for name, least, most, needed in (
-        ('num_samples', 1, 10 ** 8, 'at least 1, and at most 100 million'),
-        ('batch_size', 1, math.inf, 'at least 1'),
-        ('steps', 1, 10 ** 8, 'at least 1, and at most 100 million'),
-        ('seed', -2 ** 63, 2 ** 64 - 1, 'in -2^63 ... 2^64 - 1'),
-        ('first_row', 0, 2 ** 62, '0 or more, and at most 2^62'),
-        ('top_k', 0, 2 ** 62, '0 (all tokens) or more, and at most 2^62'),
-        ('temperature', 0, sys.float_info.max, '0 or more, and finite'),
-        ('top_p', 5e-324, 1, 'above 0 and at most 1'),
-        ('cfg_scale', -1, sys.float_info.max, '-1 or more, and finite'),
+def check_numbers(**values):
+    whole, real = numbers.Integral, numbers.Real
+    for name, kind, least, most, needed in (
+        ('num_samples', whole, 1, 10 ** 8, 'at least 1, and at most 100 million'),
+        ('steps', whole, 1, 10 ** 8, 'at least 1, and at most 100 million'),
+        ('batch_size', whole, 1, math.inf, 'at least 1'),
+        ('seed', whole, -2 ** 63, 2 ** 64 - 1, 'in -2^63 ... 2^64 - 1'),
+        ('first_row', whole, 0, 2 ** 62, '0 or more, and at most 2^62'),
+        ('top_k', whole, 0, 2 ** 62, '0 (all tokens) or more, and at most 2^62'),
+        ('temperature', real, 0, sys.float_info.max, '0 or more, and finite'),
+        ('top_p', real, 5e-324, 1, 'above 0 and at most 1'),
+        ('cfg_scale', real, -1, sys.float_info.max, '-1 or more, and finite'),
     ):
         value = values[name]
-        fits = is_number(value) and least <= value <= most
+        fits = isinstance(value, kind) and type(value) is not bool and least <= value <= most
+        if kind is whole:
+            value, needed = repr(value), f'a whole number, {needed}'
         require(fits, f'{name}={value}: it must be {needed}')
-    if sampler == 'ar':
-        require(not values['compile'], "compile=True: it must be False for sampler 'ar'")
-        require(not values['cfg_scale'],
-                f"cfg_scale={values['cfg_scale']}: it must be 0 for sampler 'ar'")
 
 
-def check_memory(num_samples, length, steps):
-    """Refuse what does not fit, before anything is drawn. length: a number, or of each row."""
-    lengths = plain(length)
-    lengths = lengths if isinstance(lengths, (list, tuple)) else [lengths]
-    longest = max(filter(is_whole, lengths), default=0)  # read_lengths refuses what is not whole
-    need = num_samples * longest * 100 + steps * 64  # bytes, about
+def check_memory(n, length, steps):
+    """Refuse n rows of a length that do not fit, before anything is drawn."""
+    need = n * length * 100 + steps * 64  # bytes, about
     free = free_memory(torch.device('cpu'))
     require(need < free,
-            f'num_samples={num_samples} of {longest} tokens in {steps} steps need about '
-            f'{need / 1e9:.1f} GB of memory, where {free / 1e9:.1f} GB are free: draw fewer '
-            'at a time, each time with another seed, or in fewer steps')
+            f'num_samples={n} of {length} tokens in {steps} steps need about {need / 1e9:.1f} GB '
+            f'of memory, where {free / 1e9:.1f} GB are free: draw fewer at a time, each time with '
+            'another seed, or in fewer steps')
 
 
 def check_thresholds(confidence, single_threshold, threshold=None, confidence_temperature=0.0):
@@ -1124,9 +1110,8 @@ def text_to_ids(net, name, text, longest):
     if name == 'template':  # text, number, text, number, ..., text
         pieces = re.split(r'<\|mask(?::([1-9]\d{0,7}))?\|>', text)
         others = re.search(r'<\|?mask\b|\[mask\]', ' '.join(pieces[::2]), re.I)
-        good = len(pieces) > 1 and not others
-        require(good, f'{name}={text!r}: open tokens are written <|mask|> or <|mask:20|>, and at '
-                'least one is needed')
+        require(len(pieces) > 1 and not others, f'{name}={text!r}: open tokens are written '
+                '<|mask|> or <|mask:20|>, and at least one is needed')
     ids = [tok.bos_id] if net.constants.get('prompt_bos') else []  # as SMDM's tokenizer does
     for i, piece in enumerate(pieces):
         if i % 2 == 0:
@@ -1149,48 +1134,61 @@ def id_rows(net, name, value, n, longest):
         rows = [rows]
     require(len(rows) in (1, n),
             f'{name} has {len(rows)} rows: 1, for all, or num_samples={n} are needed')
+    V, mask_id = net.config.vocab_size, net.config.mask_id
     for row in rows:
         require(isinstance(row, (list, tuple)), f'{name} holds {row!r} beside rows of ids')
         for i in row:
-            require(type(i) is int, f'{name} holds {i!r}, which is no id')
+            is_hole = name == 'template' and i in (-1, mask_id)
+            if type(i) is not int or not (is_hole or 0 <= i < V and i != mask_id):
+                raise ValueError(
+                    f'the {name} holds {i!r}, which is no id, or an id that is not a token: ids '
+                    f'are 0 ... {V - 1}, without the mask {mask_id}')
     return rows
 
 
-def lay_out(net, n, length, prompt, template, bos_id, longest):
+def read_lengths(length, n, longest, block_size):
+    """The tokens of all rows [L], or of each, from a number or n of them."""
+    lengths = plain(length)
+    lengths = lengths if isinstance(lengths, (list, tuple)) else [lengths]
+    whole = all(
+        isinstance(L, numbers.Integral) and type(L) is not bool and L >= 1 for L in lengths)
+    require(len(lengths) in (1, n) and whole, f'length={length!r}: a whole number of at least 1 is '
+            f'needed, for all rows or for each of num_samples={n}')
+    hint = ", the net's block_size (sampler 'semi_ar' goes further)"
+    require(max(lengths) <= longest, f'length={max(lengths)}: it must be 1 to {longest}'
+            f'{hint if longest == block_size else ""}')
+    return lengths
+
+
+def lay_out(net, n, length, prompt, template, bos_id, longest, steps):
     """The start: ids x (n, L), which are open (n, L) bool, and the lengths of the rows (n,).
     bos_id: what a row without a prompt begins with, or None; longest: the most tokens of a row."""
-    config = net.config
-    prompt = plain(prompt)
-    template = plain(template)
-    nothing = (None, '', [], ())
-    require(prompt in nothing or template in nothing,
+    mask_id = net.config.mask_id
+    given = dict(prompt=plain(prompt), template=plain(template))
+    given = {name: value for name, value in given.items() if value not in (None, '', [], ())}
+    require(len(given) < 2,
             'give a prompt or a template, not both: a template may begin with the prompt')
-    fills_in = template not in nothing
-    name = 'template' if fills_in else 'prompt'
-    given = template if fills_in else prompt
-    rows = id_rows(net, name, [] if given in nothing else given, n, longest)
+    name, value = given.popitem() if given else ('prompt', [])
+    rows = id_rows(net, name, value, n, longest)
     if bos_id is not None:
         rows = [row or [bos_id] for row in rows]
     if length is None:
-        length = [len(row) for row in rows] if fills_in else config.block_size
-    lengths = read_lengths(length, n, longest, config.block_size)
+        length = net.config.block_size
+        if name == 'template':
+            length = [len(row) for row in rows]
+    lengths = read_lengths(length, n, longest, net.config.block_size)
+    L = max(lengths)
+    check_memory(n, L, steps)
 
-    holes = (-1, config.mask_id) if fills_in else ()
-    for i, L in enumerate(lengths.tolist()):
-        row = rows[i if len(rows) > 1 else 0]
-        require(not fills_in or len(row) == L,
-                f'the template has {len(row)} tokens, the length is {L}: they must be the same')
-        require(len(row) <= L, f'the prompt has {len(row)} tokens, more than the length of {L}')
-    for row in rows:
-        for i in row:
-            is_token = 0 <= i < config.vocab_size and i != config.mask_id
-            require(is_token or i in holes,
-                    f'the {name} holds {i}, an id that is not a token: ids are 0 ... '
-                    f'{config.vocab_size - 1}, without the mask {config.mask_id}')
-    L = int(lengths.max())
-    ids = torch.tensor([[*row, *[-1] * (L - len(row))] for row in rows]).expand(n, L)
-    hole = (ids == -1) | (ids == (-1 if config.mask_id is None else config.mask_id))
-    x = torch.where(hole, config.mask_id or 0, ids)
+    lengths = torch.tensor(lengths).repeat(n // len(lengths))
+    for i, length in enumerate(lengths.tolist()):
+        size = len(rows[i if len(rows) > 1 else 0])
+        require(name == 'prompt' or size == length,
+                f'the template has {size} tokens, the length is {length}: they must be the same')
+        require(size <= length, f'the prompt has {size} tokens, more than the length of {length}')
+    x = torch.tensor([[*row, *[-1] * (L - len(row))] for row in rows]).expand(n, L)
+    hole = (x == -1) | (x == (-1 if mask_id is None else mask_id))
+    x = torch.where(hole, mask_id or 0, x)
     return x, hole & (torch.arange(L) < lengths[:, None]), lengths
 
 
@@ -1206,21 +1204,6 @@ def text_of(net, text, is_open):
     good = (ids >= 0) & (ids < net.config.vocab_size) & (ids != mask_id)
     require(good.all(), f'text holds an id that is not a token of {net.config.vocab_size}')
     return text
-
-
-def read_lengths(length, n, longest, block_size):
-    """The tokens of each row (n,), from a number or n of them."""
-    lengths = plain(length)
-    if not isinstance(lengths, (list, tuple)):
-        lengths = [lengths]
-    whole = all(is_whole(value) and value >= 1 for value in lengths)
-    require(len(lengths) in (1, n) and whole, f'length={length!r}: a whole number of at least 1 is '
-            f'needed, for all rows or for each of num_samples={n}')
-    hint = ''
-    if longest == block_size:
-        hint = ", the net's block_size (sampler 'semi_ar' goes further)"
-    require(max(lengths) <= longest, f'length={max(lengths)}: it must be 1 to {longest}{hint}')
-    return torch.tensor(lengths).expand(n).clone()
 
 
 # -----------------------------------------------------------------------------
