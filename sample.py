@@ -23,10 +23,8 @@ import math
 import numbers
 import os
 import re
-import shutil
 import sys
 import time
-import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -65,9 +63,9 @@ prompt = ''             # text to begin with; FILE:prompts.txt: one a line; -: s
 template = ''           # text to fill in at <|mask|> or <|mask:20|>; as above, open ids being -1
 draw_dtype = 'float64'  # [float64 | float32] of draws; float32: as released, see draw()
 sampler_options = None  # [dict] its own options; --eta=0.1 sets one
-out = None              # write the samples to this .jsonl file instead of the terminal
+out = None              # [str] write the samples to this .jsonl file instead of the terminal
 watch = False           # show the first sample in the terminal as it fills in
-trace = None            # write a page that plays the sampling to this .html file
+trace = None            # [str] write a page that plays the sampling to this .html file
 
 
 @dataclass
@@ -1233,26 +1231,23 @@ def spelling(tok, ids):
         return [None if i is None else f'{i} ' for i in ids]
     texts = []
     while len(texts) < len(ids):
-        begin = len(texts)
-        if ids[begin] is None:
-            texts.append(None)
-            continue
-        ends = [end for end in range(begin + 1, min(begin + 4, len(ids)) + 1)
-                if None not in ids[begin:end]]
-        whole = (end for end in ends if '\ufffd' not in tok.decode(ids[begin:end]))
-        end = next(whole, begin + 1)
-        texts += [tok.decode(ids[begin:end])] + [''] * (end - begin - 1)
+        rest = ids[len(texts):len(texts) + 4]
+        if None in rest:
+            rest = rest[:rest.index(None)]
+        sizes = (n for n in range(1, len(rest) + 1) if '\ufffd' not in tok.decode(rest[:n]))
+        n = next(sizes, 1)
+        texts += [tok.decode(rest[:n]) if rest else None] + [''] * (n - 1)
     return texts
 
 
 class Terminal:
-    """Shows a row as it fills in: redrawn in place in a terminal, else printed a few times."""
+    """Shows a row as it fills in: on a screen of its own in a terminal, which the end leaves, else
+    printed each time another eighth is there."""
 
     def __init__(self, spell):
         self.spell = spell  # ids -> texts
         self.live = sys.stdout.isatty()
         self.drawn = 0      # events on show
-        self.height = 0     # lines on show
         self.eighths = 0    # of the open tokens
         self.when = 0.0     # seconds
 
@@ -1263,43 +1258,25 @@ class Terminal:
         num_open = sum(i is None for step, _, i, _ in events if step < 0)
         filled = num_open - ids.count(None)
         eighths = 8 * filled // max(num_open, 1)
-        head = f'step {events[-1][0] + 1}, {filled} of {num_open} tokens'
-        if self.live:
-            fresh = {col for _, col, _, _ in events[self.drawn:] if not end}
-            self.redraw(head, self.spell(ids), fresh, end)
-        elif eighths > self.eighths or end and self.drawn < len(events):
-            tokens = ['_' if token is None else token for token in self.spell(ids)]
-            print(f'--- {head}', ''.join(tokens), sep='\n', flush=True)
-        else:
+        if not (self.live or eighths > self.eighths or end and self.drawn < len(events)):
             return
+        fresh = {col for _, col, _, _ in events[self.drawn:] if self.live and not end}
+        text = ''
+        for col, token in enumerate(self.spell(ids)):
+            if token is None:
+                text += '░' if self.live else '_'
+                continue
+            token = ''.join(c if c.isprintable() or c in '\n\t' else ' ' for c in token)
+            text += f'\x1b[1;32m{token}\x1b[m' if col in fresh else token
+        head = f'--- step {events[-1][0] + 1}, {filled} of {num_open} tokens'
+        if self.live:  # the head below the text, where it stays in sight
+            screen = '\x1b[?1049l\r\x1b[J' if end else '\x1b[?1049h\x1b[H\x1b[J'
+            print(f'{screen}{text}\n\x1b[7m{head}\x1b[m', end='\n' * end, flush=True)
+        else:
+            print(head, text, sep='\n', flush=True)
         self.drawn = len(events)
         self.eighths = max(eighths, self.eighths)
         self.when = time.time()
-
-    def redraw(self, head, tokens, fresh, end):
-        columns, rows = shutil.get_terminal_size()
-        lines = ['']
-        width = 0
-        for col, token in enumerate(tokens):
-            style = '\x1b[m'
-            if token is None:
-                style += '\x1b[2m'
-            elif col in fresh:
-                style += '\x1b[1;32m'
-            lines[-1] += style
-            for c in '░' if token is None else token.replace('\t', '    '):
-                cells = 1 + (unicodedata.east_asian_width(c) in 'WF')
-                if c == '\n' or width + cells >= columns:  # wrapped here: the height must be known
-                    lines.append(style)
-                    width = 0
-                if c != '\n':
-                    lines[-1] += c if c.isprintable() else ' '
-                    width += cells
-        lines = lines if end else lines[-max(1, rows - 2):]  # not over what has scrolled away
-        up = f'\x1b[{self.height}A' if self.height else ''
-        lines.insert(0, f'{up}\r\x1b[J\x1b[7m{head[:columns]}\x1b[m')
-        print('\n'.join(lines) + '\x1b[m', flush=True)
-        self.height = len(lines)
 
 
 PAGE = r"""<!doctype html>
@@ -1315,7 +1292,7 @@ header { position: sticky; top: 0; background: canvas; padding-bottom: .5rem }
 .given { border-bottom: 2px solid var(--accent); font-weight: 600 }
 .fresh { outline: 2px solid var(--accent) }
 </style>
-<header><input id="at" type="range" aria-label="step"><button id="play">Play</button>
+<header><input id="at" type="range" aria-label="step"><button id="play" autofocus>Play</button>
 <label>sample <select id="which"></select></label>
 <label>colour <select id="colour"><option value="when">time: first to last</option>
 <option value="sure">confidence: 0 to 1</option></select></label>
@@ -1331,21 +1308,22 @@ function choose(k) {
   sample = data.samples[k]
   steps = [...new Set(sample.events.map(([step]) => step))]
   $('at').max = steps.length
-  $('text').replaceChildren(...sample.given.map(() => document.createElement('span')))
   show(steps.length)
 }
 function show(n) {  // what there is after n of the steps
   const last = n ? steps[n - 1] : -1, tokens = sample.given.map(text => ({ text }))
   for (const [step, at, text, sure] of sample.events)
     if (step <= last) tokens[at] = text === null ? { text } : { text, step, sure }
-  tokens.forEach(({ text, step, sure }, i) => {
-    const span = $('text').children[i], drawn = step !== undefined
-    span.className = text === null ? 'mask' : !drawn ? 'given'
-      : step === last && n < steps.length ? 'fresh' : ''
+  $('text').replaceChildren(...tokens.map(({ text, step, sure }) => {
+    const span = document.createElement('span')
     span.textContent = text === null ? '\u2007\u2007' : text.replace(/\n/g, '\u21b5\n')
-    span.style.background = drawn ? tint(byTime() ? step / Math.max(1, steps.at(-1)) : sure) : ''
-    span.title = drawn ? `step ${step + 1}, probability ${sure.toFixed(3)}` : ''
-  })
+    span.className = text === null ? 'mask' : step === undefined ? 'given' : ''
+    if (step === undefined) return span
+    if (step === last && n < steps.length) span.className = 'fresh'
+    span.style.background = tint(byTime() ? step / Math.max(1, steps.at(-1)) : sure)
+    span.title = `step ${step + 1}, probability ${sure.toFixed(3)}`
+    return span
+  }))
   $('at').value = n
   $('now').textContent = `step ${last + 1}, ${tokens.filter(t => t.text === null).length} masked`
   $('scale').style.background = `linear-gradient(90deg, ${[0, .25, .5, .75, 1].map(tint)})`
@@ -1365,9 +1343,6 @@ $('which').onchange = () => { play(false); choose($('which').value) }
 $('colour').onchange = () => show(+$('at').value)
 $('at').oninput = () => { play(false); show(+$('at').value) }
 $('play').onclick = () => play(!timer)
-onkeydown = e => {
-  if (e.key === ' ' && !/SELECT|BUTTON/.test(e.target.tagName)) play(!timer, e.preventDefault())
-}
 $('settings').textContent = data.settings
 choose(0)
 if (location.hash === '#play') play(true)
@@ -1376,50 +1351,42 @@ else if (location.hash) show(Math.min(steps.length, +location.hash.slice(1) || 0
 """
 
 
-def page_of(ids, events, spell):
-    """What write_page needs of a row that ended as ids."""
-    final = spell(ids)
+def write_page(path, rows, spell, settings):
+    """A page that plays the sampling and needs nothing else. rows: of each the ids it ended as and
+    its events; settings: a line. In the page's data text is null where it is masked."""
+    samples = []
+    for ids, events in rows:
+        final = dict(enumerate(zip(ids, spell(ids), strict=True)))
 
-    def text(col, i):
-        stays = col < len(ids) and ids[col] == i  # then it is spelt with its neighbours
-        return final[col] if stays else spell([i])[0]
-    given = [text(col, i) for step, col, i, _ in events if step < 0]
-    return dict(given=given, events=[
-        (step, col, text(col, i), round(sure, 4)) for step, col, i, sure in events if step >= 0])
-
-
-def write_page(path, samples, settings):
-    """A page that needs nothing else. samples: for each row {given: [text, null where open],
-    events: [[step, position, text or null: masked again, confidence]]}; settings: a line."""
-    data = json.dumps(dict(samples=samples, settings=settings))
-    page = PAGE.replace('DATA', data.replace('<', '\\u003c'))  # no text ends the script
-    write_whole(path, page)
+        def text(col, i, final=final):
+            last, spelt = final.get(col, (None, None))
+            return spelt if i == last else spell([i])[0]  # the last is spelt with its neighbours
+        samples.append(dict(
+            given=[text(col, i) for step, col, i, _ in events if step < 0],
+            events=[(step, col, text(col, i), round(sure, 4))
+                    for step, col, i, sure in events if step >= 0]))
+    data = json.dumps(dict(samples=samples, settings=settings)).replace('<', '\\u003c')
+    write_whole(path, PAGE.replace('DATA', data))  # no text ends the script
 
 
 class Results:
-    """Writes one result of each row to a .jsonl file, in their order, each as soon as those before
-    it are there. Until all are the file is called path.unfinished."""
+    """Writes the result of each row to a .jsonl file, in their order, as soon as those before it
+    are there. Until all are the file is called path.unfinished."""
 
     def __init__(self, path):
         self.path = path
         self.f = None
-        self.waiting = {}
         self.written = 0
 
-    def add(self, i, result):
-        self.waiting[i] = result
-        while self.written in self.waiting:
-            line = json.dumps(self.waiting.pop(self.written)) + '\n'
-            self.write(line.encode())
-            self.written += 1
-
-    def write(self, data):
+    def write(self, results):
         try:
-            if not self.f:
-                self.f = open(self.path + '.unfinished', 'wb', buffering=0)
-            begin = self.f.tell()
-            while data:
-                data = data[self.f.write(data):]
+            self.f = self.f or open(self.path + '.unfinished', 'wb', buffering=0)
+            while self.written in results:
+                begin = self.f.tell()
+                line = (json.dumps(results[self.written]) + '\n').encode()
+                while line:
+                    line = line[self.f.write(line):]
+                self.written += 1
         except OSError as error:
             kept = ''
             if self.written:
@@ -1450,8 +1417,7 @@ def read_texts(name, text):
     if text == '-':
         data = sys.stdin.buffer.read()
     elif text.startswith('FILE:'):
-        if not os.path.isfile(text[5:]):
-            raise FileNotFoundError(f'{name}={text}: there is no file {text[5:]}')
+        require(os.path.isfile(text[5:]), f'{name}={text}: there is no file {text[5:]}')
         with open(text[5:], 'rb') as f:
             data = f.read()
     else:
@@ -1470,15 +1436,20 @@ def check_output(name, path):
     folder = os.path.dirname(path) or '.'
     require(os.path.isdir(folder), f'{name}={path}: there is no folder {folder}')
     require(os.path.isfile(path) or not os.path.exists(path), f'{name}={path}: it is no file')
-    require(os.access(folder, os.W_OK), f'{name}={path}: {folder} cannot be written to')
+    unfinished = f'{path}.unfinished'
+    is_new = not os.path.lexists(unfinished)
+    try:
+        open(unfinished, 'ab').close()
+    except OSError as error:
+        raise OSError(f'{name}={path}: it cannot be written ({error.strerror})') from None
+    if is_new:
+        os.remove(unfinished)
 
 
 if __name__ == '__main__':
     from configurator import configure
     constants = configure(globals(), **flags())
     check_overrides(overrides)
-    out = out and str(out)
-    trace = trace and str(trace)
     if out:
         check_output('out', out)
     if trace:
@@ -1516,33 +1487,34 @@ if __name__ == '__main__':
     spell = partial(spelling, tok)
     show = Terminal(spell) if watch else None
     events = Events(num_samples, show) if watch or trace else None
-    results = {}
     file = Results(out) if out else None
+    results = {}
 
     def on_finish(i, ids, nfe):
         text = tok and tok.decode([i for i in ids if i != tok.pad_id or i == tok.eos_id])
         results[i] = dict(ids=ids, text=text, nfe=nfe, settings=constants)
         if file:
-            file.add(i, results[i])
+            file.write(results)
 
-    with autocast(device, dtype):
-        samples = generate(
-            net, num_samples, length, steps, sampler, cfg_scale=cfg_scale, temperature=temperature,
-            top_p=top_p, top_k=top_k, seed=seed, batch_size=batch_size, progress=not watch,
-            on_change=events, compile=compile, draw_dtype=draw_dtype, on_finish=on_finish, **texts,
-            **(sampler_options or {}))
+    try:
+        with autocast(device, dtype):
+            samples = generate(
+                net, num_samples, length, steps, sampler, cfg_scale=cfg_scale,
+                temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
+                batch_size=batch_size, progress=not watch, on_change=events, compile=compile,
+                draw_dtype=draw_dtype, on_finish=on_finish, **texts, **(sampler_options or {}))
+    finally:
+        if watch and events.of_row[0]:
+            show(events.of_row[0], end=True)
 
     if file:
         file.end()
         print(f'{num_samples} samples written to {out}')
-    if watch:
-        show(events.of_row[0], end=True)
     if trace:
         settings = ', '.join(
             f'{name}={value!r}' for name, value in constants.items() if value is not None)
-        pages = [page_of(results[i]['ids'], row, spell)
-                 for i, row in enumerate(events.of_row)]
-        write_page(trace, pages, settings)
+        ids = [results[i]['ids'] for i in range(num_samples)]
+        write_page(trace, zip(ids, events.of_row, strict=True), spell, settings)
         print(f'{num_samples} samples written to {trace}: open it in a browser')
     if not out:
         for i, result in sorted(results.items())[watch:]:  # the first has been watched
