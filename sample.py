@@ -10,7 +10,6 @@ A sampler is a loop over b.steps(...), b being the Batch of rows. In each step i
 Where the steps do not depend on the net they are drawn first (b.follow): the net runs only for
 rows that change, and projects only what is unmasked.
 Row i is a function of (seed, first_row + i) alone: the batch size changes nothing but rounding.
-Draws are float64: in float32 the tail of the uniform is cut off, which lowers the temperature.
 
 MDLM: Sahoo et al. 2024, arXiv 2406.07524; SEDD: Lou et al. 2023, 2310.16834; SMDM: Nie et al. 2024,
 2410.18514; LLaDA: Nie et al. 2025, 2502.09992; ReMDM: Wang et al. 2025, 2503.00307; first hitting:
@@ -102,11 +101,9 @@ def generate(
         sampler = OBJECTIVES[config.objective].sampler
     if top_p is None:
         top_p = 0.9 if sampler == 'remdm' else 1.0
-    check_sampler(config.objective, sampler, options)
+    check_numbers(locals())
     require_known('draw_dtype=', draw_dtype, ('float64', 'float32'))
-    check_numbers(
-        num_samples=num_samples, steps=steps, top_k=top_k, seed=seed, top_p=top_p,
-        batch_size=batch_size, first_row=first_row, temperature=temperature, cfg_scale=cfg_scale)
+    check_sampler(config.objective, sampler, options)
     if schedule is None:
         schedule = schedule_of(net.constants)
     bos_id = None
@@ -137,7 +134,10 @@ def generate(
     b.require_finite()
     inside = torch.arange(x.size(1)) < b.length[:, None]
     if not inside.all():
-        b.x = torch.where(inside.to(b.device), b.x, padding_of(net))
+        pad_id = config.pad_id
+        if pad_id is None:
+            pad_id = get_tokenizer(**net.tokenizer).pad_id if net.tokenizer else 0
+        b.x = torch.where(inside.to(b.device), b.x, pad_id)
     log_prob = None if text is None else b.drawn_prob
     return Samples(b.x.cpu(), b.nfe, b.reveal_step, b.length, log_prob)
 
@@ -307,16 +307,12 @@ def fixed(
 def plan_counts(b, num_steps):
     """The step (n, L) at which xlm's predictor unmasks each position, in random order."""
     rank = torch.where(b.masked, b.uniforms(), 1).argsort(dim=1).argsort(dim=1)
-    plan = torch.zeros_like(rank)
-    for num_masked in b.num_masked.unique().tolist():  # rows with as many masks share their counts
-        left = num_masked
-        unmasked = []
-        for i in range(num_steps):
-            left -= left // (num_steps - i)
-            unmasked.append(num_masked - left)
-        rows = b.num_masked == num_masked
-        plan[rows] = torch.searchsorted(torch.tensor(unmasked), rank[rows], right=True)
-    return plan
+    left = b.num_masked
+    unmasked = []  # until the end of each step
+    for i in range(num_steps):
+        left = left - left // (num_steps - i)
+        unmasked.append(b.num_masked - left)
+    return torch.searchsorted(torch.stack(unmasked, dim=1), rank, right=True)
 
 
 def num_under(threshold, lack, scores):
@@ -500,8 +496,7 @@ def draw(logits, u, mask_id, temperature=1.0, top_k=0, top_p=1.0, dtype=torch.fl
 
     dtype float32: MDLM's released arithmetic, argmax p / (1e-10 - log(u + 1e-10)) with a float32
     uniform a token. No such uniform lies above 1 - 2^-24, so that improbable tokens are drawn too
-    seldom: generative perplexity and entropy come out lower, as at a lower temperature (Zheng et
-    al. 2024)."""
+    seldom, as at a lower temperature (Zheng et al. 2024)."""
     logits = without_mask(logits.to(u.device), mask_id)
     if temperature == 0:
         highest, ids = logits.max(dim=-1)
@@ -544,9 +539,9 @@ def float32_uniforms(u, n):
 
 
 def without_mask(logits, mask_id):
-    """logits (N, V), changed in place to give the mask no probability (None: there is no mask)."""
+    """logits (..., V), changed in place to give the mask no probability (None: there is none)."""
     if mask_id is not None:
-        logits[:, mask_id] = -torch.inf
+        logits[..., mask_id] = -torch.inf
     return logits
 
 
@@ -608,14 +603,13 @@ def transition(net, xt, sigma, dsigma):
     """What each position of xt (B, L) turns into when the noise sigma (B,) falls by dsigma (B,),
     (B, L, V) unnormalised (SEDD, theorem 4.2): the mask keeps what remains of 1, which of a learned
     score may be negative."""
-    row, col = (xt == net.config.mask_id).nonzero(as_tuple=True)
-    logits = net.head(net.trunk(xt, sigma)[row, col])
+    V, mask_id = net.config.vocab_size, net.config.mask_id
+    logits = net(xt, sigma)
     ratio = torch.expm1(float64(dsigma)) / torch.expm1(float64(sigma))
-    masked = relative_score(net, float64(logits)) * ratio[row, None]
-    masked[:, net.config.mask_id] = 1 - masked.sum(dim=-1)
-    probs = F.one_hot(xt, net.config.vocab_size).to(logits.dtype)
-    probs[row, col] = masked.to(probs.dtype)
-    return probs
+    masked = relative_score(net, float64(logits)) * ratio[:, None, None]
+    masked[..., mask_id] = 1 - masked.sum(dim=-1)
+    is_masked = (xt == mask_id)[..., None]
+    return torch.where(is_masked, masked, F.one_hot(xt, V)).to(logits.dtype)
 
 
 def analytic_probs(net, xt, t, dt):
@@ -738,17 +732,17 @@ class Batch:
         return self.ask(candidates, scores)
 
     def draw(self, candidates):
-        """Draw a token at each candidate (A, L) bool, for `unmask` to put there -> the table (A, L)
-        of the probabilities that the net gives them, whatever the temperature; -inf elsewhere."""
+        """Draw a token at each candidate, for `unmask` to put there. As `score`, of the probability
+        that the net gives it, whatever the temperature."""
         def probs_and_ids(logits, u):
             ids, _ = self.draw_from(logits, u)
             return probability(logits, ids), ids
         return self.ask(candidates, probs_and_ids, draws=True)
 
     def rounded(self, scores, highest=1.0):
-        """Scores (A, L) up to `highest`, for a choice among them: on a grid of log odds (of the log
-        of the distance to 0, where that is the highest) that is coarser than the net's rounding and
-        begins at each row's best. Equal logits are equal whatever stands beside the row."""
+        """Scores (A, L) for a choice among them: on a grid of log odds (where the highest is 0, of
+        the log of the distance to it) that is coarser than the net's rounding and begins at each
+        row's best. Equal logits are equal whatever stands beside the row."""
         far = (highest - scores).clamp(min=1e-300).log()
         if highest:
             far -= scores.clamp(min=1e-12).log()
@@ -810,15 +804,14 @@ class Batch:
 
     def token_prob(self, candidates):
         """The probability that a d3pm net gives all tokens together, as `score`."""
-        def tokens(logits):
-            return 1 - logits.double().softmax(dim=-1)[:, self.net.config.mask_id]
-        return self.score(candidates, tokens)
+        mask_id = self.net.config.mask_id
+        return self.score(
+            candidates, lambda logits: 1 - logits.double().softmax(dim=-1)[:, mask_id])
 
     def total_score(self, candidates):
         """The sum of the concrete scores, times e^sigma - 1, as `score`."""
-        def total(logits):
-            return relative_score(self.net, logits.double()).sum(dim=-1)
-        return self.score(candidates, total)
+        return self.score(
+            candidates, lambda logits: relative_score(self.net, logits.double()).sum(dim=-1))
 
     def uniforms(self, rows=None, step=0):
         """Uniforms (A, L) float64 that decide when, of all positions of rows (A,); None: all."""
@@ -829,8 +822,8 @@ class Batch:
     # ---- how it is done: skip at first reading
 
     def place(self, rows, cols):
-        """Where (rows, cols) stand in x, on the device. Made before the net is called: a copy that
-        waits for nothing, as that of all else a step needs."""
+        """Where (rows, cols) stand in x, on the device. Copied, as all else that a step needs,
+        before the net is called: so it waits for nothing."""
         return sent(rows * self.x.size(1) + cols, self.device)
 
     def put(self, rows, cols, at, ids, masked):
@@ -1031,7 +1024,7 @@ def check_sampler(objective, name, options):
         checked(key, plain(value), own[key][0])
 
 
-def check_numbers(**values):
+def check_numbers(values):
     whole, real = numbers.Integral, numbers.Real
     for name, kind, least, most, needed in (
         ('num_samples', whole, 1, 10 ** 8, 'at least 1, and at most 100 million'),
@@ -1075,22 +1068,15 @@ def check_thresholds(confidence, single_threshold, threshold=None, confidence_te
 def tokenizer_of(net):
     """The tokenizer that net.tokenizer names. Raises ValueError unless its ids are the net's."""
     tok, config = get_tokenizer(**net.tokenizer), net.config
-    theirs = dict(vocab_size=config.vocab_size, mask_id=config.mask_id, pad_id=config.pad_id)
+    theirs = dict(vocab_size=config.vocab_size, mask_id=config.mask_id)
     if config.mask_id is None:  # the tokenizer's is the id after the last of the net
-        theirs |= dict(vocab_size=config.vocab_size + 1, mask_id=config.vocab_size)
-    if config.pad_id is None:
-        del theirs['pad_id']
+        theirs = dict(vocab_size=config.vocab_size + 1, mask_id=config.vocab_size)
+    if config.pad_id is not None:
+        theirs['pad_id'] = config.pad_id
     ours = {key: getattr(tok, key) for key in theirs}
     require(ours == theirs, f"tokenizer '{tok.name}' has {ours}, the net {theirs}: "
             'give the one it was trained with')
     return tok
-
-
-def padding_of(net):
-    """The id after the end of a row that is shorter than others."""
-    if net.config.pad_id is not None:
-        return net.config.pad_id
-    return get_tokenizer(**net.tokenizer).pad_id if net.tokenizer else 0
 
 
 def plain(value):
@@ -1101,7 +1087,7 @@ def plain(value):
 def text_to_ids(net, name, text, longest):
     """Text of a prompt or a template (`name`) -> ids, -1 where the template is open."""
     require(net.tokenizer, f'the source of the weights names no tokenizer: give the {name} as ids '
-            '(IDS:5,6,7 on the command line), or name the one it was trained with')
+            '(on the command line IDS:5,6,7), or --tokenizer')
     require(not re.search('[\ud800-\udfff]', text), f'{name}={text!r}: it is not valid UTF-8 text')
     tok = get_tokenizer(**net.tokenizer)
     pieces = [text]
@@ -1182,7 +1168,7 @@ def lay_out(net, n, length, prompt, template, bos_id, longest, steps):
     for i, length in enumerate(lengths.tolist()):
         size = len(rows[i if len(rows) > 1 else 0])
         require(name == 'prompt' or size == length,
-                f'the template has {size} tokens, the length is {length}: they must be the same')
+                f'the template has {size} tokens, the length is {length}')
         require(size <= length, f'the prompt has {size} tokens, more than the length of {length}')
     x = torch.tensor([[*row, *[-1] * (L - len(row))] for row in rows]).expand(n, L)
     hole = (x == -1) | (x == (-1 if mask_id is None else mask_id))
