@@ -278,11 +278,9 @@ def fixed(
     single_threshold=1.0,        # [0 < x <= 1] unmask besides all whose score is above this
 ):
     """xlm's predictor: each step unmasks floor(masked / steps left) positions, the last the rest:
-    any ('uniform'), the most confident ones by a key of CONFIDENCE, or with a
-    confidence_temperature those drawn without replacement by softmax(score / temperature).
-    threshold: instead, the most confident while their lacks of confidence but the largest sum to
-    less than the threshold, at least one. single_threshold: besides, all of a higher top_prob or
-    prob_diff (Fast-dLLM: Wu et al. 2025, arXiv 2505.22618)."""
+    any ('uniform'), or the most confident by a key of CONFIDENCE. threshold: instead, the most
+    confident while their lacks of confidence but the largest sum to less, at least one.
+    single_threshold: Fast-dLLM (Wu et al. 2025, arXiv 2505.22618), for top_prob or prob_diff."""
     check_thresholds(confidence, single_threshold, threshold, confidence_temperature)
     mask_prob = 1 - b.schedule.alpha(grid(1, 0, num_steps))
     if confidence == 'uniform':
@@ -305,7 +303,7 @@ def fixed(
 
 
 def plan_counts(b, num_steps):
-    """The step (n, L) at which xlm's predictor unmasks each position, in random order."""
+    """The step (n, L) at which `fixed` unmasks each position, in random order."""
     rank = torch.where(b.masked, b.uniforms(), 1).argsort(dim=1).argsort(dim=1)
     left = b.num_masked
     unmasked = []  # until the end of each step
@@ -330,8 +328,7 @@ def greedy(
 ):
     """SMDM's greedy sampler (appendix) on the times 1 -> 1e-5: from t to s
     int(masked (1 - s/t)) of the most confident are unmasked, at the last step the rest. Its power
-    form of Gumbel noise is a draw at the temperature. across_rows: a row depends on those beside
-    it, which begin and end together."""
+    form of Gumbel noise is a draw at the temperature."""
     alone = not across_rows or confidence is None
     require(alone, 'across_rows does not go with a confidence')
     times = torch.linspace(1, 1e-5, num_steps + 1)  # in float32 as released: it decides the counts
@@ -361,8 +358,7 @@ def low_confidence(
 ):
     """LLaDA's low-confidence remasking: after the prompt, blocks from left to right, num_steps /
     blocks steps each. A step unmasks masks // steps of the positions masked at the beginning of its
-    block, and one more in the first masks % steps. A block_length of 1: left to right.
-    single_threshold: besides, all of its block that score higher (as `fixed`)."""
+    block, and one more in the first masks % steps. A block_length of 1: left to right."""
     check_thresholds(confidence, single_threshold)
     width = b.x.size(1)
     block_length = min(block_length or width, width)
@@ -419,7 +415,7 @@ def remdm(
     (1 - alpha_s) / alpha_t. strategy: 'cap', sigma = min(eta, that); 'rescale', eta times that;
     'conf', eta times that times a softmax over the visible tokens of minus the probability with
     which each was drawn; 'loop', alpha rises to alpha_on by t_on, stays while tokens are remasked
-    as in cap, and rises to 1 from t_off on. What is given stays."""
+    as in cap, and rises to 1 from t_off on."""
     require(t_off <= t_on, f't_on={t_on}, t_off={t_off}: t_off must not be above t_on')
     if eta is None:
         eta = dict(cap=0.008, rescale=0.015, conf=1.0, loop=0.02)[strategy]
@@ -466,8 +462,7 @@ def ar(
     b, num_steps,
     eos_id=None,  # [int >= -1] the id that ends a row; None: the tokenizer's; -1: none
 ):
-    """Token after token from a causal net with a key/value cache. A row ends with the first eos_id
-    it draws (None or -1: at its length). num_steps plays no part."""
+    """Token after token from a causal net with a key/value cache. num_steps plays no part."""
     V = b.net.config.vocab_size
     require(eos_id is None or eos_id < V, f'eos_id={eos_id}: it must be an id below {V}, or -1')
     require((b.prompt_length > 0).all(),
@@ -1050,8 +1045,7 @@ def check_memory(n, length, steps):
     free = free_memory(torch.device('cpu'))
     require(need < free,
             f'num_samples={n} of {length} tokens in {steps} steps need about {need / 1e9:.1f} GB '
-            f'of memory, where {free / 1e9:.1f} GB are free: draw fewer at a time, each time with '
-            'another seed, or in fewer steps')
+            f'of memory, where {free / 1e9:.1f} GB are free: draw fewer at a time')
 
 
 def check_thresholds(confidence, single_threshold, threshold=None, confidence_temperature=0.0):
@@ -1394,7 +1388,7 @@ def read_texts(name, text):
     """[text], or the lines of a file (FILE:path) or of stdin (-), or [ids] (IDS:5,6,7); [] where
     there is nothing."""
     require(not os.path.isfile(text), f'{name}={text} is the name of a file: FILE:{text} takes its '
-            'lines (and - lines from stdin, whatever they are)')
+            'lines, and - those of stdin')
     if text.startswith('IDS:'):
         ids = text[4:].split(',')
         require(all(re.fullmatch(r' *-?\d{1,18} *', i) for i in ids),
