@@ -419,19 +419,9 @@ def remdm(
     require(t_off <= t_on, f't_on={t_on}, t_off={t_off}: t_off must not be above t_on')
     if eta is None:
         eta = dict(cap=0.008, rescale=0.015, conf=1.0, loop=0.02)[strategy]
-    t = grid(1, 0, num_steps)
-    alpha = b.schedule.alpha(t)
-    if strategy == 'loop':
-        alpha = torch.where(t > t_off, alpha_on, 1 - t / t_off * (1 - alpha_on))
-        alpha = torch.where(t > t_on, (1 - t) / (1 - t_on) * alpha_on, alpha)
-    alpha[-1] = 1
-    sigmas = ((1 - alpha[1:]) / alpha[:-1]).clamp(max=1)
-    sigmas = eta * sigmas if strategy in ('rescale', 'conf') else sigmas.clamp(max=eta)
-    if strategy == 'loop':
-        sigmas[(t > t_on)[:-1] | (t <= t_off)[:-1]] = 0
+    alpha, sigmas = remdm_schedule(b, num_steps, strategy, eta, t_on, t_off, alpha_on)
     if strategy == 'conf':
         b.drawn_prob = torch.full(b.x.shape, torch.inf, dtype=torch.float64)
-
     for rows, step in b.steps(1 - alpha, to_the_end=True):
         alpha_t = alpha[step][:, None]
         alpha_s = alpha[step + 1][:, None]
@@ -444,6 +434,21 @@ def remdm(
         u = b.uniforms(rows, step)
         b.unmask(masked & (u < (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t)))
         b.remask(visible & (u < sigma))
+
+
+def remdm_schedule(b, num_steps, strategy, eta, t_on, t_off, alpha_on):
+    """alpha (S + 1,) before each step and at the end; sigma (S,) without the softmax of 'conf'."""
+    t = grid(1, 0, num_steps)
+    alpha = b.schedule.alpha(t)
+    if strategy == 'loop':
+        alpha = torch.where(t > t_off, alpha_on, 1 - t / t_off * (1 - alpha_on))
+        alpha = torch.where(t > t_on, (1 - t) / (1 - t_on) * alpha_on, alpha)
+    alpha[-1] = 1
+    sigma = ((1 - alpha[1:]) / alpha[:-1].clamp(min=1e-300)).clamp(max=1)
+    sigma = eta * sigma if strategy in ('rescale', 'conf') else sigma.clamp(max=eta)
+    if strategy == 'loop':
+        sigma[(t > t_on)[:-1] | (t <= t_off)[:-1]] = 0
+    return alpha, sigma
 
 
 @sampler_for('x0')

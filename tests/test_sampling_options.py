@@ -15,6 +15,7 @@ import torch
 import pretended
 from conftest import ROOT
 from configurator import configure, constants_of
+from model import get_schedule
 from sample import SAMPLERS, TAKES, draw, flags, float32_uniforms, generate
 from test_sample import chi_square_p, counts_of, save_net
 
@@ -112,6 +113,13 @@ def test_greedy_across_rows_takes_the_most_confident_of_all(tiny_net):
             uneven |= len(set((masked & (x != 10)).sum(dim=1).tolist())) > 1
         assert torch.equal(out.tokens[batch], x)
     assert uneven  # rows do advance unevenly: the test tells the two rules apart
+
+
+def test_remdm_takes_one_step_where_nothing_is_visible_before_it(tiny_net):
+    from_all_masked = get_schedule('loglinear', eps=0.0)
+    for strategy in ('cap', 'rescale', 'conf', 'loop'):
+        out = generate(tiny_net(), 2, 8, 1, 'remdm', strategy=strategy, schedule=from_all_masked)
+        assert (out.tokens != 10).all() and out.nfe.tolist() == [1, 1]
 
 
 def test_float32_draws_are_the_released_arithmetic():
