@@ -10,26 +10,25 @@ A sampler is a loop over b.steps(...), b being the Batch of rows. In each step i
 Where the steps do not depend on the net they are drawn first (b.follow): the net runs only for
 rows that change, and projects only what is unmasked.
 Row i is a function of (seed, first_row + i) alone: the batch size changes nothing but rounding.
-Draws are float64: in float32 the tail of the uniform is cut off, which lowers the temperature.
 
 MDLM: Sahoo et al. 2024, arXiv 2406.07524; SEDD: Lou et al. 2023, 2310.16834; SMDM: Nie et al. 2024,
 2410.18514; LLaDA: Nie et al. 2025, 2502.09992; ReMDM: Wang et al. 2025, 2503.00307; first hitting:
 Zheng et al. 2024, 2409.02908.
 """
-from configurator import constants_of, require  # first: it answers Ctrl-C
+from configurator import check_spec, checked, constants_of, require  # first: it answers Ctrl-C
 
+import contextlib
 import inspect
 import json
 import math
 import numbers
 import os
 import re
-import shutil
 import sys
 import time
-import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -38,8 +37,9 @@ from tqdm import tqdm
 
 from data import get_tokenizer, key_of, splitmix64
 from model import (
-    FIELDS, OBJECTIVES, KVCache, autocast, check_overrides, float64, free_memory, load_pretrained,
-    loglinear, pick_device, reuse_memory, schedule_of, sent, write_whole)
+    FIELDS, OBJECTIVES, KVCache, Schedule, autocast, check_overrides, float64, free_memory,
+    load_pretrained, loglinear, pick_device, require_known, reuse_memory, schedule_of, sent,
+    write_whole)
 
 out_dir = 'out'         # where train.py left ckpt.pt
 init_from = None        # another source of weights for load_pretrained; None: out_dir
@@ -63,9 +63,9 @@ prompt = ''             # text to begin with; FILE:prompts.txt: one a line; -: s
 template = ''           # text to fill in at <|mask|> or <|mask:20|>; as above, open ids being -1
 draw_dtype = 'float64'  # [float64 | float32] of draws; float32: as released, see draw()
 sampler_options = None  # [dict] its own options; --eta=0.1 sets one
-out = None              # write the samples to this .jsonl file instead of the terminal
+out = None              # [str] write the samples to this .jsonl file instead of the terminal
 watch = False           # show the first sample in the terminal as it fills in
-trace = None            # write a page that plays the sampling to this .html file
+trace = None            # [str] write a page that plays the sampling to this .html file
 
 
 @dataclass
@@ -102,30 +102,30 @@ def generate(
         sampler = OBJECTIVES[config.objective].sampler
     if top_p is None:
         top_p = 0.9 if sampler == 'remdm' else 1.0
+    check_numbers(locals())
+    require_known('draw_dtype=', draw_dtype, ('float64', 'float32'))
     check_sampler(config.objective, sampler, options)
-    check_numbers(
-        sampler, num_samples=num_samples, steps=steps, top_k=top_k, seed=seed, top_p=top_p,
-        batch_size=batch_size, first_row=first_row, temperature=temperature, cfg_scale=cfg_scale,
-        compile=compile, draw_dtype=draw_dtype)
     if schedule is None:
         schedule = schedule_of(net.constants)
     bos_id = None
-    if sampler == 'ar' and net.tokenizer is not None:
-        tok = get_tokenizer(**net.tokenizer)
-        bos_id = tok.bos_id
-        options.setdefault('eos_id', tok.eos_id if text is None else -1)
+    if sampler == 'ar':
+        require(not compile, "compile=True: it must be False for sampler 'ar'")
+        require(not cfg_scale, f"cfg_scale={cfg_scale}: it must be 0 for sampler 'ar'")
+        if net.tokenizer is not None:
+            tok = get_tokenizer(**net.tokenizer)
+            bos_id = tok.bos_id
+            options.setdefault('eos_id', tok.eos_id if text is None else -1)
     longest = 2 ** 24 if sampler == 'semi_ar' else config.block_size
-
-    check_memory(num_samples, config.block_size if length is None else length, steps)
-    x, is_open, lengths = lay_out(net, num_samples, length, prompt, template, bos_id, longest)
+    x, is_open, lengths = lay_out(
+        net, num_samples, length, prompt, template, bos_id, longest, steps)
     numbers = range(first_row, first_row + num_samples) if numbers is None else numbers
     keys = np.array([key_of(seed, number) for number in numbers], dtype=np.uint64)
     draw_options = dict(
         temperature=temperature, top_k=top_k, top_p=top_p, dtype=getattr(torch, draw_dtype))
-    make = Batch if text is None else partial(TextBatch, text_of(net, text, is_open), sampler)
-    b = make(
+    scored = () if text is None else (text_of(net, text, is_open), sampler)
+    b = (Batch if text is None else TextBatch)(
         net, x, is_open, lengths, keys, batch_size, schedule, cfg_scale, draw_options, on_change,
-        on_finish, compile, progress)
+        on_finish, compile, progress, *scored)
     try:
         SAMPLERS[sampler](b, steps, **options)
     finally:
@@ -135,13 +135,17 @@ def generate(
     b.require_finite()
     inside = torch.arange(x.size(1)) < b.length[:, None]
     if not inside.all():
-        b.x = torch.where(inside.to(b.device), b.x, padding_of(net))
+        pad_id = config.pad_id
+        if pad_id is None:
+            pad_id = get_tokenizer(**net.tokenizer).pad_id if net.tokenizer else 0
+        b.x = torch.where(inside.to(b.device), b.x, pad_id)
     log_prob = None if text is None else b.drawn_prob
     return Samples(b.x.cpu(), b.nfe, b.reveal_step, b.length, log_prob)
 
 
 # -----------------------------------------------------------------------------
-# the samplers: f(batch, num_steps, its own options). A new one is a function under @sampler_for
+# the samplers: f(batch, num_steps, its own options). A new one is a function under @sampler_for;
+# the comment behind an option says what it takes as that of a constant does: [0 <= x <= 1]
 
 SAMPLERS = {}
 TAKES = {}  # name -> what the nets it takes predict
@@ -156,23 +160,28 @@ def sampler_for(*predicts):
     return enter
 
 
-def own_options(name):
-    """option -> its default, of a sampler's signature."""
-    parameters = list(inspect.signature(SAMPLERS[name]).parameters.values())[2:]
-    return {parameter.name: parameter.default for parameter in parameters}
+@cache
+def options_of(function):
+    """option -> (default, comment) of a sampler's signature."""
+    source = ''
+    with contextlib.suppress(OSError):  # typed into an interpreter
+        source = inspect.getsource(function)
+    options = {}
+    for name, parameter in list(inspect.signature(function).parameters.items())[2:]:
+        comment = re.search(rf'^ +{name}=.*?# *(.*)', source, re.M)
+        options[name] = parameter.default, comment[1] if comment else 'its own option'
+    return options
 
 
 def flags():
     """What configure() takes besides the constants: --n_head=4 for a key of overrides, --eta=0.1
-    for one of sampler_options, which has the comment behind it in the signature."""
+    for one of sampler_options."""
     options, constants = {}, constants_of(__file__)
     for name, function in SAMPLERS.items():
-        source = inspect.getsource(function)
-        for option, default in own_options(name).items():
+        for option, (default, comment) in options_of(function).items():
             require(option not in constants, f"sampler '{name}': its option {option} "
                     'has the name of a constant of sample.py: give it another')
-            comment = re.search(rf'^ +{option}=.*?# *(.*)', source, re.M)
-            about = f'{name}: {comment[1] if comment else "its own option"}'
+            about = f'{name}: {comment}'
             if option in options:
                 default, others = options[option]
                 about = f'{others}; {about}'
@@ -192,8 +201,7 @@ def plan_steps(b, mask_prob):
     position's uniform. The last step takes the rest."""
     still = mask_prob / mask_prob[0]
     still[-1] = 0
-    u = b.uniforms(torch.arange(len(b.x)))
-    return len(still) - 1 - torch.searchsorted(still[1:].flip(0), u, right=True)
+    return len(still) - 1 - torch.searchsorted(still[1:].flip(0), b.uniforms(), right=True)
 
 
 def most_confident(scores, count):
@@ -215,7 +223,7 @@ def confidence_of(b, candidates, confidence):
 @sampler_for('x0', 'x0 or mask')
 def ancestral(
     b, num_steps,
-    subs_masking=None,  # for d3pm nets; None: as it was trained
+    subs_masking=None,  # [bool] for d3pm nets; None: as it was trained
 ):
     """MDLM's ancestral sampler (equation 7; its `ddpm` and `ddpm_cache`) on the times 1 -> 0. A net
     that never predicts the mask unmasks at steps that do not depend on the tokens. A d3pm net gives
@@ -233,7 +241,7 @@ def ancestral(
     for rows, step in b.steps(mask_prob):
         m_t = mask_prob[step][:, None]
         m_s = mask_prob[step + 1][:, None]
-        token_prob = b.score(b.masked[rows], b.not_the_mask) * (m_t - m_s)
+        token_prob = b.token_prob(b.masked[rows]) * (m_t - m_s)
         unmask_prob = torch.where(m_s == 0, 1, token_prob / (token_prob + m_s))
         b.unmask(b.uniforms(rows, step) < unmask_prob)
 
@@ -255,7 +263,7 @@ def analytic(b, num_steps):
     for rows, step in b.steps(mask_prob):
         sigma_t = sigma[step][:, None]
         sigma_s = sigma[step + 1][:, None]
-        token_prob = b.score(b.masked[rows], b.total_score)
+        token_prob = b.total_score(b.masked[rows])
         token_prob = token_prob * torch.expm1(sigma_t - sigma_s) / torch.expm1(sigma_t)
         stay = (1 - token_prob).clamp(min=0)
         unmask_prob = torch.where(sigma_s == 0, 1, token_prob / (token_prob + stay))
@@ -265,133 +273,108 @@ def analytic(b, num_steps):
 @sampler_for('x0')
 def fixed(
     b, num_steps,
-    confidence='uniform',        # or 'top_prob', 'prob_diff', 'entropy'
-    confidence_temperature=0.0,  # draw positions by softmax(score / this); 0: the top; xlm: 1.0
-    threshold=None,              # unmask while the summed lack of confidence is under this
-    single_threshold=1.0,        # unmask besides all whose score is above this
+    confidence='uniform',        # [uniform | top_prob | prob_diff | entropy] which to unmask
+    confidence_temperature=0.0,  # [>= 0] draw them by softmax(score / this); 0: the top; xlm: 1.0
+    threshold=None,              # [> 0] unmask while the summed lack of confidence is under this
+    single_threshold=1.0,        # [0 < x <= 1] unmask besides all whose score is above this
 ):
     """xlm's predictor: each step unmasks floor(masked / steps left) positions, the last the rest:
-    any ('uniform'), the most confident ones by a key of CONFIDENCE, or with a
-    confidence_temperature those drawn without replacement by softmax(score / temperature).
-    threshold: instead, the most confident while their lacks of confidence but the largest sum to
-    less than the threshold, at least one. single_threshold: besides, all of a higher top_prob or
-    prob_diff (Fast-dLLM: Wu et al. 2025, arXiv 2505.22618)."""
-    check_fixed(confidence, confidence_temperature, threshold, single_threshold)
+    any ('uniform'), or the most confident by a key of CONFIDENCE. threshold: instead, the most
+    confident while their lacks of confidence but the largest sum to less, at least one.
+    single_threshold: Fast-dLLM (Wu et al. 2025, arXiv 2505.22618), for top_prob or prob_diff."""
+    check_thresholds(confidence, single_threshold, threshold, confidence_temperature)
     mask_prob = 1 - b.schedule.alpha(grid(1, 0, num_steps))
     if confidence == 'uniform':
         b.follow(plan_counts(b, num_steps), mask_prob)
         return
 
-    score, highest = CONFIDENCE[confidence]
     for rows, step in b.steps(mask_prob):
-        if threshold is not None:
-            scores = b.score(b.masked[rows], score)
-            last = (step == num_steps - 1)[:, None]
-            order = b.rounded(scores, highest).argsort(dim=1, descending=True, stable=True)
-            b.unmask(last | under_threshold(highest - scores, order, float(threshold)))
-            continue
         count = b.num_masked[rows] // (num_steps - step)
-        scores = b.score(b.masked[rows] & (count > 0)[:, None], score)
+        if threshold is not None:
+            count = count.clamp(min=1)
+        scores, highest = confidence_of(b, b.masked[rows] & (count > 0)[:, None], confidence)
+        first = b.rounded(scores, highest)
         if confidence_temperature:
             gumbel = -torch.log(-torch.log1p(-b.uniforms(rows, step)))
-            b.unmask(most_confident(scores / float(confidence_temperature) + gumbel, count))
-        else:
-            best = most_confident(b.rounded(scores, highest), count)
-            b.unmask(best | (scores > single_threshold))
+            first = scores / confidence_temperature + gumbel
+        if threshold is not None:
+            under = num_under(threshold, highest - scores, first)
+            count = torch.where(step == num_steps - 1, count, under)
+        b.unmask(most_confident(first, count) | (scores > single_threshold))
 
 
 def plan_counts(b, num_steps):
-    """The step (n, L) at which xlm's predictor unmasks each position, in random order."""
-    u = torch.where(b.masked, b.uniforms(torch.arange(len(b.x))), 1)
-    rank = u.argsort(dim=1).argsort(dim=1)
-    plan = torch.zeros_like(rank)
-    for num_masked in b.num_masked.unique().tolist():  # rows with as many masks share their counts
-        left = num_masked
-        unmasked = []
-        for i in range(num_steps):
-            left -= left // (num_steps - i)
-            unmasked.append(num_masked - left)
-        rows = b.num_masked == num_masked
-        plan[rows] = torch.searchsorted(torch.tensor(unmasked), rank[rows], right=True)
-    return plan
+    """The step (n, L) at which `fixed` unmasks each position, in random order."""
+    rank = torch.where(b.masked, b.uniforms(), 1).argsort(dim=1).argsort(dim=1)
+    left = b.num_masked
+    unmasked = []  # until the end of each step
+    for i in range(num_steps):
+        left = left - left // (num_steps - i)
+        unmasked.append(b.num_masked - left)
+    return torch.searchsorted(torch.stack(unmasked, dim=1), rank, right=True)
 
 
-def under_threshold(lack, order, threshold):
-    """Of each row of lack (A, L), inf where nothing is to be chosen, the first in order (A, L)
-    while they sum to less than the threshold without the last, at least one -> (A, L) bool."""
-    ordered = lack.gather(1, order)
-    under = ordered.cumsum(dim=1) - ordered < threshold
-    under[:, 0] = True
-    return torch.zeros_like(under).scatter_(1, order, under) & lack.isfinite()
+def num_under(threshold, lack, scores):
+    """How many of each row of lack (A, L), in the order of falling scores (A, L), sum to less than
+    the threshold without the last, at least 1 -> (A,)"""
+    lack = lack.gather(1, scores.argsort(dim=1, descending=True, stable=True))
+    return (lack.cumsum(dim=1) - lack < threshold).sum(dim=1).clamp(min=1)
 
 
 @sampler_for('x0')
 def greedy(
     b, num_steps,
-    across_rows=False,  # True: the most confident of batch_size rows at once, as released
-    confidence=None,    # a key of CONFIDENCE; None: the probability of the token drawn
+    across_rows=False,  # [bool] the most confident of batch_size rows at once, as released
+    confidence=None,    # [top_prob | prob_diff | entropy] None: probability of the token drawn
 ):
     """SMDM's greedy sampler (appendix) on the times 1 -> 1e-5: from t to s
     int(masked (1 - s/t)) of the most confident are unmasked, at the last step the rest. Its power
-    form of Gumbel noise is a draw at the temperature. across_rows: a row depends on those beside
-    it, which begin and end together."""
-    require(type(across_rows) is bool, f'across_rows={across_rows!r}: it must be True or False')
-    check_confidence(confidence)
+    form of Gumbel noise is a draw at the temperature."""
     alone = not across_rows or confidence is None
     require(alone, 'across_rows does not go with a confidence')
     times = torch.linspace(1, 1e-5, num_steps + 1)  # in float32 as released: it decides the counts
-    fraction = 1 - times[1:] / times[:-1]
     mask_prob = 1 - b.schedule.alpha(times.double())
+    fraction = 1 - times[1:] / times[:-1]
+    fraction[-1] = 1
     if across_rows:  # where other prompts are longer, guidance hides what has been drawn, too
         b.hidden_by_guidance |= torch.arange(b.x.size(1)) < b.prompt_length.max()
     for rows, step in b.steps(mask_prob, to_the_end=across_rows):
         masked = b.num_masked[rows]
         if across_rows:
             masked = masked.sum().expand(len(rows))
-        count = torch.where(step == num_steps - 1, masked, (masked * fraction[step]).long())
+        count = (masked * fraction[step]).long()
         scores, highest = confidence_of(b, b.masked[rows] & (count > 0)[:, None], confidence)
         if across_rows:
-            best = most_confident(b.rounded(scores.view(1, -1)), count[:1])
-        else:
-            best = most_confident(b.rounded(scores, highest), count)
-        b.unmask(best.view_as(scores))
+            scores, count = scores.view(1, -1), count[:1]
+        best = most_confident(b.rounded(scores, highest), count)
+        b.unmask(best.view(len(rows), -1))
 
 
 @sampler_for('x0')
 def low_confidence(
     b, num_steps,
-    block_length=None,     # tokens a block; None: one block
-    confidence=None,       # a key of CONFIDENCE; None: the probability of the token drawn
-    single_threshold=1.0,  # unmask besides all whose score is above this
+    block_length=None,     # [int >= 1] tokens a block; None: one block
+    confidence=None,       # [top_prob | prob_diff | entropy] None: probability of the token drawn
+    single_threshold=1.0,  # [0 < x <= 1] unmask besides all whose score is above this
 ):
     """LLaDA's low-confidence remasking: after the prompt, blocks from left to right, num_steps /
-    blocks steps each. A step unmasks masked // steps of the positions masked at the beginning of
-    its block, and one more in the first masked % steps. A block_length of 1: left to right.
-    single_threshold: besides, all of its block that score higher (as `fixed`)."""
-    check_confidence(confidence)
-    check_single_threshold(single_threshold, confidence)
+    blocks steps each. A step unmasks masks // steps of the positions masked at the beginning of its
+    block, and one more in the first masks % steps. A block_length of 1: left to right."""
+    check_thresholds(confidence, single_threshold)
     width = b.x.size(1)
-    begin = b.prompt_length
-    if block_length is None:
-        block_length = width
-    require(
-        is_whole(block_length) and block_length >= 1,
-        f'block_length={block_length}: it must be a whole number of at least 1')
-    block_length = min(block_length, width)
-    blocks = ((b.length - begin + block_length - 1) // block_length).clamp(min=1)  # (n,)
-    uneven = next(iter(blocks[num_steps % blocks > 0].tolist()), None)
-    require(
-        uneven is None,
-        f'steps={num_steps} cannot be shared evenly by {uneven} blocks of {block_length}')
-    steps_each = num_steps // blocks
-    at_first = torch.zeros_like(begin)  # masks at the beginning of the block
-    col = torch.arange(width)
+    block_length = min(block_length or width, width)
+    blocks = ((b.length - b.prompt_length + block_length - 1) // block_length).clamp(min=1)  # (n,)
+    uneven = (blocks * (num_steps % blocks > 0)).max()
+    require(uneven == 0,
+            f'steps={num_steps} cannot be shared evenly by {uneven} blocks of {block_length}')
     for rows, step in b.steps(1 - b.schedule.alpha(grid(1, 0, num_steps))):
-        each = steps_each[rows]
-        first = (begin[rows] + step // each * block_length)[:, None]
-        masked = b.masked[rows] & (col >= first) & (col < first + block_length)
-        at_first[rows] = torch.where(step % each == 0, masked.sum(dim=1), at_first[rows])
-        count = at_first[rows] // each + (step % each < at_first[rows] % each)
+        steps = num_steps // blocks[rows]
+        begin = b.prompt_length[rows] + step // steps * block_length
+        place = torch.arange(width) - begin[:, None]
+        in_block = (place >= 0) & (place < block_length)
+        masks = (b.is_open[rows] & in_block).sum(dim=1)
+        count = masks // steps + (step % steps < masks % steps)
+        masked = b.masked[rows] & in_block
         scores, highest = confidence_of(b, masked & (count > 0)[:, None], confidence)
         best = most_confident(b.rounded(scores, highest), count)
         b.unmask(best | (scores > single_threshold))
@@ -400,16 +383,15 @@ def low_confidence(
 @sampler_for('x0')
 def semi_ar(
     b, num_steps,
-    stride=None,  # tokens a window advances by; None: half of block_size
+    stride=None,  # [int >= 1] tokens a window advances by; None: half of block_size
 ):
     """MDLM's semi-autoregressive sampler: windows of block_size that advance by `stride`, each
     sampled by `ancestral` in num_steps steps given what the last one left. Rows of any length."""
     width = b.net.config.block_size
     if stride is None:
         stride = max(1, width // 2)
-    require(
-        is_whole(stride) and 1 <= stride < max(width, 2),
-        f'stride={stride}: it must be at least 1 and below {width}, the block_size of the net')
+    require(stride < max(width, 2),
+            f'stride={stride}: it must be at least 1 and below {width}, the block_size of the net')
     # the window that unmasks each position
     window = ((torch.arange(b.x.size(1)) - width + stride) // stride).clamp(min=0)
     windows = int(window[-1]) + 1
@@ -423,56 +405,58 @@ def semi_ar(
 @sampler_for('x0')
 def remdm(
     b, num_steps,
-    strategy='cap',  # or 'rescale', 'conf', 'loop'
-    eta=None,        # None: 0.008 for cap, 0.015 for rescale, 1 for conf, 0.02 for loop
-    t_on=0.55,       # loop: the time at which remasking begins
-    t_off=0.05,      # loop: the time at which it ends
-    alpha_on=0.9,    # loop: the share of visible tokens in between
+    strategy='cap',  # [cap | rescale | conf | loop]
+    eta=None,        # [0 <= x <= 1] None: cap 0.008, rescale 0.015, conf 1, loop 0.02
+    t_on=0.55,       # [0 < x < 1] loop: the time at which remasking begins
+    t_off=0.05,      # [0 < x < 1] loop: the time at which it ends
+    alpha_on=0.9,    # [0 < x <= 1] loop: the share of visible tokens in between
 ):
     """ReMDM (equation 6): from t to s a visible token is masked again with probability sigma, a
     masked one unmasked with (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t); sigma is at most
     (1 - alpha_s) / alpha_t. strategy: 'cap', sigma = min(eta, that); 'rescale', eta times that;
     'conf', eta times that times a softmax over the visible tokens of minus the probability with
     which each was drawn; 'loop', alpha rises to alpha_on by t_on, stays while tokens are remasked
-    as in cap, and rises to 1 from t_off on. What is given stays."""
-    etas = dict(cap=0.008, rescale=0.015, conf=1.0, loop=0.02)
-    check_remdm(etas, strategy, eta, t_on, t_off, alpha_on)
-    eta = etas[strategy] if eta is None else eta
-    t = grid(1, 0, num_steps)
-    alpha = b.schedule.alpha(t)
-    remasks = torch.ones(num_steps, dtype=torch.bool)
-    if strategy == 'loop':
-        remasks = ((t <= t_on) & (t > t_off))[:-1]
-        after = torch.where(t > t_off, alpha_on, 1 - t / t_off * (1 - alpha_on))
-        alpha = torch.where(t > t_on, (1 - t) / (1 - t_on) * alpha_on, after)
-    alpha[-1] = 1
-    sigma_max = torch.where(remasks, ((1 - alpha[1:]) / alpha[:-1]).clamp(max=1), 0)
+    as in cap, and rises to 1 from t_off on."""
+    require(t_off <= t_on, f't_on={t_on}, t_off={t_off}: t_off must not be above t_on')
+    if eta is None:
+        eta = dict(cap=0.008, rescale=0.015, conf=1.0, loop=0.02)[strategy]
+    alpha, sigmas = remdm_schedule(b, num_steps, strategy, eta, t_on, t_off, alpha_on)
     if strategy == 'conf':
         b.drawn_prob = torch.full(b.x.shape, torch.inf, dtype=torch.float64)
-
     for rows, step in b.steps(1 - alpha, to_the_end=True):
         alpha_t = alpha[step][:, None]
         alpha_s = alpha[step + 1][:, None]
-        sigma = sigma_max[step][:, None]
+        sigma = sigmas[step][:, None]
         masked = b.masked[rows]
         visible = b.is_open[rows] & ~masked
-        if strategy == 'conf':
+        if strategy == 'conf':  # 0 where it is masked
             weight = torch.where(visible, torch.exp(-b.drawn_prob[rows]), 0)
-            sigma = eta * sigma * weight / weight.sum(dim=1, keepdim=True).clamp(min=1e-300)
-            unmask_prob = (alpha_s - alpha_t) / (1 - alpha_t)  # sigma is 0 where it is masked
-        else:
-            sigma = eta * sigma if strategy == 'rescale' else sigma.clamp(max=eta)
-            unmask_prob = (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t)
+            sigma = sigma * weight / weight.sum(dim=1, keepdim=True).clamp(min=1e-300)
         u = b.uniforms(rows, step)
-        b.unmask(masked & (u < unmask_prob))
+        b.unmask(masked & (u < (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t)))
         b.remask(visible & (u < sigma))
+
+
+def remdm_schedule(b, num_steps, strategy, eta, t_on, t_off, alpha_on):
+    """alpha (S + 1,) before each step and at the end; sigma (S,) without the softmax of 'conf'."""
+    t = grid(1, 0, num_steps)
+    alpha = b.schedule.alpha(t)
+    if strategy == 'loop':
+        alpha = torch.where(t > t_off, alpha_on, 1 - t / t_off * (1 - alpha_on))
+        alpha = torch.where(t > t_on, (1 - t) / (1 - t_on) * alpha_on, alpha)
+    alpha[-1] = 1
+    sigma = ((1 - alpha[1:]) / alpha[:-1].clamp(min=1e-300)).clamp(max=1)
+    sigma = eta * sigma if strategy in ('rescale', 'conf') else sigma.clamp(max=eta)
+    if strategy == 'loop':
+        sigma[(t > t_on)[:-1] | (t <= t_off)[:-1]] = 0
+    return alpha, sigma
 
 
 @sampler_for('x0')
 def first_hitting(b, num_steps):
     """One token at a time at exactly drawn hitting times (Zheng et al., algorithm 1), the limit of
     `ancestral` for infinitely many steps. num_steps plays no part."""
-    u = torch.where(b.masked, b.uniforms(torch.arange(len(b.x))), -1)
+    u = torch.where(b.masked, b.uniforms(), -1)
     order = u.argsort(dim=1, descending=True)
     mask_prob_1 = 1 - b.schedule.alpha(torch.ones((), dtype=torch.float64))
     mask_prob = u.gather(1, order).clamp(min=1e-9) * mask_prob_1  # (n, L), at each hitting time
@@ -482,19 +466,15 @@ def first_hitting(b, num_steps):
 @sampler_for('next token')
 def ar(
     b, num_steps,
-    eos_id=None,  # the id that ends a row; None: the tokenizer's; -1: none
+    eos_id=None,  # [int >= -1] the id that ends a row; None: the tokenizer's; -1: none
 ):
-    """Token after token from a causal net with a key/value cache. A row ends with the first eos_id
-    it draws (None or -1: at its length). num_steps plays no part."""
+    """Token after token from a causal net with a key/value cache. num_steps plays no part."""
     V = b.net.config.vocab_size
-    is_id = eos_id is None or type(eos_id) is int and -1 <= eos_id < V
-    require(is_id, f'eos_id={eos_id!r}: it must be an id below {V}, or -1')
-    require(
-        (b.prompt_length > 0).all(),
-        'a causal net begins with a token: give a prompt (or a net that names its tokenizer)')
-    require(
-        (b.is_open.sum(dim=1) == b.length - b.prompt_length).all(),
-        'a causal net goes on after a prompt; it cannot fill in a template')
+    require(eos_id is None or eos_id < V, f'eos_id={eos_id}: it must be an id below {V}, or -1')
+    require((b.prompt_length > 0).all(),
+            'a causal net begins with a token: give a prompt (or a net that names its tokenizer)')
+    require((b.is_open.sum(dim=1) == b.length - b.prompt_length).all(),
+            'a causal net goes on after a prompt; it cannot fill in a template')
     cache = KVCache(len(b.rows), b.x.size(1))
     for rows, step in b.steps(torch.ones(b.x.size(1))):
         col = b.prompt_length[rows] + step
@@ -517,8 +497,7 @@ def draw(logits, u, mask_id, temperature=1.0, top_k=0, top_p=1.0, dtype=torch.fl
 
     dtype float32: MDLM's released arithmetic, argmax p / (1e-10 - log(u + 1e-10)) with a float32
     uniform a token. No such uniform lies above 1 - 2^-24, so that improbable tokens are drawn too
-    seldom: generative perplexity and entropy come out lower, as at a lower temperature (Zheng et
-    al. 2024)."""
+    seldom, as at a lower temperature (Zheng et al. 2024)."""
     logits = without_mask(logits.to(u.device), mask_id)
     if temperature == 0:
         highest, ids = logits.max(dim=-1)
@@ -561,9 +540,9 @@ def float32_uniforms(u, n):
 
 
 def without_mask(logits, mask_id):
-    """logits (N, V), changed in place to give the mask no probability (None: there is no mask)."""
+    """logits (..., V), changed in place to give the mask no probability (None: there is none)."""
     if mask_id is not None:
-        logits[:, mask_id] = -torch.inf
+        logits[..., mask_id] = -torch.inf
     return logits
 
 
@@ -625,14 +604,13 @@ def transition(net, xt, sigma, dsigma):
     """What each position of xt (B, L) turns into when the noise sigma (B,) falls by dsigma (B,),
     (B, L, V) unnormalised (SEDD, theorem 4.2): the mask keeps what remains of 1, which of a learned
     score may be negative."""
-    row, col = (xt == net.config.mask_id).nonzero(as_tuple=True)
-    logits = net.head(net.trunk(xt, sigma)[row, col])
+    V, mask_id = net.config.vocab_size, net.config.mask_id
+    logits = net(xt, sigma)
     ratio = torch.expm1(float64(dsigma)) / torch.expm1(float64(sigma))
-    masked = relative_score(net, float64(logits)) * ratio[row, None]
-    masked[:, net.config.mask_id] = 1 - masked.sum(dim=-1)
-    probs = F.one_hot(xt, net.config.vocab_size).to(logits.dtype)
-    probs[row, col] = masked.to(probs.dtype)
-    return probs
+    masked = relative_score(net, float64(logits)) * ratio[:, None, None]
+    masked[..., mask_id] = 1 - masked.sum(dim=-1)
+    is_masked = (xt == mask_id)[..., None]
+    return torch.where(is_masked, masked, F.one_hot(xt, V)).to(logits.dtype)
 
 
 def analytic_probs(net, xt, t, dt):
@@ -650,72 +628,76 @@ def denoiser_probs(net, xt, t):
 
 
 # -----------------------------------------------------------------------------
-# the rows of a call. What makes the samplers fast is here: skip at first reading
+# the rows of a call
 
 
+@dataclass(eq=False)
 class Batch:
     """The n rows of a call of generate(). At most batch_size of them, `rows` (A,), are in work; one
-    that is finished makes room for the next. The ids x (n, L) are on the net's device, all else on
-    the CPU, so that what is masked is known without asking a GPU."""
+    that is finished makes room for the next. x is on the net's device, all else on the CPU, so that
+    what is masked is known without asking a GPU. A step of a sampler
 
-    def __init__(
-        self, net, x, is_open, length, keys, batch_size, schedule, cfg_scale, draw_options,
-        on_change=None, on_finish=None, compile=False, progress=False,
-    ):
-        n = len(x)
-        self.net = net
-        self.predicts = OBJECTIVES[net.config.objective].predicts
-        self.schedule = schedule
-        self.cfg_scale = cfg_scale
-        self.draw_options = draw_options
-        self.on_change = on_change
-        self.on_finish = on_finish
-        self.device = next(net.parameters()).device
+        reads        masked, num_masked, is_open, length, prompt_length of the rows, and uniforms()
+        asks the net by score(), draw(), token_prob() or total_score(), at most once
+        changes      the rows by unmask(), remask(), end()."""
+    net: torch.nn.Module
+    x: torch.Tensor        # (n, L) ids
+    is_open: torch.Tensor  # (n, L) bool: it was not given
+    length: torch.Tensor   # (n,) tokens
+    keys: np.ndarray       # (n,) uint64, of the random numbers
+    batch_size: int
+    schedule: Schedule
+    cfg_scale: float
+    draw_options: dict     # of draw()
+    on_change: Callable
+    on_finish: Callable
+    compile: bool
+    progress: bool
+
+    def __post_init__(self):
+        n, L = self.x.shape
+        self.predicts = OBJECTIVES[self.net.config.objective].predicts
+        self.device = next(self.net.parameters()).device
         self.draw_device = self.device
         if self.device.type == 'mps':  # it has no float64
             self.draw_device = torch.device('cpu')
-        narrow = next(net.parameters()).element_size() == 2
-        amp = torch.is_autocast_enabled(self.device.type)
-        self.grid = 0.25 if narrow or amp else 2 ** -12  # of log odds, see `rounded`
-        self.x = x.to(self.device)
-        self.is_open = is_open
-        self.hidden_by_guidance = ~is_open
-        self.masked = is_open.clone()
-        self.num_masked = is_open.sum(dim=1)
-        self.length = length
-        self.prompt_length = torch.where(is_open.any(dim=1), is_open.int().argmax(dim=1), length)
-        self.keys = keys
+        self.x = self.x.to(self.device)
+        self.masked = self.is_open.clone()
+        self.num_masked = self.is_open.sum(dim=1)
+        first = self.is_open.int().argmax(dim=1)
+        self.prompt_length = torch.where(self.num_masked > 0, first, self.length)
         self.step = torch.zeros(n, dtype=torch.int64)
-        self.start = torch.zeros(n, dtype=torch.int64)  # of the window that the net sees
         self.nfe = torch.zeros(n, dtype=torch.int64)
-        self.mask_prob = torch.ones(n, dtype=torch.float64)  # what a time-conditioned net is told
-        self.reveal_step = torch.full(x.shape, -1)
+        self.reveal_step = torch.full((n, L), -1)
         self.drawn_prob = None  # a sampler may ask for it: (n, L), of each token when it was drawn
-        self.saw_non_finite = torch.zeros((), dtype=torch.bool, device=self.draw_device)
         self.asked = None  # in a step that has asked the net: row, col, h, ids drawn or None
+        # what the net is shown
+        self.start = torch.zeros(n, dtype=torch.int64)  # of a row's window
+        self.mask_prob = torch.ones(n, dtype=torch.float64)  # if it is time-conditioned
+        self.hidden_by_guidance = ~self.is_open
+        self.run_trunk = self.compile_trunk() if self.compile else self.net.trunk
+        self.saw_non_finite = torch.zeros((), dtype=torch.bool, device=self.draw_device)
+        # the rows in work and those that wait
         queue = self.num_masked.nonzero().squeeze(1)
-        self.rows = queue[:min(batch_size, n)]
+        self.rows = queue[:min(self.batch_size, n)]
         self.queue = queue[len(self.rows):]
         self.slots = torch.arange(len(self.rows))  # the place of each row in the step before
         self.entered = torch.ones(len(self.rows), dtype=torch.bool)
-        self.run_trunk = self.compile_trunk() if compile else net.trunk
-        self.bar = tqdm(
-            total=int(self.num_masked.sum()), unit=' tokens', desc='sampling', disable=not progress)
-        if on_change:
-            rows, cols = (torch.arange(x.size(1)) < length[:, None]).nonzero(as_tuple=True)
-            ids = torch.where(is_open, -1, x)[rows, cols]
-            on_change(rows, cols, ids, torch.ones(len(rows)), torch.full_like(rows, -1))
+        self.bar = tqdm(total=int(self.num_masked.sum()), unit=' tokens', desc='sampling',
+                        disable=not self.progress)
+        if self.on_change:
+            rows, cols = (torch.arange(L) < self.length[:, None]).nonzero(as_tuple=True)
+            ids = torch.where(self.is_open, -1, self.x.cpu())[rows, cols]
+            self.on_change(rows, cols, ids, torch.ones(len(rows)), torch.full_like(rows, -1))
         self.report((self.num_masked == 0).nonzero().squeeze(1))
-
-    # what samplers use
 
     def steps(self, mask_prob, plan=None, start=None, to_the_end=False):
         """Yield the rows in work and the step each takes now, both (A,), until all are finished.
 
         mask_prob (S + 1,) or (n, S + 1): the probability of a mask before each of S steps, and at
         the end. plan (n, L): the step of each position; steps that unmask nothing are skipped.
-        start: where the net's window begins, at most. to_the_end: a row takes all S steps, even if
-        nothing is masked. Raises ValueError where a row has masks left after its last step."""
+        start (S,): where the net's window begins, at most. to_the_end: a row takes all S steps,
+        even if nothing is masked. Raises ValueError where masks are left after the last step."""
         never = torch.iinfo(torch.int64).max
         last = mask_prob.size(-1) - 1
         mask_prob = mask_prob.expand(len(self.x), -1)
@@ -724,8 +706,7 @@ class Batch:
             if plan is not None:
                 self.step[rows] = torch.where(self.masked[rows], plan[rows], never).amin(dim=1)
             step = self.step[rows]
-            left = int(step.max()) >= mask_prob.size(1)
-            require(not left, 'the sampler left masks after its last step')
+            require(step.max() <= last, 'the sampler left masks after its last step')
             self.mask_prob[rows] = mask_prob[rows, step].double()
             if start is not None:
                 end = (self.length[rows] - self.net.config.block_size).clamp(min=0)
@@ -752,22 +733,24 @@ class Batch:
         return self.ask(candidates, scores)
 
     def draw(self, candidates):
-        """Draw a token at each candidate (A, L) bool, for `unmask` to put there -> the table (A, L)
-        of the probabilities that the net gives them, whatever the temperature; -inf elsewhere."""
+        """Draw a token at each candidate, for `unmask` to put there. As `score`, of the probability
+        that the net gives it, whatever the temperature."""
         def probs_and_ids(logits, u):
             ids, _ = self.draw_from(logits, u)
             return probability(logits, ids), ids
         return self.ask(candidates, probs_and_ids, draws=True)
 
     def rounded(self, scores, highest=1.0):
-        """Scores (A, L) up to `highest`, for a choice among them: on a grid of log odds (of the log
-        of the distance to 0, where that is the highest) that is coarser than the net's rounding and
-        begins at each row's best. Equal logits are equal whatever stands beside the row."""
+        """Scores (A, L) for a choice among them: on a grid of log odds (where the highest is 0, of
+        the log of the distance to it) that is coarser than the net's rounding and begins at each
+        row's best. Equal logits are equal whatever stands beside the row."""
         far = (highest - scores).clamp(min=1e-300).log()
         if highest:
             far -= scores.clamp(min=1e-12).log()
         far.nan_to_num_(nan=-1000, posinf=torch.inf)  # NaN is chosen first: it ends the sampling
-        steps = (far - far.amin(dim=1, keepdim=True)) / self.grid
+        narrow = next(self.net.parameters()).element_size() == 2
+        narrow = narrow or torch.is_autocast_enabled(self.device.type)
+        steps = (far - far.amin(dim=1, keepdim=True)) / (0.25 if narrow else 2 ** -12)
         return -steps.round().nan_to_num_(nan=torch.inf, posinf=torch.inf)
 
     def unmask(self, chosen, h=None):
@@ -785,14 +768,15 @@ class Batch:
         u = self.uniforms_of_tokens(rows, cols) if ids is None else None
         if h is None:
             h = self.hidden_states(rows, cols)
-        elif len(kept) < len(row):
+        else:
             kept = sent(kept, self.device)
             h = h[kept]
-            ids = None if ids is None else ids[kept.to(ids.device)]
         if ids is None:
             ids, probs = self.from_logits(h, self.draw_from, u)
             if self.drawn_prob is not None:
                 self.drawn_prob[rows, cols] = probs.cpu()
+        else:
+            ids = ids[kept.to(ids.device)]
         self.saw_non_finite |= (ids < 0).any()
         self.put(rows, cols, at, ids.clamp(min=0).to(self.device), masked=False)
         self.reveal_step[rows, cols] = self.step[rows]
@@ -819,23 +803,28 @@ class Batch:
     def tokens(self, rows, cols):
         return self.x.view(-1)[self.place(rows, cols)]
 
-    def uniforms(self, rows, step=0):
-        """Uniforms (A, L) float64 that decide when, of all positions of rows (A,)."""
+    def token_prob(self, candidates):
+        """The probability that a d3pm net gives all tokens together, as `score`."""
+        mask_id = self.net.config.mask_id
+        return self.score(
+            candidates, lambda logits: 1 - logits.double().softmax(dim=-1)[:, mask_id])
+
+    def total_score(self, candidates):
+        """The sum of the concrete scores, times e^sigma - 1, as `score`."""
+        return self.score(
+            candidates, lambda logits: relative_score(self.net, logits.double()).sum(dim=-1))
+
+    def uniforms(self, rows=None, step=0):
+        """Uniforms (A, L) float64 that decide when, of all positions of rows (A,); None: all."""
+        rows = torch.arange(len(self.x)) if rows is None else rows
         step = torch.as_tensor(step).view(-1, 1)
         return self.hashed(rows[:, None], torch.arange(self.x.size(1)), step, 0)
 
-    def not_the_mask(self, logits):
-        """The probability that a d3pm net gives all tokens together, (N,)."""
-        return 1 - logits.double().softmax(dim=-1)[:, self.net.config.mask_id]
-
-    def total_score(self, logits):
-        return relative_score(self.net, logits.double()).sum(dim=-1)
-
-    # how it is done
+    # ---- how it is done: skip at first reading
 
     def place(self, rows, cols):
-        """Where (rows, cols) stand in x, on the device. Made before the net is called: a copy that
-        waits for nothing, as that of all else a step needs."""
+        """Where (rows, cols) stand in x, on the device. Copied, as all else that a step needs,
+        before the net is called: so it waits for nothing."""
         return sent(rows * self.x.size(1) + cols, self.device)
 
     def put(self, rows, cols, at, ids, masked):
@@ -916,9 +905,8 @@ class Batch:
         A = len(active)
         source = torch.cat((torch.arange(A), guided))  # of each row that the net sees
         index = row[:, None]
-        if len(guided):
-            partner = torch.arange(A)  # a row without anything given is its own
-            partner[guided] = A + torch.arange(len(guided))
+        if len(guided):  # a row without anything given is its own partner
+            partner = torch.arange(A).index_copy(0, guided, torch.arange(A, len(source)))
             index = torch.stack((row, partner[row]), dim=1)  # (N, 2)
         index = sent(index * width + (cols - start[row])[:, None], self.device)
         sigma = torch.zeros(len(source), device=self.device)
@@ -927,8 +915,7 @@ class Batch:
             sigma = sent(self.schedule.conditioning_at(mask_prob).float(), self.device)
         x = self.tokens(active[source, None], window[source])
         if len(guided):
-            hidden = given[source]
-            hidden[:A] = False
+            hidden = given[source] & (torch.arange(len(source)) >= A)[:, None]
             x = x.masked_fill(sent(hidden, self.device), config.mask_id)
         everywhere = attention_mask.all()
         attention_mask = None if everywhere else sent(attention_mask[source], self.device)
@@ -937,18 +924,17 @@ class Batch:
     def run_in_chunks(self, x, sigma, attention_mask):
         """The trunk over x (B, W); on a CPU a few rows at a time, to stay in its cache."""
         size = max(1, 1024 // x.size(1)) if self.device.type == 'cpu' else len(x)
-        parts = []
-        for i in range(0, len(x), size):
-            mask = None if attention_mask is None else attention_mask[i:i + size]
-            parts.append(self.run_trunk(x[i:i + size], sigma[i:i + size], mask))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        chunks = [x.split(size), sigma.split(size)]
+        if attention_mask is not None:
+            chunks.append(attention_mask.split(size))
+        return torch.cat([self.run_trunk(*chunk) for chunk in zip(*chunks, strict=True)])
 
     def compile_trunk(self):
         """The compiled trunk, in few sizes: its last row fills a batch up to a power of 2."""
         options = dict(mode='reduce-overhead') if self.device.type == 'cuda' else {}
         compiled = torch.compile(self.net.trunk, dynamic=False, **options)
 
-        def run(x, sigma, attention_mask):
+        def run(x, sigma, attention_mask=None):
             size = 2 ** math.ceil(math.log2(len(x)))
             repeat = torch.arange(size, device=self.device).clamp(max=len(x) - 1)
             mask = None if attention_mask is None else attention_mask[repeat]
@@ -990,16 +976,17 @@ class Batch:
         return [torch.cat(parts) for parts in zip(*results, strict=True)]
 
 
+@dataclass(eq=False)
 class TextBatch(Batch):
     """Rows that take the tokens of a text (n, L) where others draw them. drawn_prob (n, L) holds
     the log probability of each as it was unmasked, 0 where it was given. Raises ValueError where a
     sampler lets chance or drawn tokens decide on positions."""
+    text: torch.Tensor
+    sampler: str
 
-    def __init__(self, text, sampler, *arguments):
-        super().__init__(*arguments)
-        self.text = text.cpu()
-        self.sampler = sampler
-        self.drawn_prob = torch.zeros(text.shape, dtype=torch.float64)
+    def __post_init__(self):
+        super().__post_init__()
+        self.drawn_prob = torch.zeros(self.text.shape, dtype=torch.float64)
 
     def uniforms_of_tokens(self, rows, cols):
         return sent(self.text[rows, cols], self.draw_device)
@@ -1009,7 +996,7 @@ class TextBatch(Batch):
         logit = logits.gather(1, ids[:, None]).squeeze(1)
         return ids, (logit - highest).double() - others.log1p()
 
-    def uniforms(self, rows, step=0):
+    def uniforms(self, rows=None, step=0):
         raise ValueError(
             f"sampler '{self.sampler}', with its options, chooses positions by chance or by tokens "
             'that it draws: it gives no exact likelihood, as fixed, greedy and low_confidence do '
@@ -1022,125 +1009,74 @@ class TextBatch(Batch):
 # what a user gives: numbers, prompts, templates
 
 
-def is_number(value):
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def is_whole(value):
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
 def check_sampler(objective, name, options):
-    """Refuse a sampler that does not take the net, or options that are not its own."""
-    require(name in list(SAMPLERS),
-            f"sampler '{name}' is not known: choose from {', '.join(SAMPLERS)}")
+    """Refuse a sampler that does not take the net, and options that it has not or does not take."""
+    require_known('sampler ', name, SAMPLERS)
     predicts = OBJECTIVES[objective].predicts
     able = [other for other in SAMPLERS if predicts in TAKES[other]]
     takes = [key for key, record in OBJECTIVES.items() if record.predicts in TAKES[name]]
     require(name in able, f"sampler '{name}' takes nets of the objectives {', '.join(takes)}; for "
             f"this one, {objective}, there is {', '.join(able)}")
-    own = own_options(name)
-    for key in options:
+    own = options_of(SAMPLERS[name])
+    for key, value in options.items():
         require(key in own, f"{key} does not go with sampler '{name}', which has the options "
                 f"{', '.join(own) or '(none)'}")
+        check_spec(key, plain(value), *own[key])
+        checked(key, plain(value), own[key][0])
 
 
-def check_numbers(sampler, **values):
-    for name in ('num_samples', 'steps', 'top_k', 'batch_size', 'seed', 'first_row'):
-        require(is_whole(values[name]), f'{name}={values[name]!r}: it must be a whole number')
-    dtypes = ('float64', 'float32')
-    require(values['draw_dtype'] in dtypes,
-            f"draw_dtype='{values['draw_dtype']}' is not known: choose from {', '.join(dtypes)}")
-    for name, least, most, needed in (
-        ('num_samples', 1, 10 ** 8, 'at least 1, and at most 100 million'),
-        ('batch_size', 1, math.inf, 'at least 1'),
-        ('steps', 1, 10 ** 8, 'at least 1, and at most 100 million'),
-        ('seed', -2 ** 63, 2 ** 64 - 1, 'in -2^63 ... 2^64 - 1'),
-        ('first_row', 0, 2 ** 62, '0 or more, and at most 2^62'),
-        ('top_k', 0, 2 ** 62, '0 (all tokens) or more, and at most 2^62'),
-        ('temperature', 0, sys.float_info.max, '0 or more, and finite'),
-        ('top_p', 5e-324, 1, 'above 0 and at most 1'),
-        ('cfg_scale', -1, sys.float_info.max, '-1 or more, and finite'),
+def check_numbers(values):
+    whole, real = numbers.Integral, numbers.Real
+    for name, kind, least, most, needed in (
+        ('num_samples', whole, 1, 10 ** 8, 'at least 1, and at most 100 million'),
+        ('steps', whole, 1, 10 ** 8, 'at least 1, and at most 100 million'),
+        ('batch_size', whole, 1, math.inf, 'at least 1'),
+        ('seed', whole, -2 ** 63, 2 ** 64 - 1, 'in -2^63 ... 2^64 - 1'),
+        ('first_row', whole, 0, 2 ** 62, '0 or more, and at most 2^62'),
+        ('top_k', whole, 0, 2 ** 62, '0 (all tokens) or more, and at most 2^62'),
+        ('temperature', real, 0, sys.float_info.max, '0 or more, and finite'),
+        ('top_p', real, 5e-324, 1, 'above 0 and at most 1'),
+        ('cfg_scale', real, -1, sys.float_info.max, '-1 or more, and finite'),
     ):
         value = values[name]
-        fits = is_number(value) and least <= value <= most
+        fits = isinstance(value, kind) and type(value) is not bool and least <= value <= most
+        if kind is whole:
+            value, needed = repr(value), f'a whole number, {needed}'
         require(fits, f'{name}={value}: it must be {needed}')
-    if sampler == 'ar':
-        require(not values['compile'], "compile=True: it must be False for sampler 'ar'")
-        require(not values['cfg_scale'],
-                f"cfg_scale={values['cfg_scale']}: it must be 0 for sampler 'ar'")
 
 
-def check_memory(num_samples, length, steps):
-    """Refuse what does not fit, before anything is drawn. length: a number, or of each row."""
-    lengths = plain(length)
-    lengths = lengths if isinstance(lengths, (list, tuple)) else [lengths]
-    longest = max(filter(is_whole, lengths), default=0)  # read_lengths refuses what is not whole
-    need = num_samples * longest * 100 + steps * 64  # bytes, about
+def check_memory(n, length, steps):
+    """Refuse n rows of a length that do not fit, before anything is drawn."""
+    need = n * length * 100 + steps * 64  # bytes, about
     free = free_memory(torch.device('cpu'))
     require(need < free,
-            f'num_samples={num_samples} of {longest} tokens in {steps} steps need about '
-            f'{need / 1e9:.1f} GB of memory, where {free / 1e9:.1f} GB are free: draw fewer '
-            'at a time, each time with another seed, or in fewer steps')
+            f'num_samples={n} of {length} tokens in {steps} steps need about {need / 1e9:.1f} GB '
+            f'of memory, where {free / 1e9:.1f} GB are free: draw fewer at a time')
 
 
-def check_confidence(confidence, other=None):
-    known = [other, *CONFIDENCE]
-    require(confidence in known,
-            f"confidence='{confidence}' is not known: choose from {', '.join(map(str, known))}")
-
-
-def check_single_threshold(single_threshold, confidence):
-    require(is_number(single_threshold) and 0 < single_threshold <= 1,
-            f'single_threshold={single_threshold}: it must be above 0 and at most 1')
+def check_thresholds(confidence, single_threshold, threshold=None, confidence_temperature=0.0):
     require(single_threshold == 1 or confidence in (None, 'top_prob', 'prob_diff'),
             f"single_threshold={single_threshold} goes with confidence 'top_prob' or 'prob_diff', "
             f"not '{confidence}'")
-
-
-def check_fixed(confidence, confidence_temperature, threshold, single_threshold):
-    check_confidence(confidence, 'uniform')
-    check_single_threshold(single_threshold, confidence)
-    require(is_number(confidence_temperature) and 0 <= confidence_temperature < math.inf,
-            f'confidence_temperature={confidence_temperature}: it must be 0 or more, and finite')
-    require(threshold is None or is_number(threshold) and 0 < threshold < math.inf,
-            f'threshold={threshold}: it must be above 0')
+    require(single_threshold == 1 or threshold is None and not confidence_temperature,
+            'single_threshold goes without threshold and confidence_temperature')
     require(threshold is None or confidence != 'uniform' and not confidence_temperature,
             "threshold goes with confidence 'top_prob', 'prob_diff' or 'entropy', and without "
             'confidence_temperature')
-    require(single_threshold == 1 or threshold is None and not confidence_temperature,
-            'single_threshold goes without threshold and confidence_temperature')
-
-
-def check_remdm(etas, strategy, eta, t_on, t_off, alpha_on):
-    require(strategy in list(etas),
-            f"strategy='{strategy}' is not known: choose from {', '.join(etas)}")
-    values = dict(eta=0 if eta is None else eta, t_on=t_on, t_off=t_off, alpha_on=alpha_on)
-    for name, value in values.items():
-        require(is_number(value) and 0 <= value <= 1, f'{name}={value}: it must be in 0 ... 1')
-    require(0 < t_off <= t_on < 1 and alpha_on > 0, f't_on={t_on}, t_off={t_off}, '
-            f'alpha_on={alpha_on}: 0 < t_off <= t_on < 1 and alpha_on above 0 are needed')
 
 
 def tokenizer_of(net):
     """The tokenizer that net.tokenizer names. Raises ValueError unless its ids are the net's."""
     tok, config = get_tokenizer(**net.tokenizer), net.config
-    theirs = dict(vocab_size=config.vocab_size, mask_id=config.mask_id, pad_id=config.pad_id)
+    theirs = dict(vocab_size=config.vocab_size, mask_id=config.mask_id)
     if config.mask_id is None:  # the tokenizer's is the id after the last of the net
-        theirs |= dict(vocab_size=config.vocab_size + 1, mask_id=config.vocab_size)
-    if config.pad_id is None:
-        del theirs['pad_id']
+        theirs = dict(vocab_size=config.vocab_size + 1, mask_id=config.vocab_size)
+    if config.pad_id is not None:
+        theirs['pad_id'] = config.pad_id
     ours = {key: getattr(tok, key) for key in theirs}
     require(ours == theirs, f"tokenizer '{tok.name}' has {ours}, the net {theirs}: "
             'give the one it was trained with')
     return tok
-
-
-def padding_of(net):
-    """The id after the end of a row that is shorter than others."""
-    if net.config.pad_id is not None:
-        return net.config.pad_id
-    return get_tokenizer(**net.tokenizer).pad_id if net.tokenizer else 0
 
 
 def plain(value):
@@ -1151,16 +1087,15 @@ def plain(value):
 def text_to_ids(net, name, text, longest):
     """Text of a prompt or a template (`name`) -> ids, -1 where the template is open."""
     require(net.tokenizer, f'the source of the weights names no tokenizer: give the {name} as ids '
-            '(IDS:5,6,7 on the command line), or name the one it was trained with')
+            '(on the command line IDS:5,6,7), or --tokenizer')
     require(not re.search('[\ud800-\udfff]', text), f'{name}={text!r}: it is not valid UTF-8 text')
     tok = get_tokenizer(**net.tokenizer)
     pieces = [text]
     if name == 'template':  # text, number, text, number, ..., text
         pieces = re.split(r'<\|mask(?::([1-9]\d{0,7}))?\|>', text)
         others = re.search(r'<\|?mask\b|\[mask\]', ' '.join(pieces[::2]), re.I)
-        good = len(pieces) > 1 and not others
-        require(good, f'{name}={text!r}: open tokens are written <|mask|> or <|mask:20|>, and at '
-                'least one is needed')
+        require(len(pieces) > 1 and not others, f'{name}={text!r}: open tokens are written '
+                '<|mask|> or <|mask:20|>, and at least one is needed')
     ids = [tok.bos_id] if net.constants.get('prompt_bos') else []  # as SMDM's tokenizer does
     for i, piece in enumerate(pieces):
         if i % 2 == 0:
@@ -1183,48 +1118,61 @@ def id_rows(net, name, value, n, longest):
         rows = [rows]
     require(len(rows) in (1, n),
             f'{name} has {len(rows)} rows: 1, for all, or num_samples={n} are needed')
+    V, mask_id = net.config.vocab_size, net.config.mask_id
     for row in rows:
         require(isinstance(row, (list, tuple)), f'{name} holds {row!r} beside rows of ids')
         for i in row:
-            require(type(i) is int, f'{name} holds {i!r}, which is no id')
+            is_hole = name == 'template' and i in (-1, mask_id)
+            if type(i) is not int or not (is_hole or 0 <= i < V and i != mask_id):
+                raise ValueError(
+                    f'the {name} holds {i!r}, which is no id, or an id that is not a token: ids '
+                    f'are 0 ... {V - 1}, without the mask {mask_id}')
     return rows
 
 
-def lay_out(net, n, length, prompt, template, bos_id, longest):
+def read_lengths(length, n, longest, block_size):
+    """The tokens of all rows [L], or of each, from a number or n of them."""
+    lengths = plain(length)
+    lengths = lengths if isinstance(lengths, (list, tuple)) else [lengths]
+    whole = all(
+        isinstance(L, numbers.Integral) and type(L) is not bool and L >= 1 for L in lengths)
+    require(len(lengths) in (1, n) and whole, f'length={length!r}: a whole number of at least 1 is '
+            f'needed, for all rows or for each of num_samples={n}')
+    hint = ", the net's block_size (sampler 'semi_ar' goes further)"
+    require(max(lengths) <= longest, f'length={max(lengths)}: it must be 1 to {longest}'
+            f'{hint if longest == block_size else ""}')
+    return lengths
+
+
+def lay_out(net, n, length, prompt, template, bos_id, longest, steps):
     """The start: ids x (n, L), which are open (n, L) bool, and the lengths of the rows (n,).
     bos_id: what a row without a prompt begins with, or None; longest: the most tokens of a row."""
-    config = net.config
-    prompt = plain(prompt)
-    template = plain(template)
-    nothing = (None, '', [], ())
-    require(prompt in nothing or template in nothing,
+    mask_id = net.config.mask_id
+    given = dict(prompt=plain(prompt), template=plain(template))
+    given = {name: value for name, value in given.items() if value not in (None, '', [], ())}
+    require(len(given) < 2,
             'give a prompt or a template, not both: a template may begin with the prompt')
-    fills_in = template not in nothing
-    name = 'template' if fills_in else 'prompt'
-    given = template if fills_in else prompt
-    rows = id_rows(net, name, [] if given in nothing else given, n, longest)
+    name, value = given.popitem() if given else ('prompt', [])
+    rows = id_rows(net, name, value, n, longest)
     if bos_id is not None:
         rows = [row or [bos_id] for row in rows]
     if length is None:
-        length = [len(row) for row in rows] if fills_in else config.block_size
-    lengths = read_lengths(length, n, longest, config.block_size)
+        length = net.config.block_size
+        if name == 'template':
+            length = [len(row) for row in rows]
+    lengths = read_lengths(length, n, longest, net.config.block_size)
+    L = max(lengths)
+    check_memory(n, L, steps)
 
-    holes = (-1, config.mask_id) if fills_in else ()
-    for i, L in enumerate(lengths.tolist()):
-        row = rows[i if len(rows) > 1 else 0]
-        require(not fills_in or len(row) == L,
-                f'the template has {len(row)} tokens, the length is {L}: they must be the same')
-        require(len(row) <= L, f'the prompt has {len(row)} tokens, more than the length of {L}')
-    for row in rows:
-        for i in row:
-            is_token = 0 <= i < config.vocab_size and i != config.mask_id
-            require(is_token or i in holes,
-                    f'the {name} holds {i}, an id that is not a token: ids are 0 ... '
-                    f'{config.vocab_size - 1}, without the mask {config.mask_id}')
-    L = int(lengths.max())
-    ids = torch.tensor([[*row, *[-1] * (L - len(row))] for row in rows]).expand(n, L)
-    hole = (ids == -1) | (ids == (-1 if config.mask_id is None else config.mask_id))
-    x = torch.where(hole, config.mask_id or 0, ids)
+    lengths = torch.tensor(lengths).repeat(n // len(lengths))
+    for i, length in enumerate(lengths.tolist()):
+        size = len(rows[i if len(rows) > 1 else 0])
+        require(name == 'prompt' or size == length,
+                f'the template has {size} tokens, the length is {length}')
+        require(size <= length, f'the prompt has {size} tokens, more than the length of {length}')
+    x = torch.tensor([[*row, *[-1] * (L - len(row))] for row in rows]).expand(n, L)
+    hole = (x == -1) | (x == (-1 if mask_id is None else mask_id))
+    x = torch.where(hole, mask_id or 0, x)
     return x, hole & (torch.arange(L) < lengths[:, None]), lengths
 
 
@@ -1240,21 +1188,6 @@ def text_of(net, text, is_open):
     good = (ids >= 0) & (ids < net.config.vocab_size) & (ids != mask_id)
     require(good.all(), f'text holds an id that is not a token of {net.config.vocab_size}')
     return text
-
-
-def read_lengths(length, n, longest, block_size):
-    """The tokens of each row (n,), from a number or n of them."""
-    lengths = plain(length)
-    if not isinstance(lengths, (list, tuple)):
-        lengths = [lengths]
-    whole = all(is_whole(value) and value >= 1 for value in lengths)
-    require(len(lengths) in (1, n) and whole, f'length={length!r}: a whole number of at least 1 is '
-            f'needed, for all rows or for each of num_samples={n}')
-    hint = ''
-    if longest == block_size:
-        hint = ", the net's block_size (sampler 'semi_ar' goes further)"
-    require(max(lengths) <= longest, f'length={max(lengths)}: it must be 1 to {longest}{hint}')
-    return torch.tensor(lengths).expand(n).clone()
 
 
 # -----------------------------------------------------------------------------
@@ -1284,26 +1217,23 @@ def spelling(tok, ids):
         return [None if i is None else f'{i} ' for i in ids]
     texts = []
     while len(texts) < len(ids):
-        begin = len(texts)
-        if ids[begin] is None:
-            texts.append(None)
-            continue
-        ends = [end for end in range(begin + 1, min(begin + 4, len(ids)) + 1)
-                if None not in ids[begin:end]]
-        whole = (end for end in ends if '\ufffd' not in tok.decode(ids[begin:end]))
-        end = next(whole, begin + 1)
-        texts += [tok.decode(ids[begin:end])] + [''] * (end - begin - 1)
+        rest = ids[len(texts):len(texts) + 4]
+        if None in rest:
+            rest = rest[:rest.index(None)]
+        sizes = (n for n in range(1, len(rest) + 1) if '\ufffd' not in tok.decode(rest[:n]))
+        n = next(sizes, 1)
+        texts += [tok.decode(rest[:n]) if rest else None] + [''] * (n - 1)
     return texts
 
 
 class Terminal:
-    """Shows a row as it fills in: redrawn in place in a terminal, else printed a few times."""
+    """Shows a row as it fills in: on a screen of its own in a terminal, which the end leaves, else
+    printed each time another eighth is there."""
 
     def __init__(self, spell):
         self.spell = spell  # ids -> texts
         self.live = sys.stdout.isatty()
         self.drawn = 0      # events on show
-        self.height = 0     # lines on show
         self.eighths = 0    # of the open tokens
         self.when = 0.0     # seconds
 
@@ -1314,43 +1244,25 @@ class Terminal:
         num_open = sum(i is None for step, _, i, _ in events if step < 0)
         filled = num_open - ids.count(None)
         eighths = 8 * filled // max(num_open, 1)
-        head = f'step {events[-1][0] + 1}, {filled} of {num_open} tokens'
-        if self.live:
-            fresh = {col for _, col, _, _ in events[self.drawn:] if not end}
-            self.redraw(head, self.spell(ids), fresh, end)
-        elif eighths > self.eighths or end and self.drawn < len(events):
-            tokens = ['_' if token is None else token for token in self.spell(ids)]
-            print(f'--- {head}', ''.join(tokens), sep='\n', flush=True)
-        else:
+        if not (self.live or eighths > self.eighths or end and self.drawn < len(events)):
             return
+        fresh = {col for _, col, _, _ in events[self.drawn:] if self.live and not end}
+        text = ''
+        for col, token in enumerate(self.spell(ids)):
+            if token is None:
+                text += '░' if self.live else '_'
+                continue
+            token = ''.join(c if c.isprintable() or c in '\n\t' else ' ' for c in token)
+            text += f'\x1b[1;32m{token}\x1b[m' if col in fresh else token
+        head = f'--- step {events[-1][0] + 1}, {filled} of {num_open} tokens'
+        if self.live:  # the head below the text, where it stays in sight
+            screen = '\x1b[?1049l\r\x1b[J' if end else '\x1b[?1049h\x1b[H\x1b[J'
+            print(f'{screen}{text}\n\x1b[7m{head}\x1b[m', end='\n' * end, flush=True)
+        else:
+            print(head, text, sep='\n', flush=True)
         self.drawn = len(events)
         self.eighths = max(eighths, self.eighths)
         self.when = time.time()
-
-    def redraw(self, head, tokens, fresh, end):
-        columns, rows = shutil.get_terminal_size()
-        lines = ['']
-        width = 0
-        for col, token in enumerate(tokens):
-            style = '\x1b[m'
-            if token is None:
-                style += '\x1b[2m'
-            elif col in fresh:
-                style += '\x1b[1;32m'
-            lines[-1] += style
-            for c in '░' if token is None else token.replace('\t', '    '):
-                cells = 1 + (unicodedata.east_asian_width(c) in 'WF')
-                if c == '\n' or width + cells >= columns:  # wrapped here: the height must be known
-                    lines.append(style)
-                    width = 0
-                if c != '\n':
-                    lines[-1] += c if c.isprintable() else ' '
-                    width += cells
-        lines = lines if end else lines[-max(1, rows - 2):]  # not over what has scrolled away
-        up = f'\x1b[{self.height}A' if self.height else ''
-        lines.insert(0, f'{up}\r\x1b[J\x1b[7m{head[:columns]}\x1b[m')
-        print('\n'.join(lines) + '\x1b[m', flush=True)
-        self.height = len(lines)
 
 
 PAGE = r"""<!doctype html>
@@ -1366,7 +1278,7 @@ header { position: sticky; top: 0; background: canvas; padding-bottom: .5rem }
 .given { border-bottom: 2px solid var(--accent); font-weight: 600 }
 .fresh { outline: 2px solid var(--accent) }
 </style>
-<header><input id="at" type="range" aria-label="step"><button id="play">Play</button>
+<header><input id="at" type="range" aria-label="step"><button id="play" autofocus>Play</button>
 <label>sample <select id="which"></select></label>
 <label>colour <select id="colour"><option value="when">time: first to last</option>
 <option value="sure">confidence: 0 to 1</option></select></label>
@@ -1382,21 +1294,22 @@ function choose(k) {
   sample = data.samples[k]
   steps = [...new Set(sample.events.map(([step]) => step))]
   $('at').max = steps.length
-  $('text').replaceChildren(...sample.given.map(() => document.createElement('span')))
   show(steps.length)
 }
 function show(n) {  // what there is after n of the steps
   const last = n ? steps[n - 1] : -1, tokens = sample.given.map(text => ({ text }))
   for (const [step, at, text, sure] of sample.events)
     if (step <= last) tokens[at] = text === null ? { text } : { text, step, sure }
-  tokens.forEach(({ text, step, sure }, i) => {
-    const span = $('text').children[i], drawn = step !== undefined
-    span.className = text === null ? 'mask' : !drawn ? 'given'
-      : step === last && n < steps.length ? 'fresh' : ''
+  $('text').replaceChildren(...tokens.map(({ text, step, sure }) => {
+    const span = document.createElement('span')
     span.textContent = text === null ? '\u2007\u2007' : text.replace(/\n/g, '\u21b5\n')
-    span.style.background = drawn ? tint(byTime() ? step / Math.max(1, steps.at(-1)) : sure) : ''
-    span.title = drawn ? `step ${step + 1}, probability ${sure.toFixed(3)}` : ''
-  })
+    span.className = text === null ? 'mask' : step === undefined ? 'given' : ''
+    if (step === undefined) return span
+    if (step === last && n < steps.length) span.className = 'fresh'
+    span.style.background = tint(byTime() ? step / Math.max(1, steps.at(-1)) : sure)
+    span.title = `step ${step + 1}, probability ${sure.toFixed(3)}`
+    return span
+  }))
   $('at').value = n
   $('now').textContent = `step ${last + 1}, ${tokens.filter(t => t.text === null).length} masked`
   $('scale').style.background = `linear-gradient(90deg, ${[0, .25, .5, .75, 1].map(tint)})`
@@ -1416,9 +1329,6 @@ $('which').onchange = () => { play(false); choose($('which').value) }
 $('colour').onchange = () => show(+$('at').value)
 $('at').oninput = () => { play(false); show(+$('at').value) }
 $('play').onclick = () => play(!timer)
-onkeydown = e => {
-  if (e.key === ' ' && !/SELECT|BUTTON/.test(e.target.tagName)) play(!timer, e.preventDefault())
-}
 $('settings').textContent = data.settings
 choose(0)
 if (location.hash === '#play') play(true)
@@ -1427,50 +1337,42 @@ else if (location.hash) show(Math.min(steps.length, +location.hash.slice(1) || 0
 """
 
 
-def page_of(ids, events, spell):
-    """What write_page needs of a row that ended as ids."""
-    final = spell(ids)
+def write_page(path, rows, spell, settings):
+    """A page that plays the sampling and needs nothing else. rows: of each the ids it ended as and
+    its events; settings: a line. In the page's data text is null where it is masked."""
+    samples = []
+    for ids, events in rows:
+        final = dict(enumerate(zip(ids, spell(ids), strict=True)))
 
-    def text(col, i):
-        stays = col < len(ids) and ids[col] == i  # then it is spelt with its neighbours
-        return final[col] if stays else spell([i])[0]
-    given = [text(col, i) for step, col, i, _ in events if step < 0]
-    return dict(given=given, events=[
-        (step, col, text(col, i), round(sure, 4)) for step, col, i, sure in events if step >= 0])
-
-
-def write_page(path, samples, settings):
-    """A page that needs nothing else. samples: for each row {given: [text, null where open],
-    events: [[step, position, text or null: masked again, confidence]]}; settings: a line."""
-    data = json.dumps(dict(samples=samples, settings=settings))
-    page = PAGE.replace('DATA', data.replace('<', '\\u003c'))  # no text ends the script
-    write_whole(path, page)
+        def text(col, i, final=final):
+            last, spelt = final.get(col, (None, None))
+            return spelt if i == last else spell([i])[0]  # the last is spelt with its neighbours
+        samples.append(dict(
+            given=[text(col, i) for step, col, i, _ in events if step < 0],
+            events=[(step, col, text(col, i), round(sure, 4))
+                    for step, col, i, sure in events if step >= 0]))
+    data = json.dumps(dict(samples=samples, settings=settings)).replace('<', '\\u003c')
+    write_whole(path, PAGE.replace('DATA', data))  # no text ends the script
 
 
 class Results:
-    """Writes one result of each row to a .jsonl file, in their order, each as soon as those before
-    it are there. Until all are the file is called path.unfinished."""
+    """Writes the result of each row to a .jsonl file, in their order, as soon as those before it
+    are there. Until all are the file is called path.unfinished."""
 
     def __init__(self, path):
         self.path = path
         self.f = None
-        self.waiting = {}
         self.written = 0
 
-    def add(self, i, result):
-        self.waiting[i] = result
-        while self.written in self.waiting:
-            line = json.dumps(self.waiting.pop(self.written)) + '\n'
-            self.write(line.encode())
-            self.written += 1
-
-    def write(self, data):
+    def write(self, results):
         try:
-            if not self.f:
-                self.f = open(self.path + '.unfinished', 'wb', buffering=0)
-            begin = self.f.tell()
-            while data:
-                data = data[self.f.write(data):]
+            self.f = self.f or open(self.path + '.unfinished', 'wb', buffering=0)
+            while self.written in results:
+                begin = self.f.tell()
+                line = (json.dumps(results[self.written]) + '\n').encode()
+                while line:
+                    line = line[self.f.write(line):]
+                self.written += 1
         except OSError as error:
             kept = ''
             if self.written:
@@ -1492,7 +1394,7 @@ def read_texts(name, text):
     """[text], or the lines of a file (FILE:path) or of stdin (-), or [ids] (IDS:5,6,7); [] where
     there is nothing."""
     require(not os.path.isfile(text), f'{name}={text} is the name of a file: FILE:{text} takes its '
-            'lines (and - lines from stdin, whatever they are)')
+            'lines, and - those of stdin')
     if text.startswith('IDS:'):
         ids = text[4:].split(',')
         require(all(re.fullmatch(r' *-?\d{1,18} *', i) for i in ids),
@@ -1501,8 +1403,7 @@ def read_texts(name, text):
     if text == '-':
         data = sys.stdin.buffer.read()
     elif text.startswith('FILE:'):
-        if not os.path.isfile(text[5:]):
-            raise FileNotFoundError(f'{name}={text}: there is no file {text[5:]}')
+        require(os.path.isfile(text[5:]), f'{name}={text}: there is no file {text[5:]}')
         with open(text[5:], 'rb') as f:
             data = f.read()
     else:
@@ -1521,15 +1422,20 @@ def check_output(name, path):
     folder = os.path.dirname(path) or '.'
     require(os.path.isdir(folder), f'{name}={path}: there is no folder {folder}')
     require(os.path.isfile(path) or not os.path.exists(path), f'{name}={path}: it is no file')
-    require(os.access(folder, os.W_OK), f'{name}={path}: {folder} cannot be written to')
+    unfinished = f'{path}.unfinished'
+    is_new = not os.path.lexists(unfinished)
+    try:
+        open(unfinished, 'ab').close()
+    except OSError as error:
+        raise OSError(f'{name}={path}: it cannot be written ({error.strerror})') from None
+    if is_new:
+        os.remove(unfinished)
 
 
 if __name__ == '__main__':
     from configurator import configure
     constants = configure(globals(), **flags())
     check_overrides(overrides)
-    out = out and str(out)
-    trace = trace and str(trace)
     if out:
         check_output('out', out)
     if trace:
@@ -1567,33 +1473,34 @@ if __name__ == '__main__':
     spell = partial(spelling, tok)
     show = Terminal(spell) if watch else None
     events = Events(num_samples, show) if watch or trace else None
-    results = {}
     file = Results(out) if out else None
+    results = {}
 
     def on_finish(i, ids, nfe):
         text = tok and tok.decode([i for i in ids if i != tok.pad_id or i == tok.eos_id])
         results[i] = dict(ids=ids, text=text, nfe=nfe, settings=constants)
         if file:
-            file.add(i, results[i])
+            file.write(results)
 
-    with autocast(device, dtype):
-        samples = generate(
-            net, num_samples, length, steps, sampler, cfg_scale=cfg_scale, temperature=temperature,
-            top_p=top_p, top_k=top_k, seed=seed, batch_size=batch_size, progress=not watch,
-            on_change=events, compile=compile, draw_dtype=draw_dtype, on_finish=on_finish, **texts,
-            **(sampler_options or {}))
+    try:
+        with autocast(device, dtype):
+            samples = generate(
+                net, num_samples, length, steps, sampler, cfg_scale=cfg_scale,
+                temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
+                batch_size=batch_size, progress=not watch, on_change=events, compile=compile,
+                draw_dtype=draw_dtype, on_finish=on_finish, **texts, **(sampler_options or {}))
+    finally:
+        if watch and events.of_row[0]:
+            show(events.of_row[0], end=True)
 
     if file:
         file.end()
         print(f'{num_samples} samples written to {out}')
-    if watch:
-        show(events.of_row[0], end=True)
     if trace:
         settings = ', '.join(
             f'{name}={value!r}' for name, value in constants.items() if value is not None)
-        pages = [page_of(results[i]['ids'], row, spell)
-                 for i, row in enumerate(events.of_row)]
-        write_page(trace, pages, settings)
+        ids = [results[i]['ids'] for i in range(num_samples)]
+        write_page(trace, zip(ids, events.of_row, strict=True), spell, settings)
         print(f'{num_samples} samples written to {trace}: open it in a browser')
     if not out:
         for i, result in sorted(results.items())[watch:]:  # the first has been watched

@@ -8,13 +8,15 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 import pretended
 from conftest import ROOT
 from configurator import configure, constants_of
-from sample import SAMPLERS, draw, flags, float32_uniforms, generate
+from model import get_schedule
+from sample import SAMPLERS, TAKES, draw, flags, float32_uniforms, generate
 from test_sample import chi_square_p, counts_of, save_net
 
 GOLDEN = os.path.join(ROOT, 'tests', 'golden')
@@ -111,6 +113,13 @@ def test_greedy_across_rows_takes_the_most_confident_of_all(tiny_net):
             uneven |= len(set((masked & (x != 10)).sum(dim=1).tolist())) > 1
         assert torch.equal(out.tokens[batch], x)
     assert uneven  # rows do advance unevenly: the test tells the two rules apart
+
+
+def test_remdm_takes_one_step_where_nothing_is_visible_before_it(tiny_net):
+    from_all_masked = get_schedule('loglinear', eps=0.0)
+    for strategy in ('cap', 'rescale', 'conf', 'loop'):
+        out = generate(tiny_net(), 2, 8, 1, 'remdm', strategy=strategy, schedule=from_all_masked)
+        assert (out.tokens != 10).all() and out.nfe.tolist() == [1, 1]
 
 
 def test_float32_draws_are_the_released_arithmetic():
@@ -259,6 +268,10 @@ def test_a_field_of_the_net_is_a_flag_and_ids_are_a_prompt(here, tmp_path, monke
         (['--top_k=99999999999999999999'], 'at most 2^62'),
         (['--sampler=semi_ar', '--length=999999', '--steps=100000000'], 'of memory, where'),
         (['--sampler=greedy', '--across_rows=1'], 'across_rows=1: it must be True or False'),
+        (['--sampler=remdm', '--eta=abc'], "eta='abc': it must be at least 0 and at most 1"),
+        (['--sampler=remdm', '--t_off=None'], 't_off=None: it must be above 0 and below 1'),
+        (['--sampler=semi_ar', '--stride=1.5'], 'stride=1.5: it must be a whole number'),
+        (['--sampler=ancestral', '--subs_masking=yes'], "subs_masking='yes': it must be True or"),
     ],
 )
 def test_bad_input_is_one_line(tiny_net, refused, tmp_path, monkeypatch, arguments, message):
@@ -270,6 +283,35 @@ def test_bad_input_is_one_line(tiny_net, refused, tmp_path, monkeypatch, argumen
     lines = [line for line in shown.splitlines() if 'sampling' not in line]
     assert len(lines) == 1 and lines[0].startswith('error: ') and message in lines[0], lines
     assert sorted(set(os.listdir(tmp_path)) - {'data'}) == before
+
+
+def test_an_option_without_a_bracket_takes_the_type_of_its_default(tiny_net, monkeypatch):
+    def left_to_right(b, num_steps, power=1.0):
+        order = (torch.arange(b.x.size(1)) * power).long()
+        b.follow(order.expand(len(b.x), -1), torch.ones(2 * len(order)))
+
+    monkeypatch.setitem(SAMPLERS, 'left_to_right', left_to_right)
+    monkeypatch.setitem(TAKES, 'left_to_right', ('x0',))
+    for power in (2, np.float64(2), np.int64(2)):
+        out = generate(tiny_net(), 1, 8, 8, 'left_to_right', power=power)
+        assert out.nfe.tolist() == [8] and (out.tokens != 10).all()
+    for power in ('abc', None, [2.0]):
+        with pytest.raises(ValueError, match='power=.*: power takes a float, like 1.0'):
+            generate(tiny_net(), 1, 8, 8, 'left_to_right', power=power)
+
+
+@pytest.mark.parametrize('path', ['--out={}.jsonl', '--trace={}.html'])
+def test_what_cannot_be_written_is_said_before_anything_else(refused, tmp_path, path):
+    long = path.format('a' * 240)  # no file can have the name with which it begins
+    assert 'it cannot be written (File name too long)' in refused('sample.py', long)
+    assert not os.listdir(tmp_path)
+
+
+def test_what_a_stopped_run_left_is_there_until_samples_replace_it(tiny_net, refused, tmp_path):
+    save_net(tiny_net(**BYTES), tmp_path)
+    (tmp_path / 's.jsonl.unfinished').write_text('kept')
+    assert 'top_p=0.0' in refused('sample.py', '--out_dir=.', '--out=s.jsonl', '--top_p=0.0')
+    assert (tmp_path / 's.jsonl.unfinished').read_text() == 'kept'
 
 
 def test_huge_numbers_that_mean_all_are_taken(tiny_net):
