@@ -18,10 +18,12 @@ import contextlib
 import difflib
 import functools
 import hashlib
+import inspect
 import itertools
 import json
 import math
 import os
+import random
 import re
 import shlex
 import shutil
@@ -44,6 +46,7 @@ tokenizer = 'gpt2'  # gpt2, gpt2-xlm, bert-xlm, bytes, text8, bpe-N, a hub name,
 name = None         # the bins go to data/<name>; None: <dataset>-<tokenizer>
 input = None        # a local file or folder of the same form, in place of the hub's
 streaming = True    # hub datasets: read while they download; False: download first
+reader_options = None  # [dict] the dataset's own; --clues=28 sets one
 max_length = None   # [int > 1] prompts and answers of more tokens are left out; None: as released
 
 # -----------------------------------------------------------------------------
@@ -612,7 +615,100 @@ def read_reverse(path):
         yield 'train', [([], [prompt + completion])], True, None
 
 
-# A dataset is an entry: name -> reader(input=None, streaming=True)
+# Sudoku, as prompts and answers: the cells row by row, '.' where the puzzle is open
+
+
+@functools.cache
+def sudoku_peers(rows, columns):
+    """For each cell of a grid with boxes of rows x columns: those in its row, column or box."""
+    side = rows * columns
+    houses = [{('row', r), ('column', c), ('box', r // rows, c // columns)}
+              for r, c in itertools.product(range(side), repeat=2)]
+    return [[j for j, other in enumerate(houses) if j != i and house & other]
+            for i, house in enumerate(houses)]
+
+
+def place(cells, peers, i, value):
+    """Put a value into cell i, and into its peers what has no choice left. cells: the values that
+    each may have, as bits. Returns False where one is left with none."""
+    placed = [(i, value)]
+    for i, value in placed:  # which grows
+        cells[i] = value
+        for j in peers[i]:
+            if cells[j] & value:
+                cells[j] ^= value
+                if not cells[j]:
+                    return False
+                if cells[j].bit_count() == 1:
+                    placed.append((j, cells[j]))
+    return True
+
+
+def sudoku_solutions(cells, peers, rng):
+    """All ways to fill in cells, in random order."""
+    undecided = [(bits.bit_count(), i) for i, bits in enumerate(cells) if bits.bit_count() > 1]
+    if not undecided:
+        yield cells
+        return
+    _, i = min(undecided)
+    values = [1 << k for k in range(cells[i].bit_length()) if cells[i] >> k & 1]
+    for value in rng.sample(values, len(values)):
+        attempt = cells.copy()
+        if place(attempt, peers, i, value):
+            yield from sudoku_solutions(attempt, peers, rng)
+
+
+def sudoku_puzzle(rows, columns, clues, key):
+    """(puzzle, solution), two strings: a puzzle with one solution and so many clues, or None where
+    the grid that key decides has none when its cells are emptied in the order that key decides."""
+    rng, peers = random.Random(key), sudoku_peers(rows, columns)
+    empty = [2 ** (rows * columns) - 1] * len(peers)
+    solution = next(sudoku_solutions(empty, peers, rng))
+    given = dict(enumerate(solution))
+    for i in rng.sample(range(len(peers)), len(peers)):
+        if len(given) == clues:
+            break
+        cells = empty.copy()
+        cells[i] ^= solution[i]  # with another value in this cell, is there a solution?
+        consistent = all(place(cells, peers, j, bits) for j, bits in given.items() if j != i)
+        if not consistent or next(sudoku_solutions(cells, peers, rng), None) is None:
+            del given[i]
+    if len(given) > clues:
+        return None
+    digits = ''.join(str(bits.bit_length()) for bits in solution)
+    return ''.join(d if i in given else '.' for i, d in enumerate(digits)), digits
+
+
+def read_sudoku(
+    input=None, streaming=True, *,
+    clues=30,         # given cells of a puzzle
+    puzzles=100_000,  # of both splits
+    box='3x3',        # rows and columns of a box
+    seed=0,           # another one gives other puzzles
+):
+    """Puzzles with one solution, every 20th for validation."""
+    require(re.fullmatch('2x2|2x3|3x2|2x4|4x2|3x3', str(box)),
+            f"box={box!r}: rows and columns of a box of 4 to 9 cells, such as '3x3'")
+    rows, columns = map(int, box.split('x'))
+    cells = (rows * columns) ** 2
+    require(type(clues) is int and 0 <= clues <= cells, f'clues={clues!r}: 0 to {cells} of them')
+    require(type(puzzles) is int and puzzles > 0, f'puzzles={puzzles!r}: at least 1')
+    seen, last = set(), 0
+    for number in itertools.count():
+        require(number < last + 1000, f'{len(seen)} puzzles with clues={clues} were found, and '
+                'none in 1000 more grids: give more clues, or fewer puzzles')
+        found = sudoku_puzzle(rows, columns, clues, key_of(seed, number))
+        if found is None or found in seen:
+            continue
+        puzzle, solution = found
+        yield 'train' if len(seen) % 20 else 'validation', [([puzzle], [solution])], True, puzzles
+        seen.add(found)
+        last = number
+        if len(seen) == puzzles:
+            return
+
+
+# A dataset is an entry: name -> reader(input=None, streaming=True, *, its own options)
 
 fineweb = partial(
     read_hub, 'HuggingFaceFW/fineweb', splits={'train': 'validation'}, most=500_000,
@@ -654,6 +750,7 @@ DATASETS = {
     'sharegpt': partial(
         read_local, read_sharegpt, 'ShareGPT_V3_unfiltered_cleaned_split_no_imsorry.json of '
         'anon8231489123/ShareGPT_Vicuna_unfiltered on the hub'),
+    'sudoku': read_sudoku,
     'reverse': partial(read_local, read_reverse,
                        'all_prompts_train.jsonl of lukasberglund/reversal_curse on GitHub'),
 }
@@ -710,8 +807,19 @@ def detokenize(dataset_name, text):
     return text
 
 
-def documents(dataset, input=None, streaming=True):
-    """What a dataset's reader yields, with the text cleaned up and every split chosen."""
+def options_of(dataset):
+    """option -> (its default, the comment behind it) of a reader's signature."""
+    reader = DATASETS.get(dataset)
+    if not inspect.isfunction(reader):
+        return {}
+    source = inspect.getsource(reader)
+    return {p.name: (p.default, re.search(rf'^ +{p.name}=.*?# *(.*)', source, re.M)[1])
+            for p in inspect.signature(reader).parameters.values() if p.kind == p.KEYWORD_ONLY}
+
+
+def documents(dataset, input=None, streaming=True, options=None):
+    """What a dataset's reader yields, with the text cleaned up and every split chosen. options:
+    the reader's own."""
     require(not (input and is_local(dataset)),
             f'--input={input} takes the place of the hub, which dataset {dataset} does not need')
     if dataset.startswith('text:'):
@@ -719,7 +827,7 @@ def documents(dataset, input=None, streaming=True):
     elif dataset.startswith('pairs:'):
         reader = read_pairs(paths_of(dataset))
     elif dataset in DATASETS:
-        reader = DATASETS[dataset](input=input, streaming=streaming)
+        reader = DATASETS[dataset](input=input, streaming=streaming, **options or {})
     else:
         near, = difflib.get_close_matches(dataset, DATASETS, n=1, cutoff=0)
         raise ValueError(f"dataset '{dataset}' is not known; the nearest is '{near}'; text:PATH "
@@ -957,17 +1065,22 @@ def is_prepared(folder, source, tokenizer):
     return True
 
 
-def prepare(dataset, tokenizer='gpt2', name=None, input=None, streaming=True, max_length=None):
+def prepare(dataset, tokenizer='gpt2', name=None, input=None, streaming=True, max_length=None,
+            options=None):
     """Make data/<name> where it is not there, whole or not at all -> its path. Other processes
     wait. Raises ValueError where it was made from another source or tokenizer."""
     name = default_name(dataset, tokenizer) if name is None else str(name)
     require(re.fullmatch(r'[\w-][\w.-]*', name),
             f"name='{name}': letters, digits, '_', '-' and '.' make the name of a folder in data/")
+    for key in options or {}:
+        require(key in options_of(dataset), f"dataset '{dataset}' has no option '{key}'")
     folder = f'data/{name}'
     unfinished = f'data/.{name}.unfinished'
     os.makedirs('data', exist_ok=True)
     source = source_of(dataset, input, max_length)
-    read = partial(documents, dataset, input, streaming)
+    if options:
+        source['options'] = options
+    read = partial(documents, dataset, input, streaming, options)
     lock = FileLock(f'data/.{name}.lock')
     with lock:
         try:
@@ -987,7 +1100,8 @@ def prepare(dataset, tokenizer='gpt2', name=None, input=None, streaming=True, ma
             whole = counts and all(count['documents'] for count in counts.values())
             require(whole, f'{input or dataset} holds no document{described(counts)}')
             command = command_for(
-                dataset=dataset, tokenizer=tokenizer, name=name, input=input, max_length=max_length)
+                dataset=dataset, tokenizer=tokenizer, name=name, input=input,
+                max_length=max_length, **options or {})
             meta = dict(
                 source=source, command=command, tokenizer=tok.meta(), dtype=dtype, splits=counts)
             with open(f'{unfinished}/meta.json', 'w') as f:
@@ -1308,8 +1422,10 @@ class TokenRows:
 # -----------------------------------------------------------------------------
 
 if __name__ == '__main__':
-    configure(globals())
-    folder = prepare(dataset, tokenizer, name, input, streaming, max_length)
+    configure(globals(), reader_options={
+        key: (default, f'{known}: {about}') for known in DATASETS
+        for key, (default, about) in options_of(known).items()})
+    folder = prepare(dataset, tokenizer, name, input, streaming, max_length, reader_options)
     meta = read_meta(folder)
     tok = meta['tokenizer']
     print(f"{folder}: tokenizer {tok['name']}, {tok['vocab_size']:,} ids with the mask, "
