@@ -16,7 +16,10 @@ A comment may begin with what its constant takes, or the None that is its defaul
     norm = 'rmsnorm'    # [layernorm | rmsnorm]
 """
 import ast
+import contextlib
 import difflib
+import functools
+import inspect
 import math
 import operator
 import os
@@ -53,6 +56,21 @@ def constants_of(path):
             comment = lines[node.end_lineno - 1][node.end_col_offset:].partition('#')[2].strip()
             constants[node.targets[0].id] = default, comment
     return constants
+
+
+@functools.cache
+def defaults_of(function):
+    """name -> (default, comment) of a function's parameters that have a default. The comment is
+    behind it, as with the constants of a script, where it has a line of its own."""
+    source = ''
+    with contextlib.suppress(OSError):  # typed into an interpreter
+        source = inspect.getsource(function)
+    options = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        comment = re.search(rf'^ +{name}=.*?# *(.*)', source, re.M)
+        if parameter.default is not parameter.empty:
+            options[name] = parameter.default, comment[1] if comment else 'its own option'
+    return options
 
 
 # -----------------------------------------------------------------------------

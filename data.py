@@ -10,7 +10,7 @@ data/<name>/ then holds meta.json and, for each split, <split>.bin (token ids, e
 by EOS) and <split>.idx (int64 offsets of the documents and of the end); of prompts and answers also
 <split>.prompt (int64, how many tokens of each document are its prompt). TokenRows cuts out rows.
 """
-from configurator import configure, require  # first: it answers Ctrl-C while torch is imported
+from configurator import configure, defaults_of, require  # first: it answers Ctrl-C
 
 import ast
 import bisect
@@ -807,14 +807,12 @@ def detokenize(dataset_name, text):
     return text
 
 
-def options_of(dataset):
-    """option -> (its default, the comment behind it) of a reader's signature."""
+def own_options(dataset):
+    """option -> (default, comment) of a reader's keyword-only parameters."""
     reader = DATASETS.get(dataset)
     if not inspect.isfunction(reader):
         return {}
-    source = inspect.getsource(reader)
-    return {p.name: (p.default, re.search(rf'^ +{p.name}=.*?# *(.*)', source, re.M)[1])
-            for p in inspect.signature(reader).parameters.values() if p.kind == p.KEYWORD_ONLY}
+    return {key: defaults_of(reader)[key] for key in inspect.getfullargspec(reader).kwonlyargs}
 
 
 def documents(dataset, input=None, streaming=True, options=None):
@@ -835,7 +833,7 @@ def documents(dataset, input=None, streaming=True, options=None):
     index = 0
     for split, text, last, total in reader:
         if split is None:
-            split = 'train' if (splitmix64(index) >> 1) % 20 else 'validation'
+            split = 'train' if key_of(index) % 20 else 'validation'
             index += last
         if dataset in DATASETS:
             text = detokenize(dataset, text)
@@ -1073,7 +1071,7 @@ def prepare(dataset, tokenizer='gpt2', name=None, input=None, streaming=True, ma
     require(re.fullmatch(r'[\w-][\w.-]*', name),
             f"name='{name}': letters, digits, '_', '-' and '.' make the name of a folder in data/")
     for key in options or {}:
-        require(key in options_of(dataset), f"dataset '{dataset}' has no option '{key}'")
+        require(key in own_options(dataset), f"dataset '{dataset}' has no option '{key}'")
     folder = f'data/{name}'
     unfinished = f'data/.{name}.unfinished'
     os.makedirs('data', exist_ok=True)
@@ -1424,7 +1422,7 @@ class TokenRows:
 if __name__ == '__main__':
     configure(globals(), reader_options={
         key: (default, f'{known}: {about}') for known in DATASETS
-        for key, (default, about) in options_of(known).items()})
+        for key, (default, about) in own_options(known).items()})
     folder = prepare(dataset, tokenizer, name, input, streaming, max_length, reader_options)
     meta = read_meta(folder)
     tok = meta['tokenizer']

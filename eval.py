@@ -1051,10 +1051,12 @@ def measure_ppl(c):
     require(name is not None, 'the weights do not say which data to measure: give --dataset=NAME')
     r = likelihood(run, name)
     run.record(r)
-    what = 'NLL' if run.net.config.causal or 'nfe' in r else 'NELBO'
-    how = f"x {r['num_mc']} {r['estimator'] or 'pass'}s"
     if 'nfe' in r:
+        what = 'NLL'
         how = f"by {r['sampler']} in {r['steps']} steps, {r['nfe']:.1f} evaluations a row"
+    else:
+        what = 'NLL' if run.net.config.causal else 'NELBO'
+        how = f"x {r['num_mc']} {r['estimator'] or 'pass'}s"
     what = objective if objective in r else what
     lines = [
         f"{what} of {run.source} on {name}/{r['split']}, {r['rows']:,} rows {how}, "
@@ -1144,7 +1146,7 @@ def sampling(run, own):
 
 
 def draw(run):
-    """(folder, num_samples, settings, options) of kept_samples, by the constants. Raises ValueError
+    """(folder, num_samples, settings, options) of draw_rows, by the constants. Raises ValueError
     where the folder holds other samples."""
     c, own = run.c, dict(run.c.sampler_options or {})
     if sampler_of(run) == 'ar' and run.trained('protocol') == 'mdlm':
@@ -1519,10 +1521,8 @@ def measure_generation(c):
 def encode_pair(tok, context, continuation):
     """Ids of both, as SMDM's release: white space at the end of the context goes to the front of
     the continuation, and what follows the context's ids in those of the whole is the target."""
-    stripped = context.rstrip()
-    prefix = encode(tok, stripped)
-    whole = encode(tok, stripped + context[len(stripped):] + continuation)
-    return prefix, whole[len(prefix):]
+    prefix = encode(tok, context.rstrip())
+    return prefix, encode(tok, context + continuation)[len(prefix):]
 
 
 def among_processes(items, work):

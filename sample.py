@@ -15,10 +15,9 @@ MDLM: Sahoo et al. 2024, arXiv 2406.07524; SEDD: Lou et al. 2023, 2310.16834; SM
 2410.18514; LLaDA: Nie et al. 2025, 2502.09992; ReMDM: Wang et al. 2025, 2503.00307; first hitting:
 Zheng et al. 2024, 2409.02908.
 """
-from configurator import check_spec, checked, constants_of, require  # first: it answers Ctrl-C
+# first: it answers Ctrl-C
+from configurator import check_spec, checked, configure, constants_of, defaults_of, require
 
-import contextlib
-import inspect
 import json
 import math
 import numbers
@@ -28,7 +27,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 
 import numpy as np
 import torch
@@ -160,25 +159,12 @@ def sampler_for(*predicts):
     return enter
 
 
-@cache
-def options_of(function):
-    """option -> (default, comment) of a sampler's signature."""
-    source = ''
-    with contextlib.suppress(OSError):  # typed into an interpreter
-        source = inspect.getsource(function)
-    options = {}
-    for name, parameter in list(inspect.signature(function).parameters.items())[2:]:
-        comment = re.search(rf'^ +{name}=.*?# *(.*)', source, re.M)
-        options[name] = parameter.default, comment[1] if comment else 'its own option'
-    return options
-
-
 def flags():
     """What configure() takes besides the constants: --n_head=4 for a key of overrides, --eta=0.1
     for one of sampler_options."""
     options, constants = {}, constants_of(__file__)
     for name, function in SAMPLERS.items():
-        for option, (default, comment) in options_of(function).items():
+        for option, (default, comment) in defaults_of(function).items():
             require(option not in constants, f"sampler '{name}': its option {option} "
                     'has the name of a constant of sample.py: give it another')
             about = f'{name}: {comment}'
@@ -1017,7 +1003,7 @@ def check_sampler(objective, name, options):
     takes = [key for key, record in OBJECTIVES.items() if record.predicts in TAKES[name]]
     require(name in able, f"sampler '{name}' takes nets of the objectives {', '.join(takes)}; for "
             f"this one, {objective}, there is {', '.join(able)}")
-    own = options_of(SAMPLERS[name])
+    own = defaults_of(SAMPLERS[name])
     for key, value in options.items():
         require(key in own, f"{key} does not go with sampler '{name}', which has the options "
                 f"{', '.join(own) or '(none)'}")
@@ -1433,7 +1419,6 @@ def check_output(name, path):
 
 
 if __name__ == '__main__':
-    from configurator import configure
     constants = configure(globals(), **flags())
     check_overrides(overrides)
     if out:
