@@ -369,12 +369,15 @@ class DiT(nn.Module):
         if config.mixer == 'mamba':
             attn_mask = None if attention_mask is None else attention_mask[:, :, None]
         elif cache is not None and cache.position is not None:
-            position, attn_mask = cache.begin(x.device)
+            position, attn_mask = cache.at[1][:, None], cache.attn_mask
         elif is_packed(attention_mask):
             attn_mask, position = within_documents(
                 attention_mask, config.causal, self.blocks[0].attn_dropout())
         elif attention_mask is not None and not config.causal:  # padding is on the right
             attn_mask = attention_mask[:, None, None, :]
+            if self.training and has_flash(x.device):
+                attn_mask, _ = within_documents(
+                    attention_mask.int() - 1, p=self.blocks[0].attn_dropout(), way='flash')
         if config.mixer == 'attention':
             rotary = rotary_table(position, config.n_embd // config.n_head, config.rotary_bf16)
         h = self.wte(x)
@@ -441,13 +444,18 @@ class KVCache:
         self.slots = slice(None)
         self.position = None
         self.at = None  # (row, position) on the device
+        self.attn_mask = None  # (rows, 1, 1, reach) bool; None: all True
 
-    def begin(self, device):
-        """-> positions (rows, 1) and attn_mask (rows, 1, 1, reach) bool, or None: all True."""
-        self.at = torch.arange(self.rows, device=device), sent(self.position, device)
-        seen = torch.arange(int(self.position.max()) + 1) <= self.position[:, None]
-        attn_mask = None if seen.all() else sent(seen, device)[:, None, None]
-        return self.at[1][:, None], attn_mask
+    def begin(self, position, device, *others):
+        """The next tokens stand at position (rows,). -> CPU tensors `others` on the device, which
+        they go to with what all blocks need."""
+        seen = torch.arange(int(position.max()) + 1) <= position[:, None]
+        self.position = position
+        at, *others, seen = sent_at_once(
+            (position, *others, None if seen.all() else seen), device)
+        self.at = torch.arange(self.rows, device=device), at
+        self.attn_mask = None if seen is None else seen[:, None, None]
+        return others
 
     def extend(self, block, k, v):
         """Store k and v (n, H, P or 1, C/H); return those to look at."""
@@ -742,6 +750,17 @@ def sent(tensor, device):
     """A tensor of the CPU on the device, without waiting for a GPU."""
     on_gpu = device.type == 'cuda'
     return (tensor.pin_memory() if on_gpu else tensor).to(device, non_blocking=on_gpu)
+
+
+def sent_at_once(tensors, device):
+    """CPU tensors, those of wide elements first, and Nones, on the device: a GPU's by one copy."""
+    if device.type != 'cuda':  # MPS has no float64
+        return [x if x is None or x.dtype == torch.float64 else x.to(device) for x in tensors]
+    flat = [torch.empty(0, dtype=torch.uint8) if x is None
+            else x.contiguous().view(-1).view(torch.uint8) for x in tensors]
+    parts = sent(torch.cat(flat), device).split([len(x) for x in flat])
+    return [None if x is None else part.view(x.dtype).view(x.shape)
+            for x, part in zip(tensors, parts, strict=True)]
 
 
 def stratified_times(u, index, n, eps=1e-3):
@@ -1056,8 +1075,8 @@ def memory_needed(
     A step is made with tensors that have no memory: with micro-batches of batch_size rows that mask
     what a schedule does at most, several a step (accumulate) or one. make_optimizers(net) -> list;
     None: AdamW. visible: as in corrupt_batch. shards: processes that share all but the activations
-    (FSDP). On a CPU a copy of the state, which checkpoints are written from, is among them, and
-    'heap': what lies unused between tensors (see reuse_memory), as measured in BENCHMARKS.md.
+    (FSDP). On a CPU 'heap' is among them: what lies unused between tensors (see reuse_memory), as
+    measured in BENCHMARKS.md.
     """
     device = torch.device(device)
     on_gpu = device.type == 'cuda'
@@ -1094,12 +1113,13 @@ def memory_needed(
         loss.backward()
     parts['activations'] = live.peak - sum(parts.values())
     del average
-    if not on_gpu:
-        parts['checkpoint'] = parts['weights'] + parts['optimizer'] + parts['average']
+    state = parts['weights'] + parts['optimizer'] + parts['average']
     parts = {name: size if name == 'activations' else size // shards
              for name, size in parts.items()}
     if not on_gpu:
-        parts['heap'] = int(0.2 * sum(parts.values()) + 0.45 * parts['activations'])
+        parts['heap'] = (parts['gradients'] + parts['activations']) // 2
+        if shards > 1:
+            parts['checkpoint'] = state  # gathered by one process
     return parts | dict(total=sum(parts.values()))
 
 
@@ -1227,16 +1247,18 @@ def write_whole(path, text):
         f.write(text.encode())
 
 
-def write_checkpoint(checkpoint, folder, files, tokenizer=None):
+def write_checkpoint(checkpoint, folder, files, tokenizer=None, when_read=lambda: None):
     """Write a checkpoint under the names `files` in folder, where an older ckpt.pt becomes
     ckpt.prev.pt: a kill leaves a whole one. tokenizer: the bytes of tokenizer.json, which goes
-    there first. Raises OSError or RuntimeError."""
+    there first. when_read is called as soon as the tensors may change. Raises OSError or
+    RuntimeError."""
     os.makedirs(folder, exist_ok=True)
     if tokenizer:
         with whole_file(os.path.join(folder, 'tokenizer.json')) as f:
             f.write(tokenizer)
     with whole_file(os.path.join(folder, files[0])) as f:
         torch.save(checkpoint, f)
+        when_read()
         f.flush()
         os.fsync(f.fileno())
         for name in files[1:]:  # the first name comes last: where it is, all are
@@ -1272,76 +1294,84 @@ def say(text):
 
 
 class CheckpointWriter:
-    """Writes checkpoints in the background: training waits only for a copy of its state. Failures
-    are warnings. The master alone writes. tokenizer: the bytes of tokenizer.json, or None."""
+    """Writes checkpoints in the background: of a GPU's state a copy, of a CPU's the tensors
+    themselves, which may change after wait_until_read. Failures are warnings. The master alone
+    writes. tokenizer: the bytes of tokenizer.json, or None."""
 
     def __init__(self, folder, device, master, tokenizer):
         self.folder, self.device, self.master = folder, device, master
         self.tokenizer = tokenizer
-        self.buffers = None  # the state's copy on the CPU, used again by the next save
-        self.newest = None   # what is to be written
+        self.state = None   # what is or was written: a GPU's buffers are used again
+        self.newest = None  # with the rest of what is to be written
         self.thread = self.failure = None
+        self.read = threading.Event()  # torch.save is done with the state
 
-    def copy(self, state, buffer):
-        """state (nested dicts and lists), its tensors copied into those of buffer that fit."""
+    def on_cpu(self, state, buffer):
+        """state (nested dicts and lists), a GPU's tensors copied into those of buffer that fit."""
         if isinstance(state, torch.Tensor):
             if hasattr(state, 'full_tensor'):  # FSDP's: all processes take part
                 state = state.full_tensor()
             if not self.master:
                 return None
+            if self.device.type == 'cpu':
+                return state.detach()
             if buffer is None or buffer.shape != state.shape:
                 buffer = torch.empty(state.shape, dtype=state.dtype,
                                      pin_memory=self.device.type == 'cuda')
             return buffer.copy_(state.detach(), non_blocking=True)
         if isinstance(state, dict):
             buffer = buffer or {}
-            return type(state)((key, self.copy(x, buffer.get(key))) for key, x in state.items())
+            return type(state)((key, self.on_cpu(x, buffer.get(key))) for key, x in state.items())
         if isinstance(state, (list, tuple)):
             buffers = (buffer or []) + [None] * len(state)
-            return [self.copy(x, y) for x, y in zip(state, buffers, strict=False)]
+            return [self.on_cpu(x, y) for x, y in zip(state, buffers, strict=False)]
         return state
-
-    def make_buffers(self, state):
-        """Make the buffers while training goes on, by a copy that may be inconsistent."""
-        def make():
-            with contextlib.suppress(RuntimeError):  # then the first save makes them
-                self.buffers = self.copy(state, None)
-        self.thread = threading.Thread(target=make)
-        self.thread.start()
 
     def save(self, state, names, **rest):
         """Write state, with the entries `rest`, under names. All processes call it."""
         started = time.monotonic()
         self.wait()
-        self.buffers = self.copy(state, self.buffers)
+        self.state = self.on_cpu(state, self.state)
         if not self.master:
             return
         if self.device.type == 'cuda':
             torch.cuda.synchronize(self.device)
-        self.newest = self.buffers | rest, names, started, time.monotonic() - started
+        self.newest = self.state | rest, names, started
+        self.waited = time.monotonic() - started
         self.start()
+
+    def wait_until_read(self):
+        """Wait until the state of a CPU may change."""
+        if self.thread and self.device.type == 'cpu':
+            started = time.monotonic()
+            self.read.wait()
+            self.waited += time.monotonic() - started
 
     def start(self):
         if not os.path.isdir(self.folder):
             say(f'warning: {self.folder} is gone: it is made again, without what was in it')
+        self.read.clear()
         self.thread = threading.Thread(target=self.write)
         self.thread.start()
 
     def write(self):
-        checkpoint, names, started, waited = self.newest
+        checkpoint, names, started = self.newest
         step = checkpoint['iter']
         try:
-            write_checkpoint(checkpoint, self.folder, names, self.tokenizer)
+            write_checkpoint(checkpoint, self.folder, names, self.tokenizer, self.read.set)
         except Exception as error:  # a full disk, a folder that is gone
             while error.__context__ and not isinstance(error, OSError):
                 error = error.__context__  # torch's own error comes after the disk's
             self.failure = (f'the checkpoint of step {step} could not be written to {self.folder} '
                             f'({type(error).__name__}: {error})')
             return
+        finally:
+            self.read.set()
         with contextlib.suppress(OSError):
             size = os.path.getsize(os.path.join(self.folder, names[0])) / 1e9
             say(f"step {step}: {', '.join(names)} written, {size:.2f} GB in "
-                f'{time.monotonic() - started:.2f} s, {waited:.2f} s of which the training waited')
+                f'{time.monotonic() - started:.2f} s, {self.waited:.2f} s of which the training '
+                'waited')
 
     def wait(self):
         """Wait for the last save. Returns whether it succeeded; a failure is printed."""
@@ -1969,36 +1999,42 @@ class _NLL(torch.autograd.Function):
         width = min(V, max(512, chunk_bytes // dtype.itemsize // max(N, 1)))
         width = math.ceil(V / math.ceil(V / width))  # all chunks alike
         chunks = [slice(i, i + width) for i in range(0, V, width)]
-        softmaxes, lses = [], []
+        # one piece of memory, where many of other sizes each step would leave holes
+        softmaxes = h.new_empty(N * V if needs_grad else 0)
+        lses = []
         logit = 0
         for chunk in chunks:
-            logits = (h @ weight[chunk].t()).to(wide)  # (N, width)
-            if bias is not None:
-                logits += bias[chunk]
+            if device == 'cuda':  # the fewest passes over (N, width)
+                bias_c = None if bias is None else bias[chunk].to(dtype)
+                logits = F.linear(h, weight[chunk], bias_c)
+            else:
+                logits = (h @ weight[chunk].t()).to(wide)  # (N, width)
+                if bias is not None:
+                    logits += bias[chunk]
             if exclude is not None and chunk.start <= exclude < chunk.stop:
                 logits[:, exclude - chunk.start] = -1e30  # finite: it may be alone in the chunk
             column = (target - chunk.start).clamp(0, logits.size(1) - 1)[:, None]
             value = logits.gather(1, column)
             is_target = column == target[:, None] - chunk.start
-            logit = torch.where(is_target, value, logit)
+            logit = torch.where(is_target, value.to(wide), logit)
             logits.scatter_(1, column, torch.where(is_target, -1e30, value))
-            softmax = logits.softmax(dim=1)
-            lses.append(logits.amax(dim=1) - softmax.amax(dim=1).log())
+            softmax = logits.softmax(dim=1, dtype=wide)
+            lses.append(logits.amax(dim=1).to(wide) - softmax.amax(dim=1).log())
             if needs_grad:
-                softmaxes.append(softmax.to(dtype))
+                softmaxes[N * chunk.start:N * min(chunk.stop, V)].view(N, -1).copy_(softmax)
         logit, lses = logit.squeeze(1), torch.stack(lses)  # (N,), (chunks, N)
         nll = F.softplus(lses.logsumexp(dim=0) - logit, threshold=50)
         nll = nll + 0 * logit  # NaN where the logit is infinite
         ctx.set_materialize_grads(False)  # most objectives have no use for the logit
         if needs_grad:
             probs = torch.exp(lses - (nll + logit))
-            ctx.save_for_backward(h, weight, target, nll, probs, *softmaxes)
+            ctx.save_for_backward(h, weight, target, nll, probs, softmaxes)
             ctx.chunks, ctx.dtypes = chunks, dtypes
         return nll, logit
 
     @staticmethod
     def backward(ctx, grad_nll, grad_logit):
-        h, weight, target, nll, probs, *softmaxes = ctx.saved_tensors
+        h, weight, target, nll, probs, softmaxes = ctx.saved_tensors
         h_dtype, weight_dtype, bias_dtype = ctx.dtypes
         if grad_nll is None:
             grad_nll = torch.zeros_like(nll)
@@ -2007,7 +2043,9 @@ class _NLL(torch.autograd.Function):
         dh = weight[target] * grad_target[:, None]
         dweight = h.new_empty(weight.shape, dtype=weight_dtype)
         dbias = h.new_empty(len(weight), dtype=bias_dtype) if bias_dtype else None
+        softmaxes = softmaxes.split([len(h) * len(weight[chunk]) for chunk in ctx.chunks])
         for chunk, prob, softmax in zip(ctx.chunks, probs, softmaxes, strict=True):
+            softmax = softmax.view(len(h), -1)
             grad = (grad_nll * prob)[:, None]  # (N, 1)
             dh += (softmax @ weight[chunk]) * grad
             dweight[chunk] = softmax.t() @ (h * grad).to(softmax.dtype)
@@ -2156,7 +2194,7 @@ def within_documents(documents, is_causal=False, p=0.0, way=None):
     position = index - torch.where(begins, index, 0).cummax(dim=1).values
     if way is None:
         way = 'each' if p or device.type != 'cuda' else 'flex'  # FlexAttention has no dropout
-        if device.type == 'cuda' and flash_attn_varlen_func and torch.is_autocast_enabled('cuda'):
+        if has_flash(device):
             way = 'flash'
     if way == 'flex':
         from torch.nn.attention.flex_attention import create_block_mask
@@ -2167,9 +2205,11 @@ def within_documents(documents, is_causal=False, p=0.0, way=None):
 
         block_mask = create_block_mask(mask_mod, B, None, L, L, device=device)
         return functools.partial(flex_within, flex_attention(), block_mask), position
+    if way == 'flash':  # note: this waits for the GPU, once for all blocks
+        kept = (documents >= 0).flatten().nonzero().squeeze(1)
+        ends = F.pad(begins.flatten()[kept].nonzero().squeeze(1), (0, 1), value=len(kept))
+        return functools.partial(flash_within, kept, ends.int(), L, is_causal, p), position
     ends = F.pad(begins.flatten().nonzero().squeeze(1), (0, 1), value=B * L)
-    if way == 'flash':
-        return functools.partial(flash_within, ends.int(), L, is_causal, p), position
     return functools.partial(attention_of_each, ends.diff().tolist(), is_causal, p), position
 
 
@@ -2184,10 +2224,17 @@ def flex_within(attend, block_mask, q, k, v):
     return attend(*(x.contiguous() for x in (q, k, v)), block_mask=block_mask)
 
 
-def flash_within(ends, longest, is_causal, p, q, k, v):
-    flat = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B*L, H, C/H)
+def has_flash(device):
+    return bool(flash_attn_varlen_func) and device.type == 'cuda' and (
+        torch.is_autocast_enabled('cuda'))
+
+
+def flash_within(kept, ends, longest, is_causal, p, q, k, v):
+    """Nothing is computed for padding, the positions that are not kept (N,): it gets zeros."""
+    flat = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]  # (B*L, H, C/H)
     y = flash_attn_varlen_func(
-        *flat, ends, ends, longest, longest, dropout_p=p, causal=is_causal)
+        *(x[kept] for x in flat), ends, ends, longest, longest, dropout_p=p, causal=is_causal)
+    y = torch.zeros_like(flat[0]).index_copy(0, kept, y)
     return y.view(q.transpose(1, 2).shape).transpose(1, 2)
 
 
@@ -2200,12 +2247,15 @@ def attention_of_each(lengths, is_causal, p, q, k, v):
     return y.view(q.size(1), len(q), -1, q.size(3)).transpose(0, 1)
 
 
-def reuse_memory():
-    """Keep freed memory (glibc): zeroing new pages is a tenth of a training step on a CPU."""
+def reuse_memory(now=True):
+    """Keep freed memory (glibc): zeroing new pages is a tenth of a training step on a CPU.
+    now=False: not yet, but keep what stays (weights, an optimizer's state) out of its way."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)   # M_MMAP_MAX: no mapping of its own for a large tensor
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: no trimming
+        mallopt(-3, 2 ** 17)  # M_MMAP_THRESHOLD: large tensors have mappings of their own,
+        if now:
+            mallopt(-4, 0)    # M_MMAP_MAX: from now on none
+            mallopt(-1, -1)   # M_TRIM_THRESHOLD: no trimming
 
 
 if __name__ == '__main__':

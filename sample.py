@@ -38,7 +38,7 @@ from data import get_tokenizer, key_of, splitmix64
 from model import (
     FIELDS, OBJECTIVES, KVCache, Schedule, autocast, check_overrides, float64, free_memory,
     load_pretrained, loglinear, pick_device, require_known, reuse_memory, schedule_of, sent,
-    write_whole)
+    sent_at_once, write_whole)
 
 out_dir = 'out'         # where train.py left ckpt.pt
 init_from = None        # another source of weights for load_pretrained; None: out_dir
@@ -753,9 +753,9 @@ class Batch:
         at = self.place(rows, cols)
         u = self.uniforms_of_tokens(rows, cols) if ids is None else None
         if h is None:
-            h = self.hidden_states(rows, cols)
+            h, at, u = self.hidden_states(rows, cols, at, u)
         else:
-            kept = sent(kept, self.device)
+            kept, at, u = sent_at_once((kept, at, u), self.device)
             h = h[kept]
         if ids is None:
             ids, probs = self.from_logits(h, self.draw_from, u)
@@ -774,7 +774,7 @@ class Batch:
         """Mask the chosen positions (A, L) bool again."""
         row, cols = chosen.nonzero(as_tuple=True)
         rows = self.rows[row]
-        at = self.place(rows, cols)
+        at = sent(self.place(rows, cols), self.device)
         self.put(rows, cols, at, torch.full_like(at, self.net.config.mask_id), masked=True)
         if self.on_change and len(rows):
             nothing = torch.full_like(rows, -1)
@@ -787,7 +787,7 @@ class Batch:
         self.masked[rows] = False
 
     def tokens(self, rows, cols):
-        return self.x.view(-1)[self.place(rows, cols)]
+        return self.x.view(-1)[sent(self.place(rows, cols), self.device)]
 
     def token_prob(self, candidates):
         """The probability that a d3pm net gives all tokens together, as `score`."""
@@ -809,9 +809,9 @@ class Batch:
     # ---- how it is done: skip at first reading
 
     def place(self, rows, cols):
-        """Where (rows, cols) stand in x, on the device. Copied, as all else that a step needs,
-        before the net is called: so it waits for nothing."""
-        return sent(rows * self.x.size(1) + cols, self.device)
+        """Where (rows, cols) stand in x. It is sent before the net is called, with all else that a
+        step needs: so the copy waits for nothing."""
+        return rows * self.x.size(1) + cols
 
     def put(self, rows, cols, at, ids, masked):
         self.x.view(-1)[at] = ids
@@ -851,14 +851,14 @@ class Batch:
         if len(row):
             rows = self.rows[row]
             columns = [self.uniforms_of_tokens(rows, col)] if draws else []
-            h = self.hidden_states(rows, col)
+            h, *columns = self.hidden_states(rows, col, *columns)
             scores, *ids = self.from_logits(h, function, *columns)
             table[row, col] = scores.double().cpu()
             self.asked = row, col, h, ids[0] if ids else None
         return table
 
     def uniforms_of_tokens(self, rows, cols):
-        return sent(self.hashed(rows, cols, self.step[rows], 1), self.draw_device)
+        return self.hashed(rows, cols, self.step[rows], 1)
 
     def draw_from(self, logits, u):
         return draw(logits, u, self.net.config.mask_id, **self.draw_options)
@@ -873,9 +873,10 @@ class Batch:
         bits = splitmix64(self.keys[rows.numpy()] ^ splitmix64(counter))
         return torch.from_numpy((bits >> np.uint64(11)).astype(np.float64) * 2.0 ** -53)
 
-    def hidden_states(self, rows, cols):
+    def hidden_states(self, rows, cols, *others):
         """h (N, 1, n_embd) at (rows, cols), both (N,); with guidance (N, 2, n_embd), the second
-        with what is given masked. The net sees block_size tokens of a row from its start."""
+        with what is given masked. The net sees block_size tokens of a row from its start.
+        And CPU tensors `others` on the device, which they go to with all else."""
         config = self.net.config
         active, row = rows.unique(return_inverse=True)
         start = self.start[active]
@@ -894,18 +895,22 @@ class Batch:
         if len(guided):  # a row without anything given is its own partner
             partner = torch.arange(A).index_copy(0, guided, torch.arange(A, len(source)))
             index = torch.stack((row, partner[row]), dim=1)  # (N, 2)
-        index = sent(index * width + (cols - start[row])[:, None], self.device)
-        sigma = torch.zeros(len(source), device=self.device)
+        index = index * width + (cols - start[row])[:, None]
+        place = self.place(active[source, None], window[source])
+        sigma = torch.zeros(len(source))
         if config.time_conditioning:
-            mask_prob = self.mask_prob[active[source]]
-            sigma = sent(self.schedule.conditioning_at(mask_prob).float(), self.device)
-        x = self.tokens(active[source, None], window[source])
+            sigma = self.schedule.conditioning_at(self.mask_prob[active[source]]).float()
+        hidden = None
         if len(guided):
             hidden = given[source] & (torch.arange(len(source)) >= A)[:, None]
-            x = x.masked_fill(sent(hidden, self.device), config.mask_id)
-        everywhere = attention_mask.all()
-        attention_mask = None if everywhere else sent(attention_mask[source], self.device)
-        return self.run_in_chunks(x, sigma, attention_mask).flatten(0, 1)[index]
+        attention_mask = None if attention_mask.all() else attention_mask[source]
+        *others, index, place, sigma, hidden, attention_mask = sent_at_once(
+            (*others, index, place, sigma, hidden, attention_mask), self.device)
+        x = self.x.view(-1)[place]
+        if hidden is not None:
+            x = x.masked_fill(hidden, config.mask_id)
+        h = self.run_in_chunks(x, sigma, attention_mask).flatten(0, 1)[index]
+        return h, *others
 
     def run_in_chunks(self, x, sigma, attention_mask):
         """The trunk over x (B, W); on a CPU a few rows at a time, to stay in its cache."""
@@ -939,9 +944,10 @@ class Batch:
             longest = int(self.prompt_length[rows].max()) - 1
             self.net.trunk(self.x[sent(rows, self.device), :longest], cache=cache)
             self.nfe[rows] += 1
-        cache.position = col - 1
+        place = self.place(self.rows, col - 1)
+        place, = cache.begin(col - 1, self.device, place)
         self.nfe[self.rows] += 1
-        return self.net.trunk(self.tokens(self.rows, col - 1)[:, None], cache=cache)
+        return self.net.trunk(self.x.view(-1)[place][:, None], cache=cache)
 
     def from_logits(self, h, function, *columns):
         """function(logits (N, V), *columns (N,)) -> a tuple of (N,), over chunks of h
@@ -957,7 +963,7 @@ class Batch:
                 cond = un + (1 + self.cfg_scale) * (cond - un)
             if not self.net.config.head_mask:
                 without_mask(cond, self.net.config.mask_id)  # -inf minus -inf would be NaN
-            chunk = [column[i:i + size] for column in columns]
+            chunk = [column[i:i + size].to(self.draw_device) for column in columns]
             results.append(function(cond.to(self.draw_device), *chunk))
         return [torch.cat(parts) for parts in zip(*results, strict=True)]
 
@@ -975,7 +981,7 @@ class TextBatch(Batch):
         self.drawn_prob = torch.zeros(self.text.shape, dtype=torch.float64)
 
     def uniforms_of_tokens(self, rows, cols):
-        return sent(self.text[rows, cols], self.draw_device)
+        return self.text[rows, cols]
 
     def draw_from(self, logits, ids):
         highest, _, _, others = odds(without_mask(logits, self.net.config.mask_id))

@@ -147,7 +147,7 @@ on_gpu = device.type == 'cuda'
 if compile is None:
     compile = on_gpu
 if device.type == 'cpu':
-    reuse_memory()
+    reuse_memory(now=False)
 
 options = {name: constants[name] for record in OBJECTIVES.values() for name in record.options
            if name in constants}
@@ -868,6 +868,7 @@ while True:
             scale *= grad_clip / grad_norm
         if scale != 1:
             torch._foreach_mul_(gradients, scale)
+        writer.wait_until_read()
         for opt in optimizers:
             opt.step()
         with torch.no_grad():
@@ -876,13 +877,14 @@ while True:
             if shard:  # what this process holds of them
                 pair = ([p.to_local() for p in tensors] for tensors in pair)
             torch._foreach_lerp_(*pair, 1 - decay)
+    gradients = None  # which would keep them in memory
     for opt in optimizers:
         opt.zero_grad(set_to_none=True)
+    if step == start and device.type == 'cpu':
+        reuse_memory()
     tokens_seen += sum(batch_size * (row_length_of(step, micro) - extra)
                        for micro in range(micro_batches))
     step += 1
-    if step == start + 1 and master and not shard:
-        writer.make_buffers(training_state())
     if bad:
         bad_steps += 1
         skipped += 1
