@@ -3,6 +3,7 @@ How fast, measured against the dense textbook of tests/reference.py and a large 
 
     python tests/bench.py                       every table, 20 minutes on 2 cores
     python tests/bench.py --device=cuda         the same on a GPU
+    python tests/bench.py --device=cuda --minutes=9    what a GPU is for, with pass or fail
     python tests/bench.py --compare=FILE        and what changed since FILE, an earlier bench.jsonl
     python tests/bench.py --part=train --n_layer=12 --n_head=12 --n_embd=768 --batch_size=2
     python tests/bench.py --part=optimizers     AdamW and Muon on the quickstart, 5 minutes
@@ -29,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from functools import partial
 
 import numpy as np
@@ -40,6 +42,7 @@ sys.path.insert(1, os.path.dirname(os.path.abspath(__file__)))
 
 import data
 import model
+import pretended
 import reference
 from configurator import configure
 from eval import nelbo as measured_nelbo
@@ -70,6 +73,7 @@ tokenizer = 'gpt2'  # (data, loop, checkpoint, processes)
 out_dir = 'out-quickstart'  # a trained net (nelbo)
 seeds = 16  # [>= 1] (nelbo)
 out = 'bench.jsonl'  # rows are appended to it
+minutes = None  # [number > 0] measure the goals in so many: one table, with pass or fail
 compare = None  # an earlier one: print what changed since
 constants = configure(globals())
 if batch_size is None:
@@ -193,6 +197,16 @@ class Training:
         self.masked = (self.xt == net.config.mask_id).flatten().nonzero().squeeze(1)
         self.options = dict(masked=self.masked) if loss_function is per_token_loss else {}
         self.dense = loss_function not in (per_token_loss, prototype)
+
+    def use_muon(self):
+        """For the matrices of the blocks, as train.py."""
+        matrices = [p for p in self.net.blocks.parameters() if p.dim() == 2]
+        rest = [p for p in self.parameters if all(p is not q for q in matrices)]
+        muon = torch.optim.Muon(matrices, lr=1e-4, adjust_lr_fn='match_rms_adamw')
+        adamw = torch.optim.AdamW(rest, lr=1e-4, fused=True)
+        self.optimizer = types.SimpleNamespace(
+            step=lambda: (adamw.step(), muon.step()), zero_grad=self.net.zero_grad
+        )
 
     def step(self, precision):
         with autocast(device, precision):
@@ -592,42 +606,56 @@ def processes():
 
 
 def estimate():
-    """On paper: MDLM's 170M (rows of 1,024) and SMDM's 1028M (rows of 2,048) on 8 and 64 H100s,
-    524,288 tokens a step at 50% of 989 TFLOP/s. Each GPU sends and receives 2 (n-1)/n times the
-    float32 gradients, at 360 GB/s between the GPUs of a node and at 45 GB/s a GPU between nodes
-    (of 450 and 50). That runs beside the backward pass, two thirds of the products, except for the
-    last bucket, the embedding's gradient."""
-
-    def wire_seconds(numbers, n):
-        return 2 * (n - 1) / n * 4 * numbers / (360e9 if n == 8 else 45e9)
-
-    smdm = dict(
-        SIZES['1028M'], block_size=2048, vocab_size=32001, mask_id=32000, cond_dim=0,
-        norm='rmsnorm', mlp='swiglu', mlp_bias=False, head_bias=False, head_mask=False
+    """On paper: MDLM's 170M (rows of 1,024), SMDM's 1028M and 2121M (rows of 2,048) on 8 and 64
+    H100s, 524,288 tokens a step at 50% of 989 TFLOP/s, in `micro` micro-batches a GPU. DDP: each
+    GPU sends and receives 2 (n-1)/n times the float32 gradients, once a step (no_sync), beside the
+    last micro-batch's backward pass, two thirds of its products, except for the last bucket, the
+    embedding's gradient. FSDP: every micro-batch gathers the float32 weights twice, forward and
+    backward, and scatters the gradients, (n-1)/n each; it runs beside the products but for the
+    first gather and the last scatter of a block. 360 GB/s between the GPUs of a node and 45 GB/s a
+    GPU between nodes (of 450 and 50). state_gb: weights, gradients, average, AdamW's on a GPU."""
+    llama = dict(
+        block_size=2048, vocab_size=32001, mask_id=32000, cond_dim=0, norm='rmsnorm', mlp='swiglu',
+        mlp_bias=False, head_bias=False, head_mask=False
     )
-    for name, shape in (
-        ('MDLM 170M', dict(n_layer=12, n_head=12, n_embd=768)),
-        ('SMDM 1028M', smdm),
-    ):
+    nets = {
+        'MDLM 170M': dict(n_layer=12, n_head=12, n_embd=768),
+        'SMDM 1028M': SIZES['1028M'] | llama,
+        'SMDM 2121M': SIZES['2121M'] | llama,
+    }
+    for name, shape in nets.items():
         with torch.device('meta'):
             net = DiT(ModelConfig(**shape))
-        P = net.num_params()
-        wte = net.wte.weight.numel()
+        P, wte = net.num_params(), net.wte.weight.numel()
+        block = sum(p.numel() for p in net.blocks[0].parameters())
         L = net.config.block_size
-        for n in (8, 64):
+        for n, micro in ((8, 1), (8, 4), (64, 1), (64, 2)):
+            rate = 360e9 if n == 8 else 45e9
             compute = net.train_flops(2**19 // L, L, 2**18) / n / (0.5 * 989e12)
-            exposed = wire_seconds(wte, n) + max(0, wire_seconds(P - wte, n) - compute * 2 / 3)
-            yield dict(
-                name=name,
-                gpus=n,
-                parameters=P,
-                compute_ms=compute * 1e3,
-                all_reduced_gb=2 * (n - 1) / n * 4 * P / 1e9,
-                all_reduce_ms=wire_seconds(P, n) * 1e3,
-                exposed_ms=exposed * 1e3,
-                tokens_per_s=2**19 / (compute + exposed),
-                of_linear=compute / (compute + exposed),
-            )
+            for way in ('ddp', 'fsdp'):
+                if way == 'ddp':
+                    wire = 2 * 4 * P * (n - 1) / n / rate
+                    hidden = compute / micro * 2 / 3
+                    alone = wire * wte / P
+                else:
+                    wire = micro * 3 * 4 * P * (n - 1) / n / rate
+                    hidden = compute
+                    alone = 2 * 4 * block * (n - 1) / n / rate
+                exposed = alone + max(0, wire - alone - hidden)
+                yield dict(
+                    name=name,
+                    way=way,
+                    gpus=n,
+                    micro=micro,
+                    parameters=P,
+                    state_gb=20 * P / 1e9 / (n if way == 'fsdp' else 1),
+                    compute_ms=compute * 1e3,
+                    sent_gb=wire * rate / 1e9,
+                    wire_ms=wire * 1e3,
+                    exposed_ms=exposed * 1e3,
+                    tokens_per_s=2**19 / (compute + exposed),
+                    of_linear=compute / (compute + exposed),
+                )
 
 
 def optimizers():
@@ -944,6 +972,133 @@ def memory():
 
 
 # -----------------------------------------------------------------------------
+# what a GPU is for
+
+
+def launches():
+    """Kernels that a training step and one evaluation of a 12-layer net start, counted on the
+    pretended GPU of the tests, and what the host needs for them at 10 us each. With CUDA graphs an
+    evaluation is one launch and the head."""
+    torch.cuda._lazy_init = lambda: None
+    for name, counts in pretended.count_launches().items():
+        (first, n), (second, m) = counts.most_common(2)
+        yield dict(
+            name=name, launches=counts.total(), most=f'{n} {first}, {m} {second}',
+            host_ms=counts.total() / 100
+        )
+
+
+def goals():
+    """Yield (what, found, unit, goal or None, whether less is better, more about it)."""
+    on_gpu = device.type == 'cuda'
+    shape = dict(n_layer=2, n_head=2, n_embd=64, vocab_size=2048, block_size=64)
+    batches, num_samples, num_steps = (2, 4), 4, 32
+    if on_gpu:
+        shape = dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50258, block_size=1024)
+        batches, num_samples, num_steps = (32, 64), 64, 1000
+    for rows, optimizer in ((batches[0], 'adamw'), (batches[0], 'muon'), (batches[1], 'adamw')):
+        reset_peak()
+        training = Training(rows=rows, **shape)
+        if optimizer == 'muon':
+            training.use_muon()
+        if on_gpu:
+            training.net.trunk = torch.compile(training.net.trunk)
+        compiling = seconds(partial(training.step, 'bfloat16'))
+        time_ = median(partial(training.step, 'bfloat16'), 10)
+        about = f'{training.x0.numel() / time_:,.0f} tokens/s, first step {compiling:.1f} s'
+        mfu = training.flops() / time_ / 989e12 * 100
+        name = f'training, {optimizer}, {rows} rows, bfloat16'
+        yield name, mfu, '% MFU', 50 if optimizer == 'adamw' else None, False, about
+        yield f'{name}, peak', peak_gigabytes(), 'GB', 40 if rows == batches[1] else None, True, ''
+        del training
+    net = new_net(**shape).eval()
+    with torch.no_grad(), autocast(device, 'bfloat16'):
+        x = torch.full((1, shape['block_size']), net.config.mask_id, device=device)
+        sigma = torch.zeros(1, device=device)
+        trunk = torch.compile(net.trunk, mode='reduce-overhead') if on_gpu else net.trunk
+        compiling = seconds(lambda: trunk(x, sigma))
+        time_ = median(lambda: net.head(trunk(x, sigma)[:, :1]), 50)
+        about = f'first one {compiling:.1f} s'
+        yield 'one evaluation, batch 1', time_ * 1e3, 'ms', 1, True, about
+        call = partial(
+            generate, net, num_samples, shape['block_size'], compile=on_gpu, batch_size=num_samples
+        )
+        call(steps=num_steps)  # compiles each size of a batch
+        ours = seconds(partial(call, steps=num_steps))
+        with torch_only():
+            dense = partial(
+                reference.ancestral, net, num_samples, shape['block_size'], num_steps, loglinear,
+                only_steps=2, dtype=torch.float32
+            )
+            dense()
+            textbook_s = seconds(dense) / 2 * num_steps
+        about = f'{ours:.1f} s, textbook {textbook_s:.1f} s'
+        name = f'{num_samples} samples, {num_steps} steps'
+        yield name, textbook_s / ours, 'times the textbook', 10, False, about
+
+
+def run_goals():
+    """Print one table of the goals, then of the tests that need the device and of the quickstart,
+    which gets the time that is left."""
+    until = time.monotonic() + 60 * minutes
+    title = f'{machine_name()}, torch {torch.__version__}'
+    if device.type != 'cuda':
+        title += ', a rehearsal with small shapes: the goals are those of a GPU'
+    print(f'\n{title}\n\n| what | found | goal | | |\n|---|---|---|---|---|', flush=True)
+
+    def show(what, found, unit, goal, less, about=''):
+        verdict = ''
+        if goal is not None:
+            verdict = 'pass' if (found <= goal if less else found >= goal) else 'FAIL'
+        sign = '' if goal is None else f"{'<' if less else '>'} {goal} {unit}"
+        print(table_row([what, f'{cell(found)} {unit}', sign, verdict, about]), flush=True)
+
+    try:
+        for row in goals():
+            show(*row)
+            if time.monotonic() > until:
+                break
+    except (RuntimeError, ValueError) as error:  # out of memory, a compiler that is missing
+        why = str(error).strip().splitlines()[0]
+        print(table_row(['the goals after this', '', '', 'FAIL', f'{type(error).__name__}: {why}']))
+    environment = os.environ | dict(HF_HUB_OFFLINE='1')
+
+    def run(what, unit, goal, less, value, command):
+        left = until - time.monotonic()
+        if left < 10:
+            print(table_row([what, '', '', 'no time', '']))
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                done = subprocess.run(
+                    [sys.executable, *command], cwd=folder, env=environment, capture_output=True,
+                    text=True, timeout=left
+                )
+            except subprocess.TimeoutExpired:
+                print(table_row([what, '', '', 'no time', f'not done in {left:.0f} s']))
+                return
+        last = [*(done.stdout + done.stderr).strip().splitlines(), ''][-1]
+        found = value(done)
+        if found is None:
+            print(table_row([what, '', '', 'FAIL', last]), flush=True)
+        else:
+            show(what, found, unit, goal, less, last if goal == 0 else '')
+
+    run('tests on the device', 'failures', 0, True, lambda done: float(done.returncode), [
+        '-m', 'pytest', '-q', '-p', 'no:cacheprovider', os.path.join(root, 'tests'), '-k',
+        'cuda or gpu'])
+
+    def last_bpb(done):
+        found = re.findall(r'([\d.]+) ± [\d.]+ bits/byte', done.stdout)
+        return float(found[-1]) if found else None
+
+    small = [] if device.type == 'cuda' else ['--max_iters=20', '--n_layer=2', '--n_embd=96']
+    run('config/quickstart.py', 'bits/byte', 2.0, True, last_bpb, [
+        os.path.join(root, 'train.py'), os.path.join(root, 'config', 'quickstart.py'),
+        f'--device={device.type}', '--sample_at_end=False', '--sample_interval=0', *small])
+
+
+# -----------------------------------------------------------------------------
 # data
 
 
@@ -999,7 +1154,7 @@ PARTS = dict(
     train=train, projection=projection, attention=attentions, cost=cost, loop=loop,
     processes=processes, estimate=estimate, checkpoint=checkpoint, sample=sample, batch=batch,
     samplers=samplers, ar=ar, nelbo=nelbo, optimizers=optimizers, memory=memory, data=prepare,
-    mamba=mamba, packing=packing
+    mamba=mamba, packing=packing, launches=launches
 )
 LARGE = '--n_layer=12 --n_head=12 --n_embd=768 --block_size=1024'  # MDLM's 170M
 SUITE = {
@@ -1075,7 +1230,7 @@ def run_part():
     title = f'{part} on {machine_name()}, {torch.get_num_threads()} threads'
     title += f', torch {torch.__version__}'
     of_no_net = 'data', 'nelbo', 'optimizers', 'memory', 'estimate', 'cost', 'attention', 'mamba'
-    if part not in of_no_net:
+    if part not in (*of_no_net, 'launches'):
         title += f', {new_net().num_params() / 1e6:.0f}M parameters ({n_layer} x {n_embd})'
         title += f', vocabulary {vocab_size:,}, rows of {block_size}'
     if part == 'mamba':
@@ -1126,7 +1281,9 @@ def print_changes(old, new):
 if part not in (None, *PARTS):
     sys.exit(f"error: part='{part}' is not known: choose from {', '.join(PARTS)}")
 if part is None:
-    for_all = ('device', 'dtype', 'tokenizer', 'megabytes', 'repeats', 'out', 'compare')
+    for_all = (
+        'device', 'dtype', 'tokenizer', 'megabytes', 'repeats', 'out', 'compare', 'minutes'
+    )
     for argument in sys.argv[1:]:
         if argument.lstrip('-').partition('=')[0] not in for_all:
             sys.exit(f'error: {argument} goes with a --part: those have shapes of their own')
@@ -1146,7 +1303,9 @@ if compare:
             f'error: compare={compare} is not a file that an earlier run has written ({error})'
         )
 formats = [dtype] if dtype else ['float32', 'bfloat16']
-if part:
+if minutes:
+    run_goals()
+elif part:
     run_part()
 else:
     run_suite()

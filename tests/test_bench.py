@@ -50,11 +50,11 @@ def test_the_benchmark_writes_what_it_prints_and_says_what_changed(run, tmp_path
     with open('bench.jsonl') as f:
         assert len(f.readlines()) == 16
 
-    for part in ('projection', 'ar', 'estimate'):
+    for part in ('projection', 'ar', 'estimate', 'launches'):
         run(BENCH, f'--part={part}', *SHAPE)
     with open('bench.jsonl') as f:
         parts = [json.loads(line)['part'] for line in f]
-    assert (parts.count('projection'), parts.count('ar'), parts.count('estimate')) == (4, 16, 4)
+    assert (parts.count('projection'), parts.count('ar'), parts.count('estimate')) == (4, 16, 24)
 
     last = run(BENCH, '--part=estimate', '--compare=old.jsonl', *SHAPE).stdout
     assert '\n0 rows are in old.jsonl too' in last
