@@ -465,9 +465,9 @@ def ar(
     for rows, step in b.steps(torch.ones(b.x.size(1))):
         col = b.prompt_length[rows] + step
         h = b.hidden_with_cache(cache, col)
-        b.unmask(torch.arange(b.x.size(1)) == col[:, None], h)
+        ids = b.unmask(torch.arange(b.x.size(1)) == col[:, None], h)
         if eos_id not in (None, -1):
-            ended = (b.tokens(rows, col) == eos_id).cpu()
+            ended = (ids == eos_id).cpu()
             b.end(rows[ended], col[ended] + 1)
 
 
@@ -769,6 +769,7 @@ class Batch:
         if self.on_change:
             confidence, = self.from_logits(h, self.prob_of, ids)
             self.on_change(rows, cols, ids.cpu(), confidence.cpu(), self.step[rows])
+        return ids
 
     def remask(self, chosen):
         """Mask the chosen positions (A, L) bool again."""
@@ -785,9 +786,6 @@ class Batch:
         self.length[rows] = length
         self.num_masked[rows] = 0
         self.masked[rows] = False
-
-    def tokens(self, rows, cols):
-        return self.x.view(-1)[sent(self.place(rows, cols), self.device)]
 
     def token_prob(self, candidates):
         """The probability that a d3pm net gives all tokens together, as `score`."""

@@ -137,6 +137,7 @@ def install(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device=None: 'a pretended GPU')
     monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device=None: (10 ** 11, 10 ** 11))
+    monkeypatch.setattr(torch.cuda, 'set_device', lambda device: None)
     monkeypatch.setattr(torch.cuda, 'synchronize', lambda device=None: None)
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda **options: True)
 
