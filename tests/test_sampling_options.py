@@ -62,7 +62,7 @@ def test_a_step_waits_for_the_gpu_only_where_it_decides(
     # the start goes there; the tokens come back, and whether all logits were numbers
     assert gpu.waits['copy'] == 1
     assert gpu.waits['read'] == 2 + decides * num_steps
-    assert num_steps <= gpu.sent <= 2 * len(steps)  # the pretended device did see what the steps send
+    assert num_steps <= gpu.sent <= 2 * len(steps)  # the device did see what the steps send
 
 
 # --- samplers as released
