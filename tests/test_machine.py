@@ -127,8 +127,7 @@ def test_what_a_cuda_graph_leaves_of_an_evaluation_takes_half_a_millisecond(
 
 
 def test_the_chunked_loss_moves_few_times_its_logits(gpu):
-    """Passes over (N, V) of two bytes an element: read or written once is 1. torch's own dense form
-    and the chunks of its linear_cross_entropy make more."""
+    """Passes over (N, V) of two bytes an element: read or written once is 1."""
     N, V, C = 256, 4096, 8
     one = 2 * N * V
 
