@@ -491,7 +491,7 @@ def test_bad_requests(tiny_net, refused):
         (dict(rule='nothing'), "sampler 'nothing' is not known"),
         (dict(rule='ar'), "sampler 'ar' takes nets of the objectives ar"),
         (dict(rule_options=dict(stride=1)), "stride does not go with sampler 'ancestral'"),
-        (dict(rule_options=3), 'a dict is needed'),
+        (dict(rule_options=3), 'it must be a dict'),
         (dict(eos_id=99), 'it must be an id below 11'),
         (dict(compile=True), "it must be False for sampler 'block'"),
     ):
