@@ -52,10 +52,12 @@ from data import (
     BENCHMARKS, DATASETS, GPT2_XLM, MEASURED_AS, TokenRows, Tokenizer, find_or_prepare,
     get_tokenizer, key_of, permute, read_meta, splitmix64, vicuna_prompt)
 from model import (
-    OBJECTIVES, DiT, autocast, check_overrides, corrupt_batch, float64, is_packed, likelihood_of,
-    load_pretrained, loglinear, on_grid, options_of, per_token_loss, pick_device, ratio_with_error,
-    require_known, reuse_memory, row_sums, schedule_of, stratified_times, write_whole)
-from sample import check_output, check_sampler, flags, generate, tokenizer_of
+    OBJECTIVES, DiT, autocast, check_overrides, corrupt_batch, float64, in_blocks, is_packed,
+    likelihood_of, load_pretrained, loglinear, on_grid, options_of, per_token_loss, pick_device,
+    ratio_with_error, require_known, reuse_memory, row_sums, schedule_of, stratified_times,
+    write_whole)
+from sample import (
+    check_output, check_sampler, default_sampler, flags, generate, tokenizer_of)
 
 metric = 'ppl'          # a key of METRICS
 out_dir = 'out'         # where train.py left ckpt.pt
@@ -159,6 +161,10 @@ def exp(nats):
 def draw_times(u, stratum, num_strata, estimator, T, maskable, sampling_eps=1e-3):
     """Times (B,) of rows that share the uniform u, each in its stratum (B,). 'count': t = k/n, k
     uniform in 1 ... n, the number of maskable (B,) tokens. T > 0: on the grid of T steps."""
+    if maskable.dim() == 2:  # of each block
+        blocks = maskable.size(1)
+        stratum = stratum[:, None] * blocks + torch.arange(blocks)
+        num_strata *= blocks
     if estimator == 'time' and not T:
         return stratified_times(u, stratum, num_strata, sampling_eps)
     t = stratified_times(u, stratum, num_strata, eps=0)
@@ -178,9 +184,10 @@ def nelbo(
     options: a dict with those of the loss, as d3pm's subs_masking.
 
     estimator 'time': each position is masked by chance at a drawn time. 'count': exactly k of n
-    are, k uniform in 1 ... n, and losses weigh n/k; the same mean but for eps, less variance (Ou et
-    al. 2024, arXiv 2406.03736, section 3.3). 'duel': the likelihood under a sampler, see text_nll;
-    sampling: dict of its sampler, steps and options. None: 'count' where it is defined.
+    (of a block's n) are, k uniform in 1 ... n, and losses weigh n/k; the same mean but for eps,
+    less variance (Ou et al. 2024, arXiv 2406.03736, section 3.3). 'duel': the likelihood under a
+    sampler, see text_nll; sampling: dict of its sampler, steps and options. None: 'count' where it
+    is defined.
     -> what model.likelihood_of gives, ppl, num_mc, estimator; 'duel': nfe, evaluations a row."""
     config, objective = net.config, net.config.objective
     bound = OBJECTIVES[objective].bound
@@ -219,6 +226,8 @@ def nelbo(
         for j in range(num_mc):
             stratum = torch.from_numpy(permute(index, n, seed)) + j * n
             maskable = clean['maskable'].sum(dim=1)
+            if config.block_length:
+                maskable = in_blocks(clean['maskable'], config.block_length).sum(dim=2).clamp(min=1)
             t = draw_times(u, stratum, num_mc * n, estimator, T, maskable, sampling_eps)
             keys = [key_of(seed, row, j) for row in chosen[index]]
             batch = corrupt_batch(clean, t, config, schedule, keys, device, exactly=by_count)
@@ -392,6 +401,7 @@ def conditional_nll(net, pairs, masks, cfg_scale=0.0, padding=False, batch_size=
 
 def reached_greedily(net, pairs, cfg_scale=0.0, padding=False, batch_size=16):
     """greedy_matches of pairs of prefix_and_target, for diffusion nets -> (k,) bool"""
+    require(not net.config.block_length, 'greedy matches do not go with block_length: greedy=False')
     hidden = [torch.ones(len(target), dtype=torch.bool) for _, target in pairs]
     agrees, weight = torch.ones(len(pairs), dtype=torch.bool), torch.zeros(())
     left = sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i])))
@@ -410,6 +420,8 @@ def masks_of(net, method, num_mc=None, seed=0, eps=None):
     num_mc = net.constants.get('mc_draws', 128) if num_mc is None else num_mc
     eps = net.constants.get('mc_eps', 1e-3) if eps is None else eps
     require_known('method ', method, ('chain_rule', 'monte_carlo'))
+    require(method == 'chain_rule' or not net.config.block_length,
+            "method 'monte_carlo' does not go with block_length: choose chain_rule or duel")
     require_positive(num_mc=num_mc)
     if net.config.causal:
         return causal_masks
@@ -1022,6 +1034,7 @@ def likelihood(run, name):
     if packing == 'pair' and (net.config.causal or pad_to == 'batch'):
         padding = False                                   # or it would depend on the batch
     rows = TokenRows(folder, split, block_size, packing, padding, pad_to, c.grouping)
+    rows.first_given = run.trained('first_given', False)
     if max_tokens:
         rows.length = min(rows.length, max_tokens // block_size)
         require(rows.length, f'max_tokens={max_tokens} are less than a row of {block_size}')
@@ -1031,7 +1044,7 @@ def likelihood(run, name):
     sampling = dict(cfg_scale=c.cfg_scale) | (c.sampler_options or {})
     if c.estimator == 'duel':
         how = dict(sampler=sampler_of(run), steps=c.steps)
-        check_sampler(net.config.objective, how['sampler'], c.sampler_options or {})
+        check_sampler(net.config, how['sampler'], c.sampler_options or {})
     with autocast(run.device, c.dtype):
         result = nelbo(
             net, rows, c.num_mc, c.batch_size, c.seed, c.max_rows, schedule, run.trained('T', 0),
@@ -1122,7 +1135,7 @@ def load_references(run, num_texts):
 
 
 def sampler_of(run):
-    return run.c.sampler or OBJECTIVES[run.net.config.objective].sampler
+    return run.c.sampler or default_sampler(run.net.config)
 
 
 def home_of(run, name):
@@ -1247,7 +1260,7 @@ def measure_frontier(c):
     for entry, steps, temperature in itertools.product(given, c.table_steps, c.temperatures):
         own = dict(entry) if isinstance(entry, dict) else dict(sampler=entry)
         name = own.pop('sampler', None)
-        check_sampler(run.net.config.objective, name, own)
+        check_sampler(run.net.config, name, own)
         label = ' '.join([name, *(f'{key}={value}' for key, value in own.items())])
         folder = re.sub(r'[^\w.-]+', '_', f'{label} {temperature}')
         points.append(run.having(
@@ -1658,7 +1671,7 @@ def measure_harness(c):
             loaded = manager.load([name])['tasks']
         if any(task.OUTPUT_TYPE == 'generate_until' for task in loaded.values()):
             sampler = settings['sampler'] or sampler_of(run)
-            check_sampler(run.net.config.objective, sampler, options)
+            check_sampler(run.net.config, sampler, options)
         lm = harness_lm(run.net, **settings | options)
         with autocast(run.device, c.dtype):
             done = lm_eval.simple_evaluate(

@@ -102,6 +102,7 @@ class ModelConfig:
     d_state: int = 16  # mamba: numbers a channel remembers
     d_conv: int = 4  # mamba: taps of the convolution
     expand: int = 2  # mamba: channels over n_embd
+    block_length: int | None = None  # block diffusion: tokens that are noised together; None: all
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -119,6 +120,7 @@ class ModelConfig:
             require_known(f'{key}=', getattr(self, key), known)
         V, is_ar = self.vocab_size, self.objective == 'ar'
         mamba = self.mixer == 'mamba'
+        blocks = self.objective == 'subs' and not (mamba or self.time_conditioning)
         rules = [
             ('block_size vocab_size n_layer n_head n_embd n_mlp d_state d_conv expand',
              lambda x: x >= 1, 'at least 1'),
@@ -132,6 +134,9 @@ class ModelConfig:
             ('init', lambda x: x == 'mdlm' or not mamba, "'mdlm' with mixer 'mamba'"),
             ('attn_dropout', lambda x: x == 0 or not mamba, "0 with mixer 'mamba'"),
             ('causal', lambda x: x == is_ar, f"{is_ar} with objective '{self.objective}'"),
+            ('block_length', lambda x: x is None or blocks and x > 0 and self.block_size % x == 0,
+             f'a divisor of block_size={self.block_size}, with objective subs, attention and no '
+             'time_conditioning'),
         ]
         for keys, holds, rule in rules:
             for key in keys.split():
@@ -264,8 +269,8 @@ class Block(nn.Module):
         is_causal = self.config.causal
         if cache is not None:
             k, v = cache.extend(self, k, v)
-            is_causal = cache.position is None
-        if callable(attn_mask):  # within documents
+            is_causal = is_causal and cache.position is None
+        if callable(attn_mask):  # within documents or blocks
             y = attn_mask(q, k, v)
         else:
             y = attention(q, k, v, attn_mask, self.attn_dropout(), is_causal)
@@ -344,13 +349,15 @@ class DiT(nn.Module):
                 elif p.dim() == 2:
                     nn.init.normal_(p, std=math.sqrt(2 / (5 * C)))
 
-    def trunk(self, x, sigma=None, attention_mask=None, cache=None):
+    def trunk(self, x, sigma=None, attention_mask=None, cache=None, x0=None):
         """ids x (B, L) -> (B, L, n_embd).
 
         sigma (B,): total noise, which a time-conditioned net needs.
         attention_mask (B, L) bool: False where nothing looks (mamba: what adds nothing). Or int, of
         rows that hold several documents: the number of each token's document, -1 of padding.
         Attention then stays within a document, whose positions begin at 0. cache: a KVCache.
+        With a block_length each block looks at itself and those before it, at most block_size
+        positions: in x, or of x = xt at the clean ones of x0 (B, L).
         """
         config = self.config
         require(
@@ -359,20 +366,30 @@ class DiT(nn.Module):
         require(
             config.mixer == 'attention' or not is_packed(attention_mask),
             "rows of several documents need a net with mixer='attention': give another packing")
+        require(
+            not config.block_length or not is_packed(attention_mask),
+            "rows of several documents do not go with block_length: give another packing")
         c = None
         if config.cond_dim:
             if not config.time_conditioning:
                 sigma = torch.zeros(1, device=x.device)
             c = self.sigma_map(sigma)  # (1 or B, cond_dim)
-        position = torch.arange(x.size(1), device=x.device)
+        L = x.size(1)
+        position = torch.arange(L, device=x.device)
         attn_mask = rotary = None
         if config.mixer == 'mamba':
             attn_mask = None if attention_mask is None else attention_mask[:, :, None]
         elif cache is not None and cache.position is not None:
-            position, attn_mask = cache.at[1][:, None], cache.attn_mask
+            position, attn_mask = cache.positions, cache.attn_mask
         elif is_packed(attention_mask):
             attn_mask, position = within_documents(
                 attention_mask, config.causal, self.blocks[0].attn_dropout())
+        elif config.block_length and L > config.block_length:
+            if x0 is not None:
+                x = torch.cat((x0, x), dim=1)
+                position = position.repeat(2)
+            attn_mask = within_blocks(
+                config, L, x, attention_mask, self.blocks[0].attn_dropout())
         elif attention_mask is not None and not config.causal:  # padding is on the right
             attn_mask = attention_mask[:, None, None, :]
             if self.training and has_flash(x.device):
@@ -383,6 +400,7 @@ class DiT(nn.Module):
         h = self.wte(x)
         for block in self.blocks:
             h = block(h, c, rotary, attn_mask, cache)
+        h = h[:, -L:]
         if c is None:
             return self.norm_f(h)
         shift, scale = self.adaLN_f(c)[:, None].chunk(2, dim=2)
@@ -422,6 +440,8 @@ class DiT(nn.Module):
                         if p.dim() == 2 and not name.endswith(('adaLN.weight', 'A_log')))
         if config.mixer == 'attention':
             per_token += config.n_layer * 2 * length * C
+        if config.block_length and config.block_length < length:
+            per_token *= 2  # [x0, xt]; attention takes a little less
         return 6 * (rows * length * per_token + scored * C * config.vocab_size)
 
 
@@ -431,43 +451,57 @@ def is_packed(attention_mask):
 
 
 class KVCache:
-    """Keys and values of a causal net, (2, rows, H, length, C/H) a block.
+    """Keys and values of a net that looks back only, token by token or in blocks: of the last
+    `length` positions of each row, (2, rows, H, length, C/H) a block of the net.
 
-    position=None: the trunk gets the first tokens (n, P) of the rows `slots`; else one token of
-    every row, (rows, 1), at `position` (rows,) on the CPU.
+    The trunk gets tokens (n, T) of the rows `slots`: with position=None the first ones, else those
+    from `position` (n,) on: one, or of block diffusion a block of `width`, less at a row's end. A
+    block may come again: the last time counts. position, and attention_mask with it, are on the
+    CPU to not wait for a GPU.
     """
 
-    def __init__(self, rows, length):
+    def __init__(self, rows, length, width=1):
         self.rows = rows
         self.length = length
+        self.width = width
         self.kept = {}
         self.slots = slice(None)
         self.position = None
-        self.at = None  # (row, position) on the device
-        self.attn_mask = None  # (rows, 1, 1, reach) bool; None: all True
+        self.at = None  # (row (n, 1), place (n, T)) on the device
+        self.positions = None  # (n, T) on the device
+        self.attn_mask = None  # (n, 1, 1, reach) bool on the device; None: all True
+        self.reach = 0
 
-    def begin(self, position, device, *others):
-        """The next tokens stand at position (rows,). -> CPU tensors `others` on the device, which
-        they go to with what all blocks need."""
-        seen = torch.arange(int(position.max()) + 1) <= position[:, None]
-        self.position = position
-        at, *others, seen = sent_at_once(
-            (position, *others, None if seen.all() else seen), device)
-        self.at = torch.arange(self.rows, device=device), at
+    def begin(self, position, T, device, others=(), attention_mask=None):
+        """T tokens a row stand from position (n,) on; attention_mask (n, T) bool. What all blocks
+        need goes to the device, and with it CPU tensors `others`, which are returned."""
+        n, self.position = len(position), position
+        inside = torch.ones(n, T, dtype=torch.bool) if attention_mask is None else attention_mask
+        positions = position[:, None] + torch.arange(self.width)
+        place = positions % self.length
+        self.reach = min(int(positions.max()) + 1, self.length)
+        seen = torch.arange(self.reach) < position[:, None]
+        seen.scatter_(1, place, F.pad(inside, (0, self.width - T)))
+        self.positions, place, *others, seen = sent_at_once(
+            (positions[:, :T], place[:, :T], *others, None if seen.all() else seen), device)
+        self.at = torch.arange(self.rows, device=device)[self.slots, None], place
         self.attn_mask = None if seen is None else seen[:, None, None]
         return others
 
     def extend(self, block, k, v):
-        """Store k and v (n, H, P or 1, C/H); return those to look at."""
+        """Store k and v (n, H, T, C/H); return those to look at."""
         if block not in self.kept:
             self.kept[block] = k.new_zeros(2, self.rows, k.size(1), self.length, k.size(3))
-        kv = self.kept[block]
+        kv, new = self.kept[block], torch.stack((k, v))
         if self.position is None:
-            kv[:, self.slots, :, :k.size(2)] = torch.stack((k, v))
+            T = k.size(2)
+            if T > self.length:  # position p stands at p % length
+                new = new[:, :, :, -self.length:].roll(T % self.length, dims=3)
+            kv[:, self.slots, :, :T] = new
             return k, v
-        row, position = self.at
-        kv[:, row, :, position] = torch.cat((k, v), dim=2).transpose(1, 2)
-        return kv[:, :, :, :int(self.position.max()) + 1].unbind()
+        row, place = self.at
+        kv[:, row, :, place] = new.permute(1, 3, 0, 2, 4)
+        return kv[:, self.slots, :, :self.reach].unbind()
 
     def keep(self, slots):
         """Drop all rows but these (n,), on the device."""
@@ -687,18 +721,29 @@ loglinear = get_schedule('loglinear')
 
 
 def corrupt(x0, t, mask_id, schedule, generator=None, maskable=None):
-    """xt ~ q(xt | x0): positions of x0 (B, L) are masked with probability 1 - alpha(t), t (B,),
-    where maskable (B, L)."""
+    """xt ~ q(xt | x0): positions of x0 (B, L) are masked with probability 1 - alpha(t), t (B,) or
+    (B, L), where maskable (B, L)."""
     device = generator.device if generator else 'cpu'
     u = torch.rand(x0.shape, generator=generator, device=device).to(x0.device)
-    masked = u < 1 - schedule.alpha(t)[:, None]
+    masked = u < 1 - schedule.alpha(t if t.dim() == 2 else t[:, None])
     if maskable is not None:
         masked = masked & maskable
     return torch.where(masked, mask_id, x0)
 
 
-def corrupt_exactly(x0, t, mask_id, generator, maskable):
-    """Mask exactly round(t n) of the n maskable positions of each row; t (B,)."""
+def in_blocks(x, block_length):
+    """(B, L) -> (B, blocks, block_length); the last block is filled up with 0."""
+    return F.pad(x, (0, -x.size(1) % block_length)).unflatten(1, (-1, block_length))
+
+
+def corrupt_exactly(x0, t, mask_id, generator, maskable, block_length=None):
+    """Mask exactly round(t n) of the n maskable positions of each row; t (B,). Or of each block, t
+    (B, L)."""
+    if block_length:
+        ids, t, maskable = (
+            in_blocks(x, block_length).flatten(0, 1) for x in (x0, t, maskable))
+        xt = corrupt_exactly(ids, t[:, 0], mask_id, generator, maskable)
+        return xt.view(len(x0), -1)[:, :x0.size(1)]
     u = torch.rand(x0.shape, generator=generator).masked_fill(~maskable, 2)
     rank = u.argsort(dim=1).argsort(dim=1)
     count = (t * maskable.sum(dim=1)).round()
@@ -707,8 +752,8 @@ def corrupt_exactly(x0, t, mask_id, generator, maskable):
 
 def corrupt_batch(
         batch, t, config, schedule, key, device, visible=False, exactly=False, drop_prompt=False):
-    """A batch of data.TokenRows at the times t (B,), with xt drawn from the seed `key`, or
-    each row from one of a list.
+    """A batch of data.TokenRows at the times t (B,), or (B, blocks) with a block_length, with xt
+    drawn from the seed `key`, or each row from one of a list.
 
     Returns tensors on device: x0, xt, t, scored, attention_mask (None: all True) and masked (N,),
     flat indices of the positions with a loss. visible: those are all that are scored.
@@ -719,6 +764,9 @@ def corrupt_batch(
     attention_mask = batch['attention_mask']
     packed = is_packed(attention_mask)
     xt = masked = None
+    width = config.block_length
+    if width:
+        t = t.repeat_interleave(width, dim=1)[:, :x0.size(1)]
     if config.causal:
         scored = scored.clone()
         scored[:, 0] = False
@@ -731,12 +779,12 @@ def corrupt_batch(
             generator = torch.Generator().manual_seed(k)
             given = x0[rows], t[rows], config.mask_id
             if exactly:
-                parts.append(corrupt_exactly(*given, generator, maskable[rows]))
+                parts.append(corrupt_exactly(*given, generator, maskable[rows], width))
             else:
                 parts.append(corrupt(*given, schedule, generator, maskable[rows]))
         xt = torch.cat(parts)
         if drop_prompt:
-            xt = xt.masked_fill(~maskable, config.mask_id)
+            x0, xt = (x.masked_fill(~maskable, config.mask_id) for x in (x0, xt))
         has_loss = scored if visible else (xt == config.mask_id) & scored
         masked = has_loss.flatten().nonzero().squeeze(1)
 
@@ -763,11 +811,11 @@ def sent_at_once(tensors, device):
             for x, part in zip(tensors, parts, strict=True)]
 
 
-def stratified_times(u, index, n, eps=1e-3):
-    """A time in [eps, 1) in each stratum index (...,) of n, from one uniform u
+def stratified_times(u, index, n, eps=1e-3, most=1.0):
+    """A time in [eps, most], below 1, in each stratum index (...,) of n, from one uniform u
     (Kingma et al. 2021, arXiv 2107.00630, appendix I.1)."""
     below_1 = 1 - 2 ** -24  # rounding up to 1 would leave a weight of inf / inf where alpha is 0
-    return ((u + index / n) % 1 * (1 - eps) + eps).float().clamp(max=below_1)
+    return ((u + index / n) % 1 * (most - eps) + eps).float().clamp(max=below_1)
 
 
 def on_grid(t, T):
@@ -923,7 +971,8 @@ def per_token_loss(
         attention_mask=None, reconstruction=False, **options):
     """The loss of each position in nats, (B, L) float32, zero where there is none.
 
-    x0, xt (B, L): ids; t (B,): times of xt, with T > 0 steps on_grid ('ar' uses x0 alone).
+    x0, xt (B, L): ids; t (B,) or (B, L): times of xt, with T > 0 steps on_grid ('ar' uses x0
+    alone). With a block_length xt is the noised blocks, each given the clean ones before it.
     objective: default: the net's own. options: its own (importance: t is of importance_time).
     masked (N,): flat indices of the positions with a loss; default: where xt is the mask.
     reconstruction: add reconstruction_loss where it is a term of the bound.
@@ -936,9 +985,11 @@ def per_token_loss(
     if masked is None:
         masked = (xt == net.config.mask_id).flatten().nonzero().squeeze(1)
     # the trunk runs over everything, the head over the masked positions alone
-    h = net.trunk(xt, schedule.conditioning(t), attention_mask).flatten(0, 1)  # (B*L, n_embd)
-    positions = MaskedPositions(
-        net, h.index_select(0, masked), x0.flatten()[masked], t[masked // x0.size(1)], schedule, T)
+    clean = x0 if net.config.block_length else None
+    h = net.trunk(xt, schedule.conditioning(t), attention_mask, x0=clean)
+    h = h.flatten(0, 1).index_select(0, masked)  # (N, n_embd)
+    t = t.flatten()[masked] if t.dim() == 2 else t[masked // x0.size(1)]
+    positions = MaskedPositions(net, h, x0.flatten()[masked], t, schedule, T)
     loss = record.loss(positions, **options)
     dense = torch.zeros(x0.numel(), device=x0.device, dtype=loss.dtype)
     loss = dense.index_copy(0, masked, loss).view(x0.shape)
@@ -1445,7 +1496,7 @@ FAMILIES['mdlm'] = Family(  # and its AR baseline, which is the same without con
     },
     settings=dict(
         mixer='attention', norm='layernorm', mlp='gelu', norm_bias=False, mlp_bias=True,
-        head_bias=True, causal=lambda fields: not fields['cond_dim']),
+        head_bias=True, causal=lambda fields: not fields['cond_dim'], block_length=None),
     assumed=dict(
         block_size=1024, n_head=None, mask_id=last_id, objective=by_attention),
     described=dict(
@@ -1534,6 +1585,14 @@ FAMILIES['dimamba'] = Family(
     assumed=dict(block_size=1024, mask_id=last_id),
     tokenizers={50258: 'gpt2'},
     constants=FAMILIES['mdlm'].constants)
+
+FAMILIES['bd3lm'] = dataclasses.replace(  # told from mdlm by config.json alone
+    FAMILIES['mdlm'],
+    settings={key: value for key, value in FAMILIES['mdlm'].settings.items()
+              if key != 'block_length'},
+    described=FAMILIES['mdlm'].described | dict(
+        architectures=['BD3LM'], model_type='bd3lm', block_size='block_length', cross_attn=True),
+    constants=dict(packing='concat', protocol='mdlm', first_given=True))
 
 FAMILIES['native'] = Family(  # ours, for nets that no other layout fits
     names={},
@@ -1700,7 +1759,8 @@ def read_published(path, ema):
                 tensors |= load_file(file)
             except Exception as error:  # safetensors' own
                 raise ValueError(f'{file} is not a whole .safetensors file ({error})') from None
-    tensors = {WRAPPERS.sub('', name): tensor for name, tensor in tensors.items()}
+    tensors = {WRAPPERS.sub('', name): tensor for name, tensor in tensors.items()
+               if not name.startswith('sampling_eps_')}  # BD3-LM's range of times
     for name in list(tensors):
         first = SHARED.sub(r'\1fwd\3', name)
         if first != name and first in tensors:
@@ -1782,6 +1842,8 @@ def load_published(path, source, ema, overrides):
         raise FileNotFoundError(f'{source} is not there')
     tensors, described = read_published(path, ema)
     key, prefix = family_of(tensors, source)
+    if described.get('model_type') == 'bd3lm':
+        key = 'bd3lm'
     family, source = FAMILIES[key], f"{source}, read in the layout '{key}',"
     untold = described.get('nanomdm', {})
     good = isinstance(untold, dict) and isinstance(untold.get('constants', {}), dict)
@@ -2211,6 +2273,59 @@ def within_documents(documents, is_causal=False, p=0.0, way=None):
         return functools.partial(flash_within, kept, ends.int(), L, is_causal, p), position
     ends = F.pad(begins.flatten().nonzero().squeeze(1), (0, 1), value=B * L)
     return functools.partial(attention_of_each, ends.diff().tolist(), is_causal, p), position
+
+
+def looks_at(i, j, length, config):
+    """Whether position i of [x0, xt], each so long, looks at j (BD3-LM's mask)."""
+    block_i, block_j = i % length // config.block_length, j % length // config.block_length
+    window = config.block_size // config.block_length
+    clean = (block_j < block_i + (i < length)) & (block_i - block_j < window)
+    return torch.where(j < length, clean, (i >= length) & (block_i == block_j))
+
+
+@_disable_dynamo
+def within_blocks(config, length, x, attention_mask=None, p=0.0, way=None):
+    """A function (q, k, v) of block diffusion's attention over x, x0 (B, length) or [x0, xt]
+    (B, 2 * length). attention_mask (B, length): False where nothing looks. way: as above."""
+    device, twice = x.device, x.size(1) > length
+    if way is None:  # FlexAttention would be compiled for every length of a prompt
+        way = 'flex' if twice and not p and device.type == 'cuda' else 'each'
+    if way == 'flex':
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        def mask_mod(b, h, i, j):
+            looks = looks_at(i, j, length, config)
+            return looks if attention_mask is None else looks & attention_mask[b, j % length]
+
+        rows = None if attention_mask is None else len(x)
+        block_mask = create_block_mask(
+            mask_mod, rows, None, x.size(1), x.size(1), device=device)
+        return functools.partial(flex_within, flex_attention(), block_mask)
+    size = config.block_length * max(1, 128 // config.block_length)
+    halves = torch.arange(x.size(1), device=device).split(length)
+    chunks = []
+    for begin in range(0, length, size):
+        own = slice(begin, min(begin + size, length))
+        spans = [slice(0, own.stop), own][:len(halves)]  # of the keys, clean and noised
+        j = torch.cat([half[span] for half, span in zip(halves, spans, strict=True)])
+        mask = looks_at(torch.cat([half[own] for half in halves])[:, None], j, length, config)
+        if attention_mask is not None:
+            mask = mask & attention_mask[:, None, None, j % length]
+        chunks.append((own, spans, mask))
+    return functools.partial(attention_in_chunks, length, chunks, p)
+
+
+@_disable_dynamo
+def attention_in_chunks(length, chunks, p, q, k, v):
+    """Some blocks at a time, clean and noised, with what is before them."""
+    q, k, v = (x.split(length, dim=2) for x in (q, k, v))
+    parts = []
+    for own, spans, mask in chunks:
+        queries = torch.cat([half[:, :, own] for half in q], dim=2)
+        near = (torch.cat([half[:, :, span] for half, span in zip(x, spans, strict=True)], dim=2)
+                for x in (k, v))
+        parts.append(attention(queries, *near, mask, p).unflatten(2, (len(q), -1)))
+    return torch.cat(parts, dim=3).flatten(2, 3)
 
 
 @functools.cache

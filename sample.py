@@ -13,7 +13,7 @@ Row i is a function of (seed, first_row + i) alone: the batch size changes nothi
 
 MDLM: Sahoo et al. 2024, arXiv 2406.07524; SEDD: Lou et al. 2023, 2310.16834; SMDM: Nie et al. 2024,
 2410.18514; LLaDA: Nie et al. 2025, 2502.09992; ReMDM: Wang et al. 2025, 2503.00307; first hitting:
-Zheng et al. 2024, 2409.02908.
+Zheng et al. 2024, 2409.02908; BD3-LM: Arriola et al. 2025, 2503.09573.
 """
 # first: it answers Ctrl-C
 from configurator import check_spec, checked, configure, constants_of, defaults_of, require
@@ -26,7 +26,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -52,7 +52,7 @@ seed = 0
 num_samples = 4         # of each prompt or template
 batch_size = 16         # rows that go through the net together
 length = None           # tokens a sample, prompt included; None: the template's or block_size
-steps = 1024            # of the sampler (semi_ar: of each window; first_hitting, ar: one a token)
+steps = 1024            # of the sampler (semi_ar, block: of each; first_hitting, ar: one a token)
 sampler = None          # a key of SAMPLERS; None: by the net's objective
 temperature = 1.0       # 0: the most probable token
 top_p = None            # keep tokens of cumulative probability <= top_p; None: 1.0, remdm 0.9
@@ -98,23 +98,25 @@ def generate(
     Raises ValueError where an option is impossible, or memory does not suffice."""
     config = net.config
     if sampler is None:
-        sampler = OBJECTIVES[config.objective].sampler
+        sampler = default_sampler(config)
     if top_p is None:
-        top_p = 0.9 if sampler == 'remdm' else 1.0
+        top_p = 0.9 if 'remdm' in (sampler, options.get('rule')) else 1.0
     check_numbers(locals())
     require_known('draw_dtype=', draw_dtype, ('float64', 'float32'))
-    check_sampler(config.objective, sampler, options)
+    check_sampler(config, sampler, options)
     if schedule is None:
         schedule = schedule_of(net.constants)
     bos_id = None
-    if sampler == 'ar':
-        require(not compile, "compile=True: it must be False for sampler 'ar'")
-        require(not cfg_scale, f"cfg_scale={cfg_scale}: it must be 0 for sampler 'ar'")
+    require(sampler != 'ar' or not cfg_scale,
+            f"cfg_scale={cfg_scale}: it must be 0 for sampler 'ar'")
+    if sampler in ('ar', 'block'):
+        require(not compile, f"compile=True: it must be False for sampler '{sampler}'")
         if net.tokenizer is not None:
             tok = get_tokenizer(**net.tokenizer)
-            bos_id = tok.bos_id
+            if sampler == 'ar' or net.constants.get('first_given'):
+                bos_id = tok.bos_id
             options.setdefault('eos_id', tok.eos_id if text is None else -1)
-    longest = 2 ** 24 if sampler == 'semi_ar' else config.block_size
+    longest = 2 ** 24 if sampler in ('semi_ar', 'block') else config.block_size
     x, is_open, lengths = lay_out(
         net, num_samples, length, prompt, template, bos_id, longest, steps)
     numbers = range(first_row, first_row + num_samples) if numbers is None else numbers
@@ -455,8 +457,7 @@ def ar(
     eos_id=None,  # [int >= -1] the id that ends a row; None: the tokenizer's; -1: none
 ):
     """Token after token from a causal net with a key/value cache. num_steps plays no part."""
-    V = b.net.config.vocab_size
-    require(eos_id is None or eos_id < V, f'eos_id={eos_id}: it must be an id below {V}, or -1')
+    check_eos(eos_id, b.net.config)
     require((b.prompt_length > 0).all(),
             'a causal net begins with a token: give a prompt (or a net that names its tokenizer)')
     require((b.is_open.sum(dim=1) == b.length - b.prompt_length).all(),
@@ -469,6 +470,45 @@ def ar(
         if eos_id not in (None, -1):
             ended = (ids == eos_id).cpu()
             b.end(rows[ended], col[ended] + 1)
+
+
+@sampler_for('x0 in blocks')
+def block(
+    b, num_steps,
+    rule='ancestral',   # another sampler, for each block
+    rule_options=None,  # [dict] its own
+    eos_id=None,        # [int >= -1] the id that ends a row; None: the tokenizer's; -1: none
+):
+    """Block after block, each by the rule in num_steps steps, given those before it, whose keys and
+    values are computed once (BD3-LM, algorithm 2). Any length: a block looks at the last block_size
+    tokens. A row ends with the first eos_id drawn behind all that is given."""
+    rule_options = rule_options or {}
+    check_eos(eos_id, b.net.config)
+    eos_id = -1 if eos_id is None else eos_id
+    check_sampler(replace(b.net.config, block_length=None), rule, rule_options)
+    width, end = b.net.config.block_length, b.x.size(1)
+    col = torch.arange(end)
+    given = ~b.is_open & (col < b.length[:, None])
+    behind = torch.where(given, col + 1, 0).amax(dim=1, keepdim=True)
+    for group in torch.cat((b.rows, b.queue)).split(len(b.rows) or 1):
+        if not len(group):  # nothing is open
+            break
+        b.use_cache(group)
+        first = int(b.prompt_length[group].min()) // width * width
+        b.remember(group, 0, first)
+        for begin in range(first, end, width):
+            cols = slice(begin, begin + width)
+            rows = group[b.masked[group, cols].any(dim=1)]
+            if len(rows):
+                part = b.part(rows, cols, begin // width * num_steps)
+                SAMPLERS[rule](part, num_steps, **rule_options)
+                b.join(part)
+                ended = (part.x == eos_id).cpu() & (col[cols] >= behind[rows])
+                at = begin + 1 + ended.int().argmax(dim=1)
+                ended = ended.any(dim=1)
+                b.end(rows[ended], at[ended])
+            b.remember(group[b.length[group] > cols.stop], begin, cols.stop)
+        b.report(group)
 
 
 # -----------------------------------------------------------------------------
@@ -661,6 +701,9 @@ class Batch:
         self.start = torch.zeros(n, dtype=torch.int64)  # of a row's window
         self.mask_prob = torch.ones(n, dtype=torch.float64)  # if it is time-conditioned
         self.hidden_by_guidance = ~self.is_open
+        self.guided = torch.zeros(n, dtype=torch.bool)  # whatever a row's window shows
+        self.offset = 0  # of a part, its first column in the row
+        self.cache = None
         self.run_trunk = self.compile_trunk() if self.compile else self.net.trunk
         self.saw_non_finite = torch.zeros((), dtype=torch.bool, device=self.draw_device)
         # the rows in work and those that wait
@@ -867,7 +910,7 @@ class Batch:
     def hashed(self, rows, cols, step, what):
         """Float64 uniforms in [0, 1): a hash of the row's key, the position, the step, and `what`
         they decide (0: when, 1: which token)."""
-        counter = ((2 * step + what) << 32 | cols).numpy().astype(np.uint64)
+        counter = ((2 * step + what) << 32 | cols + self.offset).numpy().astype(np.uint64)
         bits = splitmix64(self.keys[rows.numpy()] ^ splitmix64(counter))
         return torch.from_numpy((bits >> np.uint64(11)).astype(np.float64) * 2.0 ** -53)
 
@@ -883,7 +926,8 @@ class Batch:
         attention_mask = window < self.length[active][:, None]
         window = window.clamp(max=self.x.size(1) - 1)
         given = self.hidden_by_guidance[active[:, None], window] & attention_mask
-        guided = (given.any(dim=1) & bool(self.cfg_scale)).nonzero().squeeze(1)
+        guided = given.any(dim=1) & bool(self.cfg_scale) | self.guided[active]
+        guided = guided.nonzero().squeeze(1)
         self.nfe[active] += 1
         self.nfe[active[guided]] += 1
 
@@ -902,13 +946,19 @@ class Batch:
         if len(guided):
             hidden = given[source] & (torch.arange(len(source)) >= A)[:, None]
         attention_mask = None if attention_mask.all() else attention_mask[source]
-        *others, index, place, sigma, hidden, attention_mask = sent_at_once(
-            (*others, index, place, sigma, hidden, attention_mask), self.device)
+        looked_at = None if self.cache else attention_mask  # which a cache takes on the CPU
+        *others, index, place, sigma, hidden, looked_at = sent_at_once(
+            (*others, index, place, sigma, hidden, looked_at), self.device)
         x = self.x.view(-1)[place]
         if hidden is not None:
             x = x.masked_fill(hidden, config.mask_id)
-        h = self.run_in_chunks(x, sigma, attention_mask).flatten(0, 1)[index]
-        return h, *others
+        if self.cache:
+            slots = self.slot[active][source]
+            slots[A:] += self.cache.rows // 2
+            h = self.run_with_cache(x, slots, self.offset, attention_mask)
+        else:
+            h = self.run_in_chunks(x, sigma, looked_at)
+        return h.flatten(0, 1)[index], *others
 
     def run_in_chunks(self, x, sigma, attention_mask):
         """The trunk over x (B, W); on a CPU a few rows at a time, to stay in its cache."""
@@ -942,10 +992,71 @@ class Batch:
             longest = int(self.prompt_length[rows].max()) - 1
             self.net.trunk(self.x[sent(rows, self.device), :longest], cache=cache)
             self.nfe[rows] += 1
-        place = self.place(self.rows, col - 1)
-        place, = cache.begin(col - 1, self.device, place)
+        cache.slots = slice(None)
+        place, = cache.begin(col - 1, 1, self.device, [self.place(self.rows, col - 1)])
         self.nfe[self.rows] += 1
         return self.net.trunk(self.x.view(-1)[place][:, None], cache=cache)
+
+    # blocks
+
+    def use_cache(self, group):
+        """Begin a cache for rows (m,), and as many that guidance adds."""
+        self.slot = torch.zeros(len(self.x), dtype=torch.int64)
+        self.slot[group] = torch.arange(len(group))
+        given = ~self.is_open & (torch.arange(self.x.size(1)) < self.length[:, None])
+        self.guided = given.any(dim=1) & bool(self.cfg_scale)
+        rows = len(group) * (2 if self.cfg_scale else 1)
+        config = self.net.config
+        self.cache = KVCache(rows, config.block_size, config.block_length)
+
+    def run_with_cache(self, x, slots, begin, attention_mask=None):
+        """The trunk over tokens (n, T) of block diffusion from position `begin` on."""
+        every = torch.equal(slots, torch.arange(self.cache.rows))
+        self.cache.slots = slice(None) if every else sent(slots, self.device)
+        self.cache.position = None
+        if x.size(1) <= self.net.config.block_length:
+            position = torch.full((len(x),), begin)
+            self.cache.begin(position, x.size(1), self.device, attention_mask=attention_mask)
+        return self.net.trunk(x, cache=self.cache)
+
+    def remember(self, rows, begin, end):
+        """Put the tokens begin ... end of rows (m,), which are known now, into the cache."""
+        if not len(rows) or begin == end:
+            return
+        guided = rows[self.guided[rows]]
+        hidden = sent(self.hidden_by_guidance[guided, begin:end], self.device)
+        un = self.x[guided, begin:end].masked_fill(hidden, self.net.config.mask_id)
+        slots = torch.cat((self.slot[rows], self.slot[guided] + self.cache.rows // 2))
+        self.nfe[rows] += 1
+        self.nfe[guided] += 1
+        self.run_with_cache(torch.cat((self.x[rows, begin:end], un)), slots, begin)
+
+    def part(self, rows, cols, first_step):
+        """The Batch of columns (a slice) of rows (m,), in work from first_step on, for `join`."""
+        tables = 'x', 'is_open', 'text'
+        own = {name: getattr(self, name)[rows, cols] for name in tables if hasattr(self, name)}
+        length = (self.length[rows] - cols.start).clamp(max=own['x'].size(1))
+        part = replace(
+            self, **own, length=length, keys=self.keys[rows.numpy()], batch_size=len(rows),
+            on_change=None, on_finish=None, progress=False)
+        part.of_rows, part.cols, part.offset, part.first_step = rows, cols, cols.start, first_step
+        part.cache, part.slot, part.guided = self.cache, self.slot[rows], self.guided[rows]
+        if self.on_change:
+            part.on_change = lambda rows, cols, ids, confidence, steps: self.on_change(
+                part.of_rows[rows], cols + part.offset, ids, confidence, steps + first_step)
+        return part
+
+    def join(self, part):
+        """Take over what a part has done."""
+        rows, cols = part.of_rows, part.cols
+        part.reveal_step[part.reveal_step >= 0] += part.first_step
+        for name in ('x', 'masked', 'reveal_step', 'drawn_prob'):
+            if getattr(self, name) is not None:
+                getattr(self, name)[rows, cols] = getattr(part, name)
+        self.nfe[rows] += part.nfe
+        self.num_masked[rows] = self.masked[rows].sum(dim=1)
+        self.saw_non_finite |= part.saw_non_finite
+        self.bar.update(int(part.is_open.sum()))
 
     def from_logits(self, h, function, *columns):
         """function(logits (N, V), *columns (N,)) -> a tuple of (N,), over chunks of h
@@ -999,14 +1110,21 @@ class TextBatch(Batch):
 # what a user gives: numbers, prompts, templates
 
 
-def check_sampler(objective, name, options):
+def default_sampler(config):
+    return 'block' if config.block_length else OBJECTIVES[config.objective].sampler
+
+
+def check_sampler(config, name, options):
     """Refuse a sampler that does not take the net, and options that it has not or does not take."""
     require_known('sampler ', name, SAMPLERS)
-    predicts = OBJECTIVES[objective].predicts
-    able = [other for other in SAMPLERS if predicts in TAKES[other]]
-    takes = [key for key, record in OBJECTIVES.items() if record.predicts in TAKES[name]]
+    in_blocks = 'subs with block_length'
+    kinds = {key: record.predicts for key, record in OBJECTIVES.items()}
+    kinds[in_blocks] = 'x0 in blocks'
+    kind = in_blocks if config.block_length else config.objective
+    able = [other for other in SAMPLERS if kinds[kind] in TAKES[other]]
+    takes = [key for key, predicts in kinds.items() if predicts in TAKES[name]]
     require(name in able, f"sampler '{name}' takes nets of the objectives {', '.join(takes)}; for "
-            f"this one, {objective}, there is {', '.join(able)}")
+            f"this one, {kind}, there is {', '.join(able)}")
     own = defaults_of(SAMPLERS[name])
     for key, value in options.items():
         require(key in own, f"{key} does not go with sampler '{name}', which has the options "
@@ -1042,6 +1160,11 @@ def check_memory(n, length, steps):
     require(need < free,
             f'num_samples={n} of {length} tokens in {steps} steps need about {need / 1e9:.1f} GB '
             f'of memory, where {free / 1e9:.1f} GB are free: draw fewer at a time')
+
+
+def check_eos(eos_id, config):
+    V = config.vocab_size
+    require(eos_id is None or eos_id < V, f'eos_id={eos_id}: it must be an id below {V}, or -1')
 
 
 def check_thresholds(confidence, single_threshold, threshold=None, confidence_temperature=0.0):
@@ -1447,8 +1570,8 @@ if __name__ == '__main__':
 
     source = init_from or os.path.join(out_dir, 'ckpt.pt')
     net = load_pretrained(str(source), ema, device, **(overrides or {}))
-    constants['sampler'] = sampler or OBJECTIVES[net.config.objective].sampler
-    check_sampler(net.config.objective, constants['sampler'], sampler_options or {})
+    constants['sampler'] = sampler or default_sampler(net.config)
+    check_sampler(net.config, constants['sampler'], sampler_options or {})
     if tokenizer == 'none':
         net.tokenizer = None
     elif tokenizer:

@@ -82,6 +82,7 @@ n_mlp = None                # [int] hidden width of the mlp; None: 4 * n_embd
 cond_dim = 128              # width of the adaLN conditioning; 0: none
 time_conditioning = False   # feed the noise level to the conditioning; False: always 0
 causal = False              # attention looks back only: goes with objective 'ar'
+block_length = None         # [int >= 1] block diffusion (BD3-LM): tokens noised together; None: all
 mixer = 'attention'         # [attention | mamba] mamba: DiMamba, bidirectional, without an mlp
 d_state = 16                # [int >= 1] mamba: numbers that a channel remembers
 d_conv = 4                  # [int >= 1] mamba: taps of the convolution
@@ -102,6 +103,8 @@ schedule = 'loglinear'      # of the noise: a key of model.SCHEDULES
 schedule_parameters = None  # [dict] its own, "{'eps': 1e-4}"; None: its defaults
 time_sampling = 'stratified'  # [stratified | per_process | iid] see times_of
 sampling_eps = 1e-3         # [0 <= x < 1] the least time
+t_range = None              # [tuple] (least, most) time of training; None: (sampling_eps, 1)
+first_given = False         # [bool] the first token of a row is neither masked nor scored (BD3-LM)
 T = 0                       # steps of the diffusion, for 'd3pm' and 'subs'; 0: continuous time
 subs_masking = False        # d3pm: no probability for the mask
 importance = False          # subs: draw times at which the weight of the loss is constant
@@ -164,6 +167,9 @@ require(objective == 'mlm' or not (use_num_masked_factor or loss_on_visible_toke
         "use_num_masked_factor and loss_on_visible_tokens go with objective 'mlm'")
 require(not shard or world_size > 1 and optimizer != 'muon' and not eval_gen_ppl,
         'shard=True shares the net among several processes, without muon and eval_gen_ppl')
+lowest, highest = (sampling_eps, 1.0) if t_range is None else t_range[:2]
+require(t_range is None or len(t_range) == 2 and 0 <= lowest <= highest <= 1,
+        f't_range={t_range}: (least, most) in 0 ... 1 are needed')
 require(epochs is None or flops is None, 'epochs and flops both set max_iters: give one of them')
 require(is_pair or pad_to == 'block' and not prompt_drop,
         "pad_to and prompt_drop go with packing 'pair'")
@@ -187,6 +193,7 @@ train_rows = TokenRows(folder, 'train', row_length, packing, loss_on_padding)
 # what pads a batch is not measured, which would depend on the batch
 val_rows = TokenRows(folder, val_split, row_length, packing,
                      loss_on_padding and pad_to == 'block', pad_to)
+train_rows.first_given = val_rows.first_given = first_given
 # of a pass over the text: 'crop' has a row at every place
 rows_a_pass = len(train_rows.tokens) // block_size if packing == 'crop' else len(train_rows)
 tokenizer_meta = train_rows.meta['tokenizer']
@@ -304,6 +311,7 @@ def warn_of_idle():
     noise = 'an objective with noise', not causal
     needs = dict(
         schedule=noise, schedule_parameters=noise, time_sampling=noise, sampling_eps=noise,
+        t_range=noise,
         min_lr=("lr_schedule='cosine'", lr_schedule == 'cosine'),
         warmup_share=('a larger max_iters', warmup_share * max_iters > warmup_iters),
         loss_on_padding=("packing='pad' or 'pair'", packing in ('pad', 'pair')),
@@ -461,16 +469,19 @@ def row_length_of(step, micro):
 
 
 def times_of(step, micro):
-    """Times (batch_size,). 'stratified': over the global batch, by one uniform, and interleaved so
-    that those of each micro-batch span [0, 1]. 'per_process' (MDLM): each row of a micro-batch in
-    a stratum, by its own uniform. 'iid' (SMDM, xlm)."""
-    row = torch.arange(batch_size)
+    """Times (batch_size,), or (batch_size, blocks). 'stratified': over the global batch, by one
+    uniform, and interleaved so that those of each micro-batch span [0, 1]. 'per_process' (MDLM):
+    each row, or block, of a micro-batch in a stratum, by its own uniform. 'iid' (SMDM, xlm)."""
+    unit = torch.arange(batch_size * blocks)
     if time_sampling == 'stratified':
-        strata = micro + micro_batches * row
-        return stratified_times(uniform((), step), strata, global_batch_size, sampling_eps)
-    n = batch_size if time_sampling == 'per_process' else 1
-    u = uniform(batch_size, step, micro, 3) / n
-    return stratified_times(u, row % n, n, sampling_eps)
+        strata = (micro + micro_batches * (unit // blocks)) * blocks + unit % blocks
+        n = global_batch_size * blocks
+        t = stratified_times(uniform((), step), strata, n, lowest, highest)
+    else:
+        n = len(unit) if time_sampling == 'per_process' else 1
+        u = uniform(len(unit), step, micro, 3) / n
+        t = stratified_times(u, unit % n, n, lowest, highest)
+    return t.view(batch_size, blocks) if net.config.block_length else t
 
 
 def training_batch(step, micro):
@@ -528,7 +539,10 @@ def evaluate():
     # past the end, FSDP takes part with a row that does not count
     for start in range(first, n + first if shard else n, world_size * batch_size):
         indices = np.arange(min(start, n - 1), min(start + batch_size, n))
-        t = stratified_times(0.5, torch.from_numpy(permute(indices, n, 0)), n, sampling_eps)
+        strata = torch.from_numpy(permute(indices, n, 0))
+        if net.config.block_length:
+            strata = strata[:, None] * blocks + torch.arange(blocks)
+        t = stratified_times(0.5, strata, n * blocks, sampling_eps)
         if T:
             t = on_grid(t, T)
         rows = val_rows[indices]
@@ -699,6 +713,8 @@ if init_from == 'resume':
     unused |= check_net(net.config, checkpoint['tokenizer'], source, given)
 elif init_from != 'scratch':
     ours = dict(block_size=block_size, objective=objective) | (overrides or {}) | dropouts
+    if block_length:
+        ours['block_length'] = block_length
     net = load_pretrained(init_from, trainable=True, **ours)
     before, theirs = net.constants, net.config
     ids = dict(vocab_size=theirs.vocab_size, mask_id=theirs.mask_id)
@@ -710,6 +726,7 @@ elif init_from != 'scratch':
 step, tokens_seen = checkpoint['iter'], checkpoint['tokens_seen']
 best_val_loss = checkpoint['best_val_loss']
 config = net.config if net else ModelConfig(**shape)
+blocks = -(-row_length // (config.block_length or row_length))  # of a row, each with a time
 max_iters = steps_to_train(config)
 if step >= max_iters:
     tell(f'{out_dir} is finished: it is at step {step:,} of {max_iters:,}; '

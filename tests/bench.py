@@ -9,6 +9,7 @@ How fast, measured against the dense textbook of tests/reference.py and a large 
     python tests/bench.py --part=optimizers     AdamW and Muon on the quickstart, 5 minutes
     python tests/bench.py --part=memory         what train.py says it needs, and its peak, 5 minutes
     python tests/bench.py --part=mamba --dtype=float32 --repeats=1    DiMamba beside attention
+    python tests/bench.py --part=block --block_size=1024    block diffusion with its cache
     python tests/bench.py --part=nelbo --out_dir=out-quickstart   estimators over seeds
 
 Prints one table a part and appends each row to `out`. In a row, whole numbers and words say what
@@ -52,7 +53,7 @@ from model import (
 )
 from sample import generate
 
-part = None  # which table: see PARTS below; None: all but nelbo, optimizers, memory and mamba
+part = None  # which table: see PARTS below; None: all but nelbo, optimizers, memory, mamba, block
 device = 'cpu'  # 'cpu', 'cuda'
 dtype = None  # [float32 | bfloat16] None: both (cost: bfloat16)
 n_layer = None  # [int >= 1] the shape of the net; None: 4 (mamba: 14)
@@ -1148,13 +1149,50 @@ def prepare():
         )
 
 
+def block():
+    """One sample of block diffusion in blocks of 16 tokens, 16 steps each, of growing length; of a
+    diffusion net in as many evaluations; and of a causal net. times_first: time per token, of that
+    of the shortest."""
+    nets = dict(
+        block=new_net(block_length=16).eval(),
+        ancestral=new_net().eval(),
+        ar=new_net(causal=True, objective='ar', cond_dim=0).eval(),
+    )
+    lengths = [block_size * 2**k // 4 for k in range(5)]
+    for precision in formats:
+        evaluations, first_rate = {}, None
+        calls = [('block', L, 16) for L in lengths] + [('ancestral', lengths[2], None)]
+        for name, L, num_steps in [*calls, ('ar', lengths[2], 1)]:
+            if name == 'ancestral':  # in n steps some n (1 - (1 - 1/n)^L) unmask something
+                num_steps = next(
+                    n for n in range(1, 2**20) if n * (1 - (1 - 1 / n) ** L) >= evaluations[L]
+                )
+            call = partial(generate, nets[name], 1, L, num_steps, name, prompt=[1], top_p=0.9)
+            with torch.no_grad(), autocast(device, precision):
+                generate(nets[name], 1, 32, 2, name, prompt=[1])
+                taken, result = timed(call)
+            rate = L / taken
+            first_rate = first_rate or rate
+            evaluations[L] = result.nfe.item()
+            yield dict(
+                name=name,
+                dtype=precision,
+                tokens=L,
+                steps=num_steps,
+                nfe_per_token=evaluations[L] / L,
+                tokens_per_s=rate,
+                ms_per_evaluation=taken / evaluations[L] * 1e3,
+                times_first=first_rate / rate,
+            )
+
+
 # -----------------------------------------------------------------------------
 
 PARTS = dict(
     train=train, projection=projection, attention=attentions, cost=cost, loop=loop,
     processes=processes, estimate=estimate, checkpoint=checkpoint, sample=sample, batch=batch,
     samplers=samplers, ar=ar, nelbo=nelbo, optimizers=optimizers, memory=memory, data=prepare,
-    mamba=mamba, packing=packing, launches=launches
+    mamba=mamba, packing=packing, launches=launches, block=block,
 )
 LARGE = '--n_layer=12 --n_head=12 --n_embd=768 --block_size=1024'  # MDLM's 170M
 SUITE = {
