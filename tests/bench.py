@@ -693,7 +693,7 @@ RACE = dict(
 
 def raced(text, recipe, seed):
     """One run of train.py, or what is known of it: {'nats': of averaged weights on the validation
-    split, 'tokens': , 'seconds': of training}. A run that was interrupted goes on."""
+    split, 'tokens': , 'seconds': of CPU time, the start included}."""
     given = RACE | recipe
     given['eval_interval'] = given['ckpt_interval'] = given['max_iters']
     name = text + ''.join(f'-{key}={value}' for key, value in recipe.items())
@@ -702,28 +702,25 @@ def raced(text, recipe, seed):
     if os.path.exists(path):
         with open(path) as f:
             return json.load(f)
+    before = sum(os.times()[2:4])
     done = subprocess.run(
         [
             sys.executable, os.path.join(root, 'train.py'), f'--dataset={TEXTS[text]}',
             *(f'--{key}={value}' for key, value in given.items()), f'--seed={seed}',
-            f'--out_dir={folder}', '--init_from=auto', '--eval_iters=1', '--sample_at_end=False',
+            f'--out_dir={folder}', '--overwrite=True', '--eval_iters=1', '--sample_at_end=False',
             f'--device={device}'
         ],
         capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    with open(os.path.join(folder, 'metrics.jsonl')) as f:
-        logged = [row for row in map(json.loads, f) if 'tokens_per_s' in row]
-    step_tokens = given['global_batch_size'] * given['block_size']
-    steps = [row['iter'] for row in logged]
-    took = [step_tokens * (step - before) / row['tokens_per_s']
-            for step, before, row in zip(steps, [0, *steps], logged, strict=False)]
+    seconds = sum(os.times()[2:4]) - before
     net = load_pretrained(os.path.join(folder, 'ckpt.pt'), device=device)
     rows = data.TokenRows(os.path.join('data', TEXTS[text]), 'validation',
                           given['block_size'] + net.config.causal, 'concat')
     with autocast(device, 'bfloat16'):
         found = measured_nelbo(net, rows, num_mc=8, batch_size=32)
     found = dict(nats=found['nats_per_token'], bits_per_byte=found['bits_per_byte'],
-                 tokens=given['max_iters'] * step_tokens, seconds=sum(took))
+                 seconds=seconds,
+                 tokens=given['max_iters'] * given['global_batch_size'] * given['block_size'])
     for file in os.listdir(folder):
         if file.startswith('ckpt'):
             os.remove(os.path.join(folder, file))
