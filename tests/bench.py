@@ -21,6 +21,7 @@ says otherwise. Peak memory is the process's (CPU) or the allocator's (CUDA).
 
 import contextlib
 import ctypes
+import hashlib
 import json
 import os
 import platform
@@ -696,9 +697,9 @@ def raced(text, recipe, seed):
     split, 'tokens': , 'seconds': of CPU time, the start included}."""
     given = RACE | recipe
     given['eval_interval'] = given['ckpt_interval'] = given['max_iters']
-    name = text + ''.join(f'-{key}={value}' for key, value in recipe.items())
-    folder = os.path.join(race_dir, re.sub(r'[^\w.=-]', '_', f'{name}-seed={seed}'))
-    path = os.path.join(folder, 'found.json')
+    run = json.dumps([text, given, seed], sort_keys=True)
+    folder = os.path.join(race_dir, hashlib.sha256(run.encode()).hexdigest()[:12])
+    path = f'{folder}.json'
     if os.path.exists(path):
         with open(path) as f:
             return json.load(f)
@@ -719,11 +720,9 @@ def raced(text, recipe, seed):
     with autocast(device, 'bfloat16'):
         found = measured_nelbo(net, rows, num_mc=8, batch_size=32)
     found = dict(nats=found['nats_per_token'], bits_per_byte=found['bits_per_byte'],
-                 seconds=seconds,
+                 run=run, seconds=seconds,
                  tokens=given['max_iters'] * given['global_batch_size'] * given['block_size'])
-    for file in os.listdir(folder):
-        if file.startswith('ckpt'):
-            os.remove(os.path.join(folder, file))
+    shutil.rmtree(folder)
     with open(path, 'w') as f:
         json.dump(found, f)
     return found
