@@ -88,6 +88,7 @@ mlp = 'gelu'                # [gelu | relu | swiglu]
 norm_bias = False           # norms with a bias
 mlp_bias = True             # linears of the mlp with a bias
 head_bias = True            # vocabulary projection with a bias
+qkv_bias = False            # attention with biases, by which it looks at near tokens from the start
 head_mask = True            # ... with a row for the mask; False and causal: no mask at all
 rotary_bf16 = False         # rotary table rounded to bfloat16 (SMDM)
 dropout = 0.1               # on the residual branches
@@ -99,6 +100,7 @@ schedule = 'loglinear'      # of the noise: a key of model.SCHEDULES
 schedule_parameters = None  # [dict] its own, "{'eps': 1e-4}"; None: its defaults
 time_sampling = 'stratified'  # [stratified | per_process | iid] see times_of
 sampling_eps = 1e-3         # [0 <= x < 1] the least time
+max_time = 1.0              # [0 < x <= 1] the greatest; below 1 a training loss is no bound
 T = 0                       # steps of the diffusion, for 'd3pm' and 'subs'; 0: continuous time
 subs_masking = False        # d3pm: no probability for the mask
 importance = False          # subs: draw times at which the weight of the loss is constant
@@ -111,7 +113,7 @@ learning_rate = 3e-4        # [> 0]
 max_iters = 1_000_000       # [> 0] steps
 epochs = None               # [number > 0] passes over the rows, sets max_iters
 flops = None                # [number > 0] 6 * non-embedding parameters * tokens, sets max_iters
-lr_schedule = 'constant'    # [constant | cosine] after the warm-up; cosine: to min_lr at the end
+lr_schedule = 'constant'    # [constant | cosine | linear] after the warm-up: to min_lr at the end
 warmup_iters = 2500         # [>= 0] steps
 warmup_share = 0.0          # [0 <= x < 1] of max_iters, if that is more than warmup_iters
 min_lr = 0.0                # [>= 0]
@@ -470,9 +472,9 @@ if world_size > 1:  # folders may not be shared, a disk may fail one of them
     dist.all_gather_object(steps, step)
     require(len(set(steps)) == 1, f'the processes would resume at different steps, {steps}: '
             f'out_dir={out_dir} must be one folder for all')
-of_noise = 'schedule', 'schedule_parameters', 'time_sampling', 'sampling_eps'
+of_noise = 'schedule', 'schedule_parameters', 'time_sampling', 'sampling_eps', 'max_time'
 needs = dict.fromkeys(of_noise, ('an objective with noise', not causal)) | {
-    'min_lr': ("lr_schedule='cosine'", lr_schedule == 'cosine'),
+    'min_lr': ("lr_schedule='cosine'", lr_schedule != 'constant'),
     'warmup_share': ('a larger max_iters', warmup_share * max_iters > constants['warmup_iters']),
     'loss_on_padding': ("packing='pad' or 'pair'", packing in ('pad', 'pair')),
     'ssl_group': ('ssl_ratio', ssl_ratio),
@@ -553,11 +555,11 @@ def times_of(step, micro):
         generator = torch.Generator().manual_seed(key_of(seed, step))
         u = torch.rand((), generator=generator, dtype=torch.float64)
         strata = micro + micro_batches * row
-        return stratified_times(u, strata, global_batch_size, sampling_eps)
+        return stratified_times(u, strata, global_batch_size, sampling_eps, max_time)
     n = batch_size if time_sampling == 'per_process' else 1
     generator = torch.Generator().manual_seed(key_of(seed, step, micro, 3))
     u = torch.rand(batch_size, generator=generator, dtype=torch.float64) / n
-    return stratified_times(u, row % n, n, sampling_eps)
+    return stratified_times(u, row % n, n, sampling_eps, max_time)
 
 
 def training_batch(step, micro):
@@ -627,13 +629,14 @@ def evaluate():
 
 
 def get_lr(step):
-    """Linear warm-up, then constant or cosine."""
+    """Linear warm-up, then lr_schedule."""
     if step + (lr_offset or 0) < warmup_iters:
         return learning_rate * (step + (1 if lr_offset is None else lr_offset)) / warmup_iters
     if lr_schedule == 'constant':
         return learning_rate
     done = (step + (lr_offset or 0) - warmup_iters) / max(1, max_iters - warmup_iters)
-    return min_lr + (learning_rate - min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+    left = 1 - done if lr_schedule == 'linear' else 0.5 * (1 + math.cos(math.pi * done))
+    return min_lr + (learning_rate - min_lr) * left
 
 
 def cut_metrics():
