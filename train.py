@@ -88,6 +88,7 @@ mlp = 'gelu'                # [gelu | relu | swiglu]
 norm_bias = False           # norms with a bias
 mlp_bias = True             # linears of the mlp with a bias
 head_bias = True            # vocabulary projection with a bias
+unigram_bias = False        # which begins with the log-frequencies of the tokens
 qkv_bias = False            # attention with biases, by which it looks at near tokens from the start
 head_mask = True            # ... with a row for the mask; False and causal: no mask at all
 rotary_bf16 = False         # rotary table rounded to bfloat16 (SMDM)
@@ -451,6 +452,11 @@ if checkpoint and step >= max_iters:
 check_memory(model_config)
 lock = claim_out_dir() if master else None
 net = net or DiT(model_config)
+if unigram_bias and head_bias and init_from == 'scratch':
+    ids = train_rows.tokens[:2 ** 24].astype(np.int64)
+    counts = torch.from_numpy(np.bincount(ids, minlength=net.config.vocab_size)) + 1
+    with torch.no_grad():
+        net.lm_head.bias.copy_((counts / counts.sum()).log()[:len(net.lm_head.bias)])
 before = checkpoint['constants'] if checkpoint else net.constants
 # how nets of its family are prompted and measured
 constants |= {key: before[key] for family in FAMILIES.values() for key in family.constants
@@ -478,6 +484,7 @@ needs = dict.fromkeys(of_noise, ('an objective with noise', not causal)) | {
     'warmup_share': ('a larger max_iters', warmup_share * max_iters > constants['warmup_iters']),
     'loss_on_padding': ("packing='pad' or 'pair'", packing in ('pad', 'pair')),
     'ssl_group': ('ssl_ratio', ssl_ratio),
+    'unigram_bias': ('head_bias', head_bias),
     'overrides': ('weights in init_from', init_from not in ('scratch', 'resume')),
     'gen_ppl_judge': ('eval_gen_ppl', eval_gen_ppl),
     'gen_ppl_samples': ('eval_gen_ppl', eval_gen_ppl),
