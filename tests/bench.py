@@ -685,6 +685,13 @@ RECIPES = {
     'mdlm 2e-3': dict(learning_rate=2e-3),
     'ar': dict(learning_rate=1e-3, objective='ar', causal=True, cond_dim=0),
 }
+FAST = dict(
+    objective='mlm', optimizer='muon', learning_rate=6e-3, lr_schedule='linear', warmup_iters=20,
+    beta2=0.99, ema=0.99, max_time=0.5, cond_dim=0, dropout=0.0, mlp='relu', qkv_bias=True,
+    unigram_bias=True, global_batch_size=16
+)
+for share in (1, 4, 8, 12, 16):  # of the line's tokens
+    RECIPES[f'fast 1/{share}'] = FAST | dict(max_iters=2000 // share)
 TEXTS = dict(stdlib='stdlib-bpe-4096', wikitext2='wikitext2')
 RACE = dict(
     n_layer=4, n_head=3, n_embd=192, packing='concat', block_size=128, batch_size=16,
