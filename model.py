@@ -94,6 +94,7 @@ class ModelConfig:
     mlp_bias: bool = True
     head_bias: bool = True
     qkv_bias: bool = False  # of the attention, which begins with looking near: look_near
+    tied: bool = False  # the head's weights are the embedding's
     head_mask: bool = True  # False: no row for the mask, the last id
     rotary_bf16: bool = False  # cos and sin rounded to bfloat16 (SMDM)
     dropout: float | int = 0.0  # on the two residual branches of a block
@@ -130,6 +131,8 @@ class ModelConfig:
             ('mask_id pad_id', lambda x: x is None or 0 <= x < V, f'one of the {V} ids'),
             ('mask_id', lambda x: self.causal or x is not None, 'an id unless causal'),
             ('mask_id', lambda x: self.head_mask or x == V - 1, 'the last id without head_mask'),
+            ('tied', lambda x: not x or self.head_mask and self.pad_id is None,
+             'False without head_mask, or with pad_id'),
             ('causal', lambda x: not (x and mamba), "False: mixer 'mamba' looks both ways"),
             ('init', lambda x: x == 'mdlm' or not mamba, "'mdlm' with mixer 'mamba'"),
             ('attn_dropout qkv_bias', lambda x: not (x and mamba), "0 with mixer 'mamba'"),
@@ -348,6 +351,7 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm_f = Norm(config)
         self.lm_head = nn.Linear(C, V if config.head_mask else V - 1, bias=config.head_bias)
+        self.tie()
         self.adaLN_f = nn.Linear(cond_dim, 2 * C) if cond_dim else None
         if config.init == 'mdlm':
             mamba = config.mixer == 'mamba'
@@ -364,6 +368,10 @@ class DiT(nn.Module):
                     nn.init.normal_(p, std=1 / math.sqrt(C) / config.n_layer)
                 elif p.dim() == 2:
                     nn.init.normal_(p, std=math.sqrt(2 / (5 * C)))
+
+    def tie(self):
+        if self.config.tied:
+            self.lm_head.weight = self.wte.weight
 
     def trunk(self, x, sigma=None, attention_mask=None, cache=None):
         """ids x (B, L) -> (B, L, n_embd).
@@ -431,7 +439,8 @@ class DiT(nn.Module):
         """embedding=False: without embedding and head."""
         n = sum(p.numel() for p in self.parameters())
         if not embedding:
-            n -= self.wte.weight.numel() + sum(p.numel() for p in self.lm_head.parameters())
+            ends = {*self.wte.parameters(), *self.lm_head.parameters()}
+            n -= sum(p.numel() for p in ends)
         return n
 
     def train_flops(self, rows, length, scored):
@@ -1212,7 +1221,7 @@ FAMILIES['mdlm'] = Family(  # and its AR baseline, which is the same without con
     },
     settings=dict(
         mixer='attention', norm='layernorm', mlp='gelu', norm_bias=False, mlp_bias=True,
-        qkv_bias=False, head_bias=True, causal=lambda fields: not fields['cond_dim']),
+        head_bias=True, causal=lambda fields: not fields['cond_dim']),
     assumed=dict(
         block_size=1024, n_head=None, mask_id=lambda fields: fields['vocab_size'] - 1,
         objective=lambda fields: 'ar' if fields['causal'] else 'subs'),
@@ -1237,7 +1246,7 @@ FAMILIES['xlm'] = Family(  # the last ids are <|pad|> <|unk|> <|mask|> <|sep|>
     },
     settings=dict(
         mixer='attention', norm='layernorm', mlp='relu', norm_bias=True, mlp_bias=True,
-        qkv_bias=False, head_bias=False, cond_dim=0, causal=False),
+        head_bias=False, cond_dim=0, causal=False),
     assumed=dict(
         block_size=1024, objective='mlm', init='xlm',
         attn_dropout=lambda fields: fields.get('dropout', 0.0),
@@ -1269,7 +1278,7 @@ FAMILIES['smdm'] = Family(  # the head has no row for the mask; AR nets have no 
     },
     settings=dict(
         mixer='attention', norm='rmsnorm', mlp='swiglu', norm_bias=False, mlp_bias=False,
-        qkv_bias=False, head_bias=False, cond_dim=0),
+        head_bias=False, cond_dim=0),
     assumed=dict(
         block_size=2048, n_head=n_head_by_size, rotary_bf16=True, init='smdm',
         causal=lambda fields: fields['head_rows'] == fields['vocab_size'],
@@ -1360,8 +1369,9 @@ def family_of(names, source):
 
 
 def settings_of(family, fields):
-    return {key: value(fields) if callable(value) else value
-            for key, value in family.settings.items()}
+    published = dict(tied=False, qkv_bias=False) if family.settings else {}
+    return published | {key: value(fields) if callable(value) else value
+                        for key, value in family.settings.items()}
 
 
 def fields_of(family, described, tensors=None, inv_freq=None):
@@ -1746,6 +1756,7 @@ def load_state(net, tensors, source, assign=False):
         require(isinstance(tensor, torch.Tensor) and shape == own[name].shape,
                 f'{source}: {name} has shape {shape}, the model {tuple(own[name].shape)}')
     net.load_state_dict(tensors, assign=assign)
+    net.tie()
 
 
 def check_overrides(overrides):
@@ -1892,6 +1903,8 @@ def save_pretrained(net, folder):
         if family.heads_interleaved and name.endswith('attn_qkv.weight'):
             tensor = interleave_heads(tensor, net.config.n_head)
         tensors[renamed(name, family.names.items())] = tensor.contiguous().cpu()
+    if net.config.tied:
+        tensors['lm_head.weight'] = tensors['lm_head.weight'].clone()
     for name in list(tensors):
         if SHARED.search(name):
             tensors[SHARED.sub(r'\1rev\3', name)] = tensors[name].clone()
