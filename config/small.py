@@ -14,25 +14,29 @@ tokenizer = 'bpe-2048'  # trained on the text itself, in data/<name of the text>
 packing = 'concat'
 block_size = 128
 batch_size = 16
-global_batch_size = 32
+global_batch_size = 16  # few tokens a step, many steps
 
 n_layer = 4
 n_head = 3
 n_embd = 192
 cond_dim = 0
 mlp = 'relu'
+qkv_bias = True  # heads look at near tokens from the start
+unigram_bias = True
+tied = True
 dropout = 0.0
 objective = 'mlm'
+max_time = 0.5
 
 optimizer = 'muon'
 learning_rate = 6e-3
-max_iters = 1000
-lr_schedule = 'cosine'
-warmup_iters = 50
+max_iters = 2000
+lr_schedule = 'linear'
+warmup_iters = 20
 beta2 = 0.99
 ema = 0.99
 
-eval_interval = 200
-eval_iters = 10
-sample_interval = 200  # one sample on the way, after each evaluation
-ckpt_interval = 200
+eval_interval = 400
+eval_iters = 20
+sample_interval = 400  # one sample on the way, after each evaluation
+ckpt_interval = 400
