@@ -677,8 +677,8 @@ def optimizers():
             )
 
 
-# name -> constants of train.py, whose defaults are MDLM's. The line to beat is 'mdlm': 1,000 steps of
-# 32 rows, at the best learning rate of its grid
+# name -> constants of train.py, whose defaults are MDLM's. The line to beat is 'mdlm': 1,000 steps
+# of 32 rows, at the best learning rate of its grid
 RECIPES = {
     'mdlm 5e-4': dict(learning_rate=5e-4),
     'mdlm': dict(learning_rate=1e-3),
@@ -736,9 +736,8 @@ def raced(text, recipe, seed):
 
 
 def race():
-    """Recipes on one net and two texts: the NELBO (`count`, 8 draws a row) of averaged weights after
-    their last step, its median and range over seeds, and tokens and seconds as shares of the
-    line's."""
+    """Recipes on one net and two texts: the NELBO (`count`, 8 draws a row) of averaged weights
+    after the last step on all of the validation split, median and range over seeds; CPU seconds."""
     chosen = {name: RECIPES[name] for name in recipes.split(',')} if recipes else RECIPES
     if recipe is not None:
         chosen = {str(recipe): recipe}
