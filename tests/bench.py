@@ -692,7 +692,7 @@ FAST = dict(
 )
 for share in (1, 4, 8, 12, 16):  # of the line's tokens
     RECIPES[f'fast 1/{share}'] = FAST | dict(max_iters=2000 // share)
-TEXTS = dict(stdlib='stdlib-bpe-4096', wikitext2='wikitext2')
+TEXTS = dict(stdlib='bpe-4096', wikitext2='gpt2')  # with their tokenizers
 RACE = dict(
     n_layer=4, n_head=3, n_embd=192, packing='concat', block_size=128, batch_size=16,
     global_batch_size=32, max_iters=1000, warmup_iters=50, dtype='bfloat16'
@@ -710,10 +710,11 @@ def raced(text, recipe, seed):
     if os.path.exists(path):
         with open(path) as f:
             return json.load(f)
+    dataset = data.find_or_prepare(text, TEXTS[text])
     before = sum(os.times()[2:4])
     done = subprocess.run(
         [
-            sys.executable, os.path.join(root, 'train.py'), f'--dataset={TEXTS[text]}',
+            sys.executable, os.path.join(root, 'train.py'), f'--dataset={os.path.basename(dataset)}',
             *(f'--{key}={value}' for key, value in given.items()), f'--seed={seed}',
             f'--out_dir={folder}', '--overwrite=True', '--eval_iters=1', '--sample_at_end=False',
             f'--device={device}'
@@ -722,8 +723,7 @@ def raced(text, recipe, seed):
     assert done.returncode == 0, done.stdout + done.stderr
     seconds = sum(os.times()[2:4]) - before
     net = load_pretrained(os.path.join(folder, 'ckpt.pt'), device=device)
-    rows = data.TokenRows(os.path.join('data', TEXTS[text]), 'validation',
-                          given['block_size'] + net.config.causal, 'concat')
+    rows = data.TokenRows(dataset, 'validation', given['block_size'] + net.config.causal, 'concat')
     with autocast(device, 'bfloat16'):
         found = measured_nelbo(net, rows, num_mc=8, batch_size=32)
     found = dict(nats=found['nats_per_token'], bits_per_byte=found['bits_per_byte'],
