@@ -710,11 +710,12 @@ def raced(text, recipe, seed):
     if os.path.exists(path):
         with open(path) as f:
             return json.load(f)
-    dataset = data.find_or_prepare(text, TEXTS[text])
+    prepared = data.find_or_prepare(text, TEXTS[text])
     before = sum(os.times()[2:4])
     done = subprocess.run(
         [
-            sys.executable, os.path.join(root, 'train.py'), f'--dataset={os.path.basename(dataset)}',
+            sys.executable, os.path.join(root, 'train.py'), f'--dataset={text}',
+            f'--tokenizer={TEXTS[text]}',
             *(f'--{key}={value}' for key, value in given.items()), f'--seed={seed}',
             f'--out_dir={folder}', '--overwrite=True', '--eval_iters=1', '--sample_at_end=False',
             f'--device={device}'
@@ -723,7 +724,7 @@ def raced(text, recipe, seed):
     assert done.returncode == 0, done.stdout + done.stderr
     seconds = sum(os.times()[2:4]) - before
     net = load_pretrained(os.path.join(folder, 'ckpt.pt'), device=device)
-    rows = data.TokenRows(dataset, 'validation', given['block_size'] + net.config.causal, 'concat')
+    rows = data.TokenRows(prepared, 'validation', given['block_size'] + net.config.causal, 'concat')
     with autocast(device, 'bfloat16'):
         found = measured_nelbo(net, rows, num_mc=8, batch_size=32)
     found = dict(nats=found['nats_per_token'], bits_per_byte=found['bits_per_byte'],
