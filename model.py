@@ -94,6 +94,7 @@ class ModelConfig:
     mlp_bias: bool = True
     head_bias: bool = True
     qkv_bias: bool = False  # of the attention, which begins with looking near: look_near
+    embed_norm: bool = False  # a norm behind the embedding
     tied: bool = False  # the head's weights are the embedding's
     head_mask: bool = True  # False: no row for the mask, the last id
     rotary_bf16: bool = False  # cos and sin rounded to bfloat16 (SMDM)
@@ -349,6 +350,7 @@ class DiT(nn.Module):
         self.wte = nn.Embedding(V, C, padding_idx=config.pad_id)
         self.sigma_map = SigmaMap(cond_dim) if cond_dim else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm_e = Norm(config) if config.embed_norm else nn.Identity()
         self.norm_f = Norm(config)
         self.lm_head = nn.Linear(C, V if config.head_mask else V - 1, bias=config.head_bias)
         self.tie()
@@ -407,7 +409,7 @@ class DiT(nn.Module):
             attn_mask = attention_mask[:, None, None, :]
         if config.mixer == 'attention':
             rotary = rotary_table(position, config.n_embd // config.n_head, config.rotary_bf16)
-        h = self.wte(x)
+        h = self.norm_e(self.wte(x))
         for block in self.blocks:
             h = block(h, c, rotary, attn_mask, cache)
         if c is None:
@@ -1316,7 +1318,8 @@ FAMILIES['dimamba'] = Family(
     constants=FAMILIES['mdlm'].constants)
 
 FAMILIES['native'] = Family(  # ours, for nets that no other layout fits
-    names={name: name for name in ('wte', 'sigma_map', 'blocks', 'norm_f', 'lm_head', 'adaLN_f')},
+    names={name: name for name in
+           ('wte', 'norm_e', 'sigma_map', 'blocks', 'norm_f', 'lm_head', 'adaLN_f')},
     settings={},
     assumed=dict(n_head=None),
     described=dict(zip(FIELDS, FIELDS, strict=True)),
@@ -1369,7 +1372,7 @@ def family_of(names, source):
 
 
 def settings_of(family, fields):
-    published = dict(tied=False, qkv_bias=False) if family.settings else {}
+    published = dict(tied=False, qkv_bias=False, embed_norm=False) if family.settings else {}
     return published | {key: value(fields) if callable(value) else value
                         for key, value in family.settings.items()}
 

@@ -87,6 +87,7 @@ norm = 'layernorm'          # [layernorm | rmsnorm]
 mlp = 'gelu'                # [gelu | relu | swiglu]
 norm_bias = False           # norms with a bias
 mlp_bias = True             # linears of the mlp with a bias
+embed_norm = False          # a norm behind the embedding
 head_bias = True            # vocabulary projection with a bias
 unigram_bias = False        # ... that begins with the log-frequencies of the tokens
 tied = False                # ... with the embedding's weights

@@ -21,6 +21,7 @@ dropout = 0.0
 qkv_bias = True  # no plateau at the unigram's loss: heads look at near tokens from the start
 unigram_bias = True
 tied = True
+embed_norm = True
 objective = 'mlm'
 max_time = 0.5  # never more than half of a row is masked on average: cheaper, and no worse
 

@@ -23,6 +23,7 @@ mlp = 'relu'  # faster than gelu on a CPU
 qkv_bias = True  # heads look at near tokens from the start, which takes long to learn
 unigram_bias = True
 tied = True
+embed_norm = True
 dropout = 0.0
 objective = 'mlm'  # cross entropy at the masked positions: less noisy than the NELBO
 max_time = 0.5  # at least half of a row is seen in training, which is cheaper too

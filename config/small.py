@@ -24,6 +24,7 @@ mlp = 'relu'
 qkv_bias = True  # heads look at near tokens from the start
 unigram_bias = True
 tied = True
+embed_norm = True
 dropout = 0.0
 objective = 'mlm'
 max_time = 0.5

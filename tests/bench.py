@@ -680,15 +680,15 @@ def optimizers():
 # name -> constants of train.py, whose defaults are MDLM's. The line to beat is 'mdlm': 1,000 steps
 # of 32 rows, at the best learning rate of its grid
 RECIPES = {
-    'mdlm 5e-4': dict(learning_rate=5e-4),
-    'mdlm': dict(learning_rate=1e-3),
-    'mdlm 2e-3': dict(learning_rate=2e-3),
+    'mdlm 1e-3': dict(learning_rate=1e-3),
+    'mdlm': dict(learning_rate=2e-3),
+    'mdlm 4e-3': dict(learning_rate=4e-3),
     'ar': dict(learning_rate=1e-3, objective='ar', causal=True, cond_dim=0),
 }
 FAST = dict(
     objective='mlm', optimizer='muon', learning_rate=6e-3, lr_schedule='linear', warmup_iters=20,
     beta2=0.99, ema=0.99, max_time=0.5, cond_dim=0, dropout=0.0, mlp='relu', qkv_bias=True,
-    unigram_bias=True, tied=True, global_batch_size=16
+    unigram_bias=True, tied=True, embed_norm=True, global_batch_size=16
 )
 for share in (1, 4, 8, 12, 16):  # of the line's tokens
     RECIPES[f'fast 1/{share}'] = FAST | dict(max_iters=2000 // share)

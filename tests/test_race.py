@@ -51,9 +51,10 @@ def test_heads_look_near_before_training():
         assert torch.equal(scores[head].argmax(dim=1)[2:-2], inner + offset)
 
 
-def test_a_net_with_qkv_bias_and_tied_weights_comes_back_from_a_folder(tmp_path):
+def test_a_net_with_fast_options_comes_back_from_a_folder(tmp_path):
     torch.manual_seed(0)
-    net = DiT(ModelConfig(**SHAPE, qkv_bias=True, tied=True))
+    net = DiT(ModelConfig(**SHAPE, qkv_bias=True, tied=True, embed_norm=True))
+    torch.nn.init.normal_(net.norm_e.weight)
     save_pretrained(net, str(tmp_path))
     back = load_pretrained(str(tmp_path))
     assert back.config == net.config
@@ -100,7 +101,7 @@ def test_a_run_with_every_fast_option_resumes_to_the_bit(mine, run):
     options = [
         *SMALL, '--n_embd=32', '--cond_dim=0', '--objective=mlm', '--optimizer=muon', '--tied=True',
         '--qkv_bias=True', '--unigram_bias=True', '--max_time=0.5', '--lr_schedule=linear',
-        '--ckpt_interval=5', '--keep_interval=5'
+        '--embed_norm=True', '--ckpt_interval=5', '--keep_interval=5'
     ]
     run('train.py', *options, '--out_dir=whole')
     run('train.py', *options, '--out_dir=parts')
