@@ -92,6 +92,9 @@ class ModelConfig:
     norm_bias: bool = False
     mlp_bias: bool = True
     head_bias: bool = True
+    qkv_bias: bool = False  # of the attention, which begins with looking near: look_near
+    embed_norm: bool = False  # a norm behind the embedding
+    tied: bool = False  # the head's weights are the embedding's
     head_mask: bool = True  # False: no row for the mask, the last id
     rotary_bf16: bool = False  # cos and sin rounded to bfloat16 (SMDM)
     dropout: float | int = 0.0  # on the two residual branches of a block
@@ -130,9 +133,11 @@ class ModelConfig:
             ('mask_id pad_id', lambda x: x is None or 0 <= x < V, f'one of the {V} ids'),
             ('mask_id', lambda x: self.causal or x is not None, 'an id unless causal'),
             ('mask_id', lambda x: self.head_mask or x == V - 1, 'the last id without head_mask'),
+            ('tied', lambda x: not x or self.head_mask and self.pad_id is None,
+             'False without head_mask, or with pad_id'),
             ('causal', lambda x: not (x and mamba), "False: mixer 'mamba' looks both ways"),
             ('init', lambda x: x == 'mdlm' or not mamba, "'mdlm' with mixer 'mamba'"),
-            ('attn_dropout', lambda x: x == 0 or not mamba, "0 with mixer 'mamba'"),
+            ('attn_dropout qkv_bias', lambda x: not (x and mamba), "0 with mixer 'mamba'"),
             ('causal', lambda x: x == is_ar, f"{is_ar} with objective '{self.objective}'"),
             ('block_length', lambda x: x is None or blocks and x > 0 and self.block_size % x == 0,
              f'a divisor of block_size={self.block_size}, with objective subs, attention and no '
@@ -176,6 +181,26 @@ def rotary_table(position, head_dim, bf16=False):
     angle = position[..., None, None, None] * inv_freq(head_dim, position.device)
     dtype = torch.bfloat16 if bf16 else torch.float32
     return angle.cos().to(dtype).float(), angle.sin().to(dtype).float()
+
+
+@torch.no_grad()
+def look_near(bias, n_head):
+    """Give attn_qkv's bias (3C,) values with which head 0 looks at the token before its own, head 1
+    at the one behind, heads 2 and 3 less sharply at the next but one, ... whatever the tokens are.
+
+    For rotary frequencies w the bias adds sum_w a w cos(w (j - i - offset)) to the scores, its
+    greatest value at the offset. Without it a net learns to look near so late that it spends a
+    quarter of a short run at the loss of the tokens' frequencies.
+    """
+    bias.zero_()
+    q, k, _ = bias.view(3, n_head, 2, -1)  # (n_head, 2, head_dim/2): rotary's halves
+    w = 1.0 / 10_000 ** torch.linspace(0, 1, q.size(2) + 1)[:-1]
+    for head in range(n_head):
+        far = 1 + head // 2
+        offset = far if head % 2 else -far
+        scale = (2.5 * 0.25 ** (far - 1) * w * math.sqrt(2 * len(w))).sqrt()
+        q[head, 0] = scale
+        k[head] = scale * torch.stack(((offset * w).cos(), -(offset * w).sin()))
 
 
 def apply_rotary(x, cos, sin):
@@ -248,7 +273,9 @@ class Block(nn.Module):
         if self.mamba:
             self.adaLN = nn.Linear(config.cond_dim, 3 * C) if config.cond_dim else None
             return
-        self.attn_qkv = nn.Linear(C, 3 * C, bias=False)
+        self.attn_qkv = nn.Linear(C, 3 * C, bias=config.qkv_bias)
+        if config.qkv_bias:
+            look_near(self.attn_qkv.bias, config.n_head)
         self.attn_out = nn.Linear(C, C, bias=False)
         self.norm2 = Norm(config)
         bias = config.mlp_bias
@@ -329,8 +356,10 @@ class DiT(nn.Module):
         self.wte = nn.Embedding(V, C, padding_idx=config.pad_id)
         self.sigma_map = SigmaMap(cond_dim) if cond_dim else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm_e = Norm(config) if config.embed_norm else nn.Identity()
         self.norm_f = Norm(config)
         self.lm_head = nn.Linear(C, V if config.head_mask else V - 1, bias=config.head_bias)
+        self.tie()
         self.adaLN_f = nn.Linear(cond_dim, 2 * C) if cond_dim else None
         if config.init == 'mdlm':
             if config.mixer == 'mamba':
@@ -348,6 +377,10 @@ class DiT(nn.Module):
                     nn.init.normal_(p, std=1 / math.sqrt(C) / config.n_layer)
                 elif p.dim() == 2:
                     nn.init.normal_(p, std=math.sqrt(2 / (5 * C)))
+
+    def tie(self):
+        if self.config.tied:
+            self.lm_head.weight = self.wte.weight
 
     def trunk(self, x, sigma=None, attention_mask=None, cache=None, x0=None):
         """ids x (B, L) -> (B, L, n_embd).
@@ -397,7 +430,7 @@ class DiT(nn.Module):
                     attention_mask.int() - 1, p=self.blocks[0].attn_dropout(), way='flash')
         if config.mixer == 'attention':
             rotary = rotary_table(position, config.n_embd // config.n_head, config.rotary_bf16)
-        h = self.wte(x)
+        h = self.norm_e(self.wte(x))
         for block in self.blocks:
             h = block(h, c, rotary, attn_mask, cache)
         h = h[:, -L:]
@@ -430,7 +463,8 @@ class DiT(nn.Module):
         """embedding=False: without embedding and head."""
         n = sum(p.numel() for p in self.parameters())
         if not embedding:
-            n -= self.wte.weight.numel() + sum(p.numel() for p in self.lm_head.parameters())
+            ends = {*self.wte.parameters(), *self.lm_head.parameters()}
+            n -= sum(p.numel() for p in ends)
         return n
 
     def train_flops(self, rows, length, scored):
@@ -1594,6 +1628,9 @@ FAMILIES['bd3lm'] = dataclasses.replace(  # told from mdlm by config.json alone
         architectures=['BD3LM'], model_type='bd3lm', block_size='block_length', cross_attn=True),
     constants=dict(packing='concat', protocol='mdlm', first_given=True))
 
+for family in FAMILIES.values():
+    family.settings.update(tied=False, qkv_bias=False, embed_norm=False)
+
 FAMILIES['native'] = Family(  # ours, for nets that no other layout fits
     names={},
     settings={},
@@ -1800,6 +1837,7 @@ def load_state(net, tensors, source, assign=False):
         require(shape == own[name].shape,
                 f'{source}: {name} has shape {shape}, the model {tuple(own[name].shape)}')
     net.load_state_dict(tensors, assign=assign)
+    net.tie()
 
 
 def check_overrides(overrides):
@@ -1934,6 +1972,8 @@ def save_pretrained(net, folder):
         if family.heads_interleaved and name.endswith('attn_qkv.weight'):
             tensor = interleave_heads(tensor, net.config.n_head)
         tensors[renamed(name, family.names)] = tensor.contiguous().cpu()
+    if net.config.tied:
+        tensors['lm_head.weight'] = tensors['lm_head.weight'].clone()
     for name in list(tensors):
         if SHARED.search(name):
             tensors[SHARED.sub(r'\1rev\3', name)] = tensors[name].clone()

@@ -91,8 +91,12 @@ norm = 'layernorm'          # [layernorm | rmsnorm]
 mlp = 'gelu'                # [gelu | relu | swiglu]
 norm_bias = False           # norms with a bias
 mlp_bias = True             # linears of the mlp with a bias
+embed_norm = False          # a norm behind the embedding
 head_bias = True            # vocabulary projection with a bias
+unigram_bias = False        # ... that begins with the log-frequencies of the tokens
+tied = False                # ... with the embedding's weights
 head_mask = True            # ... with a row for the mask; False and causal: no mask at all
+qkv_bias = False            # attention with biases, by which it looks at near tokens from the start
 rotary_bf16 = False         # rotary table rounded to bfloat16 (SMDM)
 dropout = 0.1               # on the residual branches
 attn_dropout = 0.0          # on the attention weights
@@ -117,7 +121,7 @@ learning_rate = 3e-4        # [> 0]
 max_iters = 1_000_000       # [> 0] steps
 epochs = None               # [number > 0] passes over the rows, sets max_iters
 flops = None                # [number > 0] 6 * non-embedding parameters * tokens, sets max_iters
-lr_schedule = 'constant'    # [constant | cosine] after the warm-up; cosine: to min_lr at the end
+lr_schedule = 'constant'    # [constant | cosine | linear] after the warm-up: to min_lr at the end
 warmup_iters = 2500         # [>= 0] steps
 warmup_share = 0.0          # [0 <= x < 1] of max_iters, if that is more than warmup_iters
 min_lr = 0.0                # [>= 0]
@@ -312,7 +316,8 @@ def warn_of_idle():
     needs = dict(
         schedule=noise, schedule_parameters=noise, time_sampling=noise, sampling_eps=noise,
         t_range=noise,
-        min_lr=("lr_schedule='cosine'", lr_schedule == 'cosine'),
+        min_lr=("lr_schedule='cosine' or 'linear'", lr_schedule != 'constant'),
+        unigram_bias=('head_bias', head_bias),
         warmup_share=('a larger max_iters', warmup_share * max_iters > warmup_iters),
         loss_on_padding=("packing='pad' or 'pair'", packing in ('pad', 'pair')),
         ssl_group=('ssl_ratio', ssl_ratio),
@@ -515,13 +520,14 @@ def mean_loss(loss, batch):
 
 
 def get_lr(step):
-    """Linear warm-up, then constant or cosine."""
+    """Linear warm-up, then lr_schedule."""
     if step + (lr_offset or 0) < warmup_iters:
         return learning_rate * (step + (1 if lr_offset is None else lr_offset)) / warmup_iters
     if lr_schedule == 'constant':
         return learning_rate
     done = (step + (lr_offset or 0) - warmup_iters) / max(1, max_iters - warmup_iters)
-    return min_lr + (learning_rate - min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+    left = 1 - done if lr_schedule == 'linear' else 0.5 * (1 + math.cos(math.pi * done))
+    return min_lr + (learning_rate - min_lr) * left
 
 
 # -----------------------------------------------------------------------------
@@ -754,6 +760,11 @@ if step:
     tell(', '.join([f'resuming at step {step:,}', *changes]))
 
 net = net or DiT(config)
+if unigram_bias and head_bias and init_from == 'scratch':
+    counts = np.bincount(train_rows.tokens[:2 ** 24], minlength=net.config.vocab_size) + 1.0
+    with torch.no_grad():
+        net.lm_head.bias.copy_(torch.from_numpy(
+            np.log(counts / counts.sum()))[:len(net.lm_head.bias)])
 ema_net = copy.deepcopy(net)
 if step:
     load_state(ema_net, checkpoint['ema'], out_dir)

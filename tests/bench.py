@@ -11,6 +11,7 @@ How fast, measured against the dense textbook of tests/reference.py and a large 
     python tests/bench.py --part=mamba --dtype=float32 --repeats=1    DiMamba beside attention
     python tests/bench.py --part=block --block_size=1024    block diffusion with its cache
     python tests/bench.py --part=nelbo --out_dir=out-quickstart   estimators over seeds
+    python tests/bench.py --part=race --recipes=mdlm,fast         tokens until a loss, see RECIPES
 
 Prints one table a part and appends each row to `out`. In a row, whole numbers and words say what
 was measured; the other numbers are what was found. "of matmul" is the share of the FLOP/s of a
@@ -22,6 +23,7 @@ says otherwise. Peak memory is the process's (CPU) or the allocator's (CUDA).
 
 import contextlib
 import ctypes
+import hashlib
 import json
 import os
 import platform
@@ -73,6 +75,11 @@ megabytes = 200  # [>= 1] of text (data)
 tokenizer = 'gpt2'  # (data, loop, checkpoint, processes)
 out_dir = 'out-quickstart'  # a trained net (nelbo)
 seeds = 16  # [>= 1] (nelbo)
+recipes = None  # (race) names in RECIPES with commas between them; None: all
+recipe = None  # [dict] (race) constants of train.py, one recipe in place of those
+texts = 'stdlib,wikitext2'  # (race) names in TEXTS
+race_seeds = (0, 1, 2)  # [tuple] (race)
+race_dir = 'out-race'  # (race) what is found here is not run again
 out = 'bench.jsonl'  # rows are appended to it
 minutes = None  # [number > 0] measure the goals in so many: one table, with pass or fail
 compare = None  # an earlier one: print what changed since
@@ -699,6 +706,82 @@ def optimizers():
             )
 
 
+# name -> constants of train.py, whose defaults are MDLM's. The line to beat is 'mdlm': 1,000 steps
+# of 32 rows, at the best learning rate of its grid
+RECIPES = {
+    'mdlm 1e-3': dict(learning_rate=1e-3),
+    'mdlm': dict(learning_rate=2e-3),
+    'mdlm 4e-3': dict(learning_rate=4e-3),
+    'ar': dict(learning_rate=1e-3, objective='ar', causal=True, cond_dim=0),
+}
+FAST = dict(
+    objective='mlm', optimizer='muon', learning_rate=6e-3, lr_schedule='linear', warmup_iters=20,
+    beta2=0.99, ema=0.99, t_range=(1e-3, 0.5), cond_dim=0, dropout=0.0, mlp='relu', qkv_bias=True,
+    unigram_bias=True, tied=True, embed_norm=True, global_batch_size=16
+)
+for share in (1, 4, 8, 12, 16):  # of the line's tokens
+    RECIPES[f'fast 1/{share}'] = FAST | dict(max_iters=2000 // share)
+TEXTS = dict(stdlib='bpe-4096', wikitext2='gpt2')  # with their tokenizers
+RACE = dict(
+    n_layer=4, n_head=3, n_embd=192, packing='concat', block_size=128, batch_size=16,
+    global_batch_size=32, max_iters=1000, warmup_iters=50, dtype='bfloat16'
+)
+
+
+def raced(text, recipe, seed):
+    """One run of train.py, or what is known of it: {'nats': of averaged weights on the validation
+    split, 'tokens': , 'seconds': of CPU time, the start included}."""
+    given = RACE | recipe
+    given['eval_interval'] = given['ckpt_interval'] = given['max_iters']
+    run = json.dumps([text, given, seed], sort_keys=True)
+    folder = os.path.join(race_dir, hashlib.sha256(run.encode()).hexdigest()[:12])
+    path = f'{folder}.json'
+    if os.path.exists(path):
+        with open(path) as f:
+            return json.load(f)
+    prepared = data.find_or_prepare(text, TEXTS[text])
+    before = sum(os.times()[2:4])
+    done = subprocess.run(
+        [
+            sys.executable, os.path.join(root, 'train.py'), f'--dataset={text}',
+            f'--tokenizer={TEXTS[text]}',
+            *(f'--{key}={value}' for key, value in given.items()), f'--seed={seed}',
+            f'--out_dir={folder}', '--overwrite=True', '--eval_iters=1', '--sample_at_end=False',
+            f'--device={device}'
+        ],
+        capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    seconds = sum(os.times()[2:4]) - before
+    net = load_pretrained(os.path.join(folder, 'ckpt.pt'), device=device)
+    rows = data.TokenRows(prepared, 'validation', given['block_size'] + net.config.causal, 'concat')
+    with autocast(device, 'bfloat16'):
+        found = measured_nelbo(net, rows, num_mc=8, batch_size=32)
+    found = dict(nats=found['nats_per_token'], bits_per_byte=found['bits_per_byte'],
+                 run=run, seconds=seconds,
+                 tokens=given['max_iters'] * given['global_batch_size'] * given['block_size'])
+    shutil.rmtree(folder)
+    with open(path, 'w') as f:
+        json.dump(found, f)
+    return found
+
+
+def race():
+    """Recipes on one net and two texts: the NELBO (`count`, 8 draws a row) of averaged weights
+    after the last step on all of the validation split, median and range over seeds; CPU seconds."""
+    chosen = {name: RECIPES[name] for name in recipes.split(',')} if recipes else RECIPES
+    if recipe is not None:
+        chosen = {str(recipe): recipe}
+    for text in texts.split(','):
+        for name, given in chosen.items():
+            found = [raced(text, given, seed) for seed in race_seeds]
+            nats = sorted(run['nats'] for run in found)
+            yield dict(
+                name=name, text=text, runs=len(nats), tokens=found[0]['tokens'],
+                seconds=sorted(run['seconds'] for run in found)[len(nats) // 2],
+                nats=nats[len(nats) // 2], low=nats[0], high=nats[-1],
+                bits_per_byte=sorted(run['bits_per_byte'] for run in found)[len(nats) // 2])
+
+
 def checkpoint():
     with corpus() as run_train:
         stdout, _ = run_train(
@@ -1192,7 +1275,7 @@ PARTS = dict(
     train=train, projection=projection, attention=attentions, cost=cost, loop=loop,
     processes=processes, estimate=estimate, checkpoint=checkpoint, sample=sample, batch=batch,
     samplers=samplers, ar=ar, nelbo=nelbo, optimizers=optimizers, memory=memory, data=prepare,
-    mamba=mamba, packing=packing, launches=launches, block=block,
+    mamba=mamba, packing=packing, launches=launches, block=block, race=race,
 )
 LARGE = '--n_layer=12 --n_head=12 --n_embd=768 --block_size=1024'  # MDLM's 170M
 SUITE = {
@@ -1268,7 +1351,7 @@ def run_part():
     title = f'{part} on {machine_name()}, {torch.get_num_threads()} threads'
     title += f', torch {torch.__version__}'
     of_no_net = 'data', 'nelbo', 'optimizers', 'memory', 'estimate', 'cost', 'attention', 'mamba'
-    if part not in (*of_no_net, 'launches'):
+    if part not in (*of_no_net, 'launches', 'race'):
         title += f', {new_net().num_params() / 1e6:.0f}M parameters ({n_layer} x {n_embd})'
         title += f', vocabulary {vocab_size:,}, rows of {block_size}'
     if part == 'mamba':

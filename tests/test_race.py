@@ -1,0 +1,111 @@
+"""What the fast recipes add to a run (config/fast_*.py): each option alone, against its formula."""
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+from data import TokenRows
+from model import (
+    DiT, ModelConfig, apply_rotary, load_pretrained, per_token_loss, rotary_table, save_pretrained,
+    stratified_times
+)
+from test_train import SMALL, checkpoint, equal, metrics
+
+SHAPE = dict(block_size=32, vocab_size=11, mask_id=10, n_layer=2, n_head=4, n_embd=128, cond_dim=0)
+
+
+@pytest.mark.parametrize('end', [1.0, 0.5, 0.3])
+@pytest.mark.parametrize('n', [1, 4, 6])
+def test_stratified_times_are_uniform_up_to_the_latest(n, end):
+    """All u of a grid with m points in a stratum: the times are the grid of n m points, so the mean
+    of any function of t over batches is its integral over [eps, end)."""
+    m, eps = 8, 1e-3
+    u = (torch.arange(m, dtype=torch.float64)[:, None] + 0.5) / m / n
+    t = stratified_times(u, torch.arange(n), n, eps, end)
+    grid = eps + (end - eps) * (np.arange(m * n) + 0.5) / (m * n)
+    assert np.allclose(np.sort(t.flatten().numpy()), grid, atol=1e-7)  # float32
+
+
+@pytest.mark.parametrize('time_sampling', ['stratified', 'per_process', 'iid'])
+def test_no_position_of_training_has_a_time_outside_of_t_range(mine, here, time_sampling):
+    ran = here('train.py', *SMALL, '--max_iters=1', '--t_range=(1e-3, 0.4)',
+               f'--time_sampling={time_sampling}')
+    t = torch.cat([ran['times_of'](step, micro) for step in range(50) for micro in range(4)])
+    assert 0 < t.min() and 0.35 < t.max() <= 0.4
+    assert abs(t.mean() - 0.2) < 4 * 0.4 / math.sqrt(12 * len(t))  # four standard errors
+
+
+def test_heads_look_near_before_training():
+    net = DiT(ModelConfig(**SHAPE, qkv_bias=True))
+    L, H, D = 32, 4, 32
+    qkv = net.blocks[1].attn_qkv(torch.zeros(1, L, H * D)).view(1, L, 3, H, D)
+    q, k = apply_rotary(qkv[:, :, :2], *rotary_table(torch.arange(L), D)).permute(2, 0, 3, 1, 4)
+    scores = (q @ k.transpose(2, 3) / math.sqrt(D))[0]
+    w = 1e4 ** -(torch.arange(0, D, 2) / D)
+    distance = torch.arange(L)[None] - torch.arange(L)[:, None]  # of the key from the query
+    for head, (offset, a) in enumerate([(-1, 2.5), (1, 2.5), (-2, 2.5 / 4), (2, 2.5 / 4)]):
+        expected = (a * w * torch.cos(w * (distance - offset)[:, :, None])).sum(dim=2)
+        assert torch.allclose(scores[head], expected, atol=1e-4)
+        inner = torch.arange(2, L - 2)
+        assert torch.equal(scores[head].argmax(dim=1)[2:-2], inner + offset)
+
+
+def test_a_net_with_fast_options_comes_back_from_a_folder(tmp_path):
+    torch.manual_seed(0)
+    net = DiT(ModelConfig(**SHAPE, qkv_bias=True, tied=True, embed_norm=True))
+    torch.nn.init.normal_(net.norm_e.weight)
+    save_pretrained(net, str(tmp_path))
+    back = load_pretrained(str(tmp_path))
+    assert back.config == net.config
+    assert back.lm_head.weight is back.wte.weight
+    x = torch.randint(11, (2, 32))
+    assert torch.equal(back(x), net(x))
+    assert len({p.data_ptr() for p in back.parameters()}) == len(list(back.parameters()))
+
+
+def test_tied_weights_get_the_gradients_of_embedding_and_head():
+    nets = []
+    for tied in (True, False):
+        torch.manual_seed(0)
+        net = DiT(ModelConfig(**SHAPE, tied=tied))
+        nets.append(net)
+    tied, apart = nets
+    apart.load_state_dict(tied.state_dict())
+    x0 = torch.arange(64).view(2, 32) % 10
+    xt = torch.where(torch.arange(32) % 3 == 0, 10, x0)
+    for net in nets:
+        per_token_loss(net, x0, xt, torch.full((2,), 0.3)).mean().backward()
+    both = apart.wte.weight.grad + apart.lm_head.weight.grad
+    assert torch.allclose(tied.wte.weight.grad, both, atol=1e-7)
+    assert tied.num_params() == apart.num_params() - 11 * 128
+    assert tied.num_params(embedding=False) == apart.num_params(embedding=False)
+
+
+def test_unigram_bias_begins_at_the_entropy_of_the_tokens(mine, here):
+    ran = here('train.py', *SMALL, '--max_iters=1', '--learning_rate=1e-9', '--unigram_bias=True')
+    tokens = TokenRows('data/mine', 'train', 16, 'wrap').tokens
+    counts = np.bincount(tokens, minlength=ran['net'].config.vocab_size) + 1
+    p = torch.softmax(ran['net'].lm_head.bias.detach(), dim=0)
+    assert np.allclose(p.numpy(), counts / counts.sum(), atol=1e-6)
+
+
+def test_linear_decay_ends_at_min_lr(mine, here):
+    here('train.py', *SMALL, '--lr_schedule=linear', '--min_lr=1e-3')
+    rates = [line['lr'] for line in metrics()[0].values()]
+    after = [1e-3 + 9e-3 * (1 - done / 8) for done in range(8)]
+    assert rates == pytest.approx([5e-3, 1e-2, *after])
+
+
+def test_a_run_with_every_fast_option_resumes_to_the_bit(mine, run):
+    options = [
+        *SMALL, '--n_embd=32', '--cond_dim=0', '--objective=mlm', '--optimizer=muon', '--tied=True',
+        '--qkv_bias=True', '--unigram_bias=True', '--t_range=(1e-3, 0.5)', '--lr_schedule=linear',
+        '--embed_norm=True', '--ckpt_interval=5', '--keep_interval=5'
+    ]
+    run('train.py', *options, '--out_dir=whole')
+    run('train.py', *options, '--out_dir=parts')
+    os.replace('parts/ckpt_5.pt', 'parts/ckpt.pt')
+    run('train.py', *options, '--out_dir=parts', '--init_from=resume')
+    for key in ('model', 'ema', 'optimizer'):
+        assert equal(checkpoint('parts')[key], checkpoint('whole')[key])
