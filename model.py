@@ -2123,7 +2123,8 @@ class _NLL(torch.autograd.Function):
             softmax = logits.softmax(dim=1, dtype=wide)
             lses.append(logits.amax(dim=1).to(wide) - softmax.amax(dim=1).log())
             if needs_grad:
-                softmaxes[N * chunk.start:N * min(chunk.stop, V)].view(N, -1).copy_(softmax)
+                kept = softmaxes[N * chunk.start:N * min(chunk.stop, V)]
+                kept.view(softmax.shape).copy_(softmax)
         logit, lses = logit.squeeze(1), torch.stack(lses)  # (N,), (chunks, N)
         nll = F.softplus(lses.logsumexp(dim=0) - logit, threshold=50)
         nll = nll + 0 * logit  # NaN where the logit is infinite
@@ -2147,7 +2148,7 @@ class _NLL(torch.autograd.Function):
         dbias = h.new_empty(len(weight), dtype=bias_dtype) if bias_dtype else None
         softmaxes = softmaxes.split([len(h) * len(weight[chunk]) for chunk in ctx.chunks])
         for chunk, prob, softmax in zip(ctx.chunks, probs, softmaxes, strict=True):
-            softmax = softmax.view(len(h), -1)
+            softmax = softmax.view(len(h), len(weight[chunk]))
             grad = (grad_nll * prob)[:, None]  # (N, 1)
             dh += (softmax @ weight[chunk]) * grad
             dweight[chunk] = softmax.t() @ (h * grad).to(softmax.dtype)
