@@ -67,7 +67,7 @@ def defaults_of(function):
         source = inspect.getsource(function)
     options = {}
     for name, parameter in inspect.signature(function).parameters.items():
-        comment = re.search(rf'^ +{name}=.*?# *(.*)', source, re.M)
+        comment = re.search(rf'^ +{name}\b.*?=.*?# *(.*)', source, re.M)
         if parameter.default is not parameter.empty:
             options[name] = parameter.default, comment[1] if comment else 'its own option'
     return options

@@ -40,6 +40,7 @@ from model import (
     load_pretrained, loglinear, pick_device, require_known, reuse_memory, schedule_of, sent,
     sent_at_once, write_whole)
 
+# the constants; configurator.py checks what stands in [...]
 out_dir = 'out'         # where train.py left ckpt.pt
 init_from = None        # another source of weights for load_pretrained; None: out_dir
 overrides = None        # [dict] ModelConfig fields the source cannot tell; --n_head=4 sets one
@@ -387,7 +388,7 @@ def semi_ar(
     start = (torch.arange(windows) * stride).repeat_interleave(num_steps)
     mask_prob = 1 - b.schedule.alpha(grid(1, 0, num_steps))
     plan = plan_steps(b, mask_prob) + window * num_steps
-    b.follow(plan, mask_prob[:-1].repeat(windows), start)
+    b.follow(plan, F.pad(mask_prob[:-1].repeat(windows), (0, 1)), start)
 
 
 @sampler_for('x0')
@@ -448,7 +449,7 @@ def first_hitting(b, num_steps):
     order = u.argsort(dim=1, descending=True)
     mask_prob_1 = 1 - b.schedule.alpha(torch.ones((), dtype=torch.float64))
     mask_prob = u.gather(1, order).clamp(min=1e-9) * mask_prob_1  # (n, L), at each hitting time
-    b.follow(order.argsort(dim=1), mask_prob)
+    b.follow(order.argsort(dim=1), F.pad(mask_prob, (0, 1)))
 
 
 @sampler_for('next token')
@@ -463,7 +464,7 @@ def ar(
     require((b.is_open.sum(dim=1) == b.length - b.prompt_length).all(),
             'a causal net goes on after a prompt; it cannot fill in a template')
     cache = KVCache(len(b.rows), b.x.size(1))
-    for rows, step in b.steps(torch.ones(b.x.size(1))):
+    for rows, step in b.steps(torch.ones(b.x.size(1) + 1)):
         col = b.prompt_length[rows] + step
         h = b.hidden_with_cache(cache, col)
         ids = b.unmask(torch.arange(b.x.size(1)) == col[:, None], h)
@@ -665,7 +666,10 @@ class Batch:
 
         reads        masked, num_masked, is_open, length, prompt_length of the rows, and uniforms()
         asks the net by score(), draw(), token_prob() or total_score(), at most once
-        changes      the rows by unmask(), remask(), end()."""
+        changes      the rows by unmask(), remask(), end().
+
+    Tables (A, ...) are of the rows in work, those (n, ...) of all. What only some samplers use:
+    hidden_by_guidance (greedy), drawn_prob (remdm), hidden_with_cache (ar); more for `block`."""
     net: torch.nn.Module
     x: torch.Tensor        # (n, L) ids
     is_open: torch.Tensor  # (n, L) bool: it was not given
@@ -735,7 +739,7 @@ class Batch:
             if plan is not None:
                 self.step[rows] = torch.where(self.masked[rows], plan[rows], never).amin(dim=1)
             step = self.step[rows]
-            require(step.max() <= last, 'the sampler left masks after its last step')
+            require(step.max() < last, 'the sampler left masks after its last step')
             self.mask_prob[rows] = mask_prob[rows, step].double()
             if start is not None:
                 end = (self.length[rows] - self.net.config.block_size).clamp(min=0)
@@ -1061,8 +1065,8 @@ class Batch:
     def from_logits(self, h, function, *columns):
         """function(logits (N, V), *columns (N,)) -> a tuple of (N,), over chunks of h
         (N, 1 or 2, n_embd). It may change the logits. The guidance is SMDM's equation 6."""
-        megabytes = 22 if self.device.type == 'cpu' else 25
-        size = max(1, 2 ** megabytes // self.net.config.vocab_size)
+        logits_at_once = 2 ** (22 if self.device.type == 'cpu' else 25)
+        size = max(1, logits_at_once // self.net.config.vocab_size)
         results = []
         for i in range(0, len(h), size):
             logits = self.net.head(h[i:i + size])  # (n, 1 or 2, V)

@@ -43,6 +43,7 @@ from model import (
     require_known, reuse_memory, row_sums, say, schedule_of, stratified_times, write_whole)
 from sample import TAKES, generate
 
+# the constants; configurator.py checks what stands in [...]
 # input and output
 out_dir = 'out'             # checkpoints and metrics.jsonl
 init_from = 'scratch'       # 'scratch', 'resume', 'auto' (resume if there is a ckpt.pt) or weights
@@ -396,20 +397,6 @@ def leave_out_dir():
         lock.release()
 
 
-class Loss(nn.Module):
-    """per_token_loss as a module: DDP and FSDP synchronise only the forward of what they wrap."""
-
-    def __init__(self, net, **options):
-        super().__init__()
-        self.net, self.options = net, options
-
-    def forward(self, batch, objective):
-        return per_token_loss(
-            self.net, batch['x0'], batch['xt'], batch['t'], objective, schedule, T,
-            batch['masked'], batch['attention_mask'], reconstruction=True,
-            **options_of(objective, self.options))
-
-
 def make_optimizers(net):
     by_muon, decayed, not_decayed = [], [], []
     for name, p in net.named_parameters():
@@ -442,7 +429,7 @@ def load_optimizers(saved):
 
 
 # -----------------------------------------------------------------------------
-# batches
+# batches and the loss
 
 
 def uniform(shape, *key, dtype=torch.float64):
@@ -504,6 +491,20 @@ def training_batch(step, micro):
                          loss_on_visible_tokens, drop_prompt=drop)
 
 
+class Loss(nn.Module):
+    """per_token_loss as a module: DDP and FSDP synchronise only the forward of what they wrap."""
+
+    def __init__(self, net, **options):
+        super().__init__()
+        self.net, self.options = net, options
+
+    def forward(self, batch, objective):
+        return per_token_loss(
+            self.net, batch['x0'], batch['xt'], batch['t'], objective, schedule, T,
+            batch['masked'], batch['attention_mask'], reconstruction=True,
+            **options_of(objective, self.options))
+
+
 def mean_loss(loss, batch):
     """(B, L) nats -> the loss, and the share of its divisor's positions that are scored.
     loss_norm 'step': over all positions; the loop then divides by the share of the whole step."""
@@ -536,8 +537,8 @@ def get_lr(step):
 
 @torch.no_grad()
 def evaluate():
-    """likelihood_of the averaged weights on the first rows of val_split, and what is logged of it,
-    of mlm nets also the cross entropy at masked positions (xlm). All draws are always the same."""
+    """What is logged of likelihood_of the averaged weights on the first rows of val_split, and
+    of mlm nets the cross entropy at masked positions (xlm). All draws are always the same."""
     n = min(len(val_rows), eval_iters * global_batch_size or len(val_rows))
     measures = [measured_by, 'mlm'] if objective == 'mlm' else [measured_by]
     first = rank * batch_size
@@ -574,7 +575,7 @@ def evaluate():
         f"{found[name]:.4f} ± {found[name + '_se']:.4f} {name.replace('_per_', '/')}"
         for name in ('nats_per_token', 'bits_per_byte', objective) if name in found)
         + f' (first {n:,} of {len(val_rows):,} rows, one time each)')
-    return found, logged
+    return logged
 
 
 def texts_of_average(n, **options):
@@ -829,7 +830,7 @@ while True:
 
     better = False
     if step > start and (step % eval_interval == 0 or step == max_iters):
-        found, logged = evaluate()
+        logged = evaluate()
         better = logged['val_loss'] < best_val_loss  # NaN is never better
         if better:
             best_val_loss = logged['val_loss']
