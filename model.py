@@ -818,7 +818,9 @@ def corrupt_batch(
                 parts.append(corrupt(*given, schedule, generator, maskable[rows]))
         xt = torch.cat(parts)
         if drop_prompt:
-            x0, xt = (x.masked_fill(~maskable, config.mask_id) for x in (x0, xt))
+            xt = xt.masked_fill(~maskable, config.mask_id)
+            if width:  # the net sees x0, too
+                x0 = x0.masked_fill(~maskable, config.mask_id)
         has_loss = scored if visible else (xt == config.mask_id) & scored
         masked = has_loss.flatten().nonzero().squeeze(1)
 

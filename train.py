@@ -317,7 +317,7 @@ def warn_of_idle():
     needs = dict(
         schedule=noise, schedule_parameters=noise, time_sampling=noise, sampling_eps=noise,
         t_range=noise,
-        min_lr=("lr_schedule='cosine' or 'linear'", lr_schedule != 'constant'),
+        min_lr=("lr_schedule='cosine'", lr_schedule != 'constant'),
         unigram_bias=('head_bias', head_bias),
         warmup_share=('a larger max_iters', warmup_share * max_iters > warmup_iters),
         loss_on_padding=("packing='pad' or 'pair'", packing in ('pad', 'pair')),
