@@ -185,8 +185,8 @@ def rotary_table(position, head_dim, bf16=False):
 
 @torch.no_grad()
 def look_near(bias, n_head):
-    """Give attn_qkv's bias (3C,) values with which head 0 looks at the token before its own, head 1
-    at the one behind, heads 2 and 3 less sharply at the next but one, ... whatever the tokens are.
+    """Give attn_qkv's bias (3C,) values with which head 0 looks one token back, head 1 one ahead,
+    heads 2 and 3 less sharply two back and two ahead, ... whatever the tokens are.
 
     For rotary frequencies w the bias adds sum_w a w cos(w (j - i - offset)) to the scores, its
     greatest value at the offset. Without it a net learns to look near so late that it spends a
