@@ -1213,7 +1213,9 @@ def text_to_ids(net, name, text, longest):
         others = re.search(r'<\|?mask\b|\[mask\]', ' '.join(pieces[::2]), re.I)
         require(len(pieces) > 1 and not others, f'{name}={text!r}: open tokens are written '
                 '<|mask|> or <|mask:20|>, and at least one is needed')
-    ids = [tok.bos_id] if net.constants.get('prompt_bos') else []  # as SMDM's tokenizer does
+    # as SMDM's tokenizer does, and as the rows of prompts and answers begin
+    bos = net.constants.get('prompt_bos') or net.constants.get('packing') == 'pair'
+    ids = [tok.bos_id] if bos else []
     for i, piece in enumerate(pieces):
         if i % 2 == 0:
             ids += tok.encode(piece) if piece else []
