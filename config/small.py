@@ -5,8 +5,11 @@
 #   python eval.py --out_dir=out-small
 #
 # corpus.txt: any text whose documents are separated by blank lines; a .jsonl file with a field
-# "text", or a folder of either, will do as well. The loss is still falling at the end: with more
-# text and time, raise max_iters, then n_layer and n_embd.
+# "text", or a folder of either, will do as well. Shakespeare's plays, 1.1 MB (not run here):
+# curl -LO https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
+#
+# The loss is still falling at the end: with more text and time, raise max_iters, then n_layer and
+# n_embd.
 
 out_dir = 'out-small'
 dataset = 'stdlib'  # where no other is given
