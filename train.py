@@ -537,8 +537,8 @@ def get_lr(step):
 
 @torch.no_grad()
 def evaluate():
-    """What is logged of likelihood_of the averaged weights on the first rows of val_split, and
-    of mlm nets the cross entropy at masked positions (xlm). All draws are always the same."""
+    """likelihood_of the averaged weights on the first rows of val_split, and what is logged of it,
+    of mlm nets also the cross entropy at masked positions (xlm). All draws are always the same."""
     n = min(len(val_rows), eval_iters * global_batch_size or len(val_rows))
     measures = [measured_by, 'mlm'] if objective == 'mlm' else [measured_by]
     first = rank * batch_size
@@ -575,7 +575,7 @@ def evaluate():
         f"{found[name]:.4f} ± {found[name + '_se']:.4f} {name.replace('_per_', '/')}"
         for name in ('nats_per_token', 'bits_per_byte', objective) if name in found)
         + f' (first {n:,} of {len(val_rows):,} rows, one time each)')
-    return logged
+    return found, logged
 
 
 def texts_of_average(n, **options):
@@ -830,7 +830,7 @@ while True:
 
     better = False
     if step > start and (step % eval_interval == 0 or step == max_iters):
-        logged = evaluate()
+        found, logged = evaluate()
         better = logged['val_loss'] < best_val_loss  # NaN is never better
         if better:
             best_val_loss = logged['val_loss']
