@@ -388,7 +388,7 @@ def semi_ar(
     start = (torch.arange(windows) * stride).repeat_interleave(num_steps)
     mask_prob = 1 - b.schedule.alpha(grid(1, 0, num_steps))
     plan = plan_steps(b, mask_prob) + window * num_steps
-    b.follow(plan, F.pad(mask_prob[:-1].repeat(windows), (0, 1)), start)
+    b.follow(plan, mask_prob[:-1].repeat(windows), start)
 
 
 @sampler_for('x0')
@@ -449,7 +449,7 @@ def first_hitting(b, num_steps):
     order = u.argsort(dim=1, descending=True)
     mask_prob_1 = 1 - b.schedule.alpha(torch.ones((), dtype=torch.float64))
     mask_prob = u.gather(1, order).clamp(min=1e-9) * mask_prob_1  # (n, L), at each hitting time
-    b.follow(order.argsort(dim=1), F.pad(mask_prob, (0, 1)))
+    b.follow(order.argsort(dim=1), mask_prob)
 
 
 @sampler_for('next token')
@@ -464,7 +464,7 @@ def ar(
     require((b.is_open.sum(dim=1) == b.length - b.prompt_length).all(),
             'a causal net goes on after a prompt; it cannot fill in a template')
     cache = KVCache(len(b.rows), b.x.size(1))
-    for rows, step in b.steps(torch.ones(b.x.size(1) + 1)):
+    for rows, step in b.steps(torch.ones(b.x.size(1))):
         col = b.prompt_length[rows] + step
         h = b.hidden_with_cache(cache, col)
         ids = b.unmask(torch.arange(b.x.size(1)) == col[:, None], h)
@@ -727,8 +727,8 @@ class Batch:
     def steps(self, mask_prob, plan=None, start=None, to_the_end=False):
         """Yield the rows in work and the step each takes now, both (A,), until all are finished.
 
-        mask_prob (S + 1,) or (n, S + 1): the probability of a mask before each of S steps, and at
-        the end. plan (n, L): the step of each position; steps that unmask nothing are skipped.
+        mask_prob (S,) or (n, S): the probability of a mask before each step; one more, at the end,
+        may follow, and allows one step more than S. plan (n, L): the step of each position; steps that unmask nothing are skipped.
         start (S,): where the net's window begins, at most. to_the_end: a row takes all S steps,
         even if nothing is masked. Raises ValueError where masks are left after the last step."""
         never = torch.iinfo(torch.int64).max
@@ -739,7 +739,7 @@ class Batch:
             if plan is not None:
                 self.step[rows] = torch.where(self.masked[rows], plan[rows], never).amin(dim=1)
             step = self.step[rows]
-            require(step.max() < last, 'the sampler left masks after its last step')
+            require(step.max() <= last, 'the sampler left masks after its last step')
             self.mask_prob[rows] = mask_prob[rows, step].double()
             if start is not None:
                 end = (self.length[rows] - self.net.config.block_size).clamp(min=0)
