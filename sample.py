@@ -730,7 +730,8 @@ class Batch:
         mask_prob (S,) or (n, S): the probability of a mask before each step; one more, at the end,
         may follow, and allows one step more. plan (n, L): the step of each position; steps that
         unmask nothing are skipped. start (S,): where the net's window begins, at most. to_the_end:
-        a row takes all S steps, even if nothing is masked. Raises ValueError where masks are left after the last step."""
+        a row takes all S steps, even if nothing is masked. Raises ValueError where masks are left
+        after the last step."""
         never = torch.iinfo(torch.int64).max
         last = mask_prob.size(-1) - 1
         mask_prob = mask_prob.expand(len(self.x), -1)
