@@ -493,7 +493,7 @@ class OwnTokenizer:
         self.tok, self.eos_token_id = tok, tok.eos_id
         self.all_special_tokens = [tok.decode([i]) for i in sorted(tok.special_ids)]
 
-    def __call__(self, texts, add_special_tokens=False):
+    def __call__(self, texts, **options):
         texts = [texts] if isinstance(texts, str) else texts
         rows = []
         for text in texts:

@@ -47,7 +47,8 @@ def test_its_perplexity_is_the_likelihood_of_the_ar_net(folder, capsys):
 
 def test_its_eos_is_one_token_of_a_text_that_keeps_it(folder):
     _, tok = load_judge(folder)
-    assert tok(['ab<|endoftext|>c', ''])['input_ids'] == [[97, 98, 256, 99], []]
+    options = dict(add_special_tokens=False, verbose=False)
+    assert tok(['ab<|endoftext|>c', ''], **options)['input_ids'] == [[97, 98, 256, 99], []]
     assert generative_perplexity(['ab<|endoftext|>', 'c'], folder, 'mdlm')['tokens'] == 3
 
 
