@@ -1,4 +1,8 @@
-"""Whoever reproduces a published number gets its protocol: a test for each line that differed."""
+"""Whoever reproduces a published number gets its protocol: a test for each line that differed.
+
+Times, learning rates and objectives are in test_gradients and test_model, samplers and draws in
+test_sampling_options, weights in test_weights, data in test_own_text and test_packed.
+"""
 
 import itertools
 import json
