@@ -2310,7 +2310,7 @@ def within_documents(documents, is_causal=False, p=0.0, way=None):
 
         block_mask = create_block_mask(mask_mod, B, None, L, L, device=device)
         return functools.partial(flex_within, flex_attention(), block_mask), position
-    if way == 'flash':  # note: this waits for the GPU, once for all blocks
+    if way == 'flash':  # note: this waits for the GPU, twice for all blocks
         kept = (documents >= 0).flatten().nonzero().squeeze(1)
         ends = F.pad(begins.flatten()[kept].nonzero().squeeze(1), (0, 1), value=len(kept))
         return functools.partial(flash_within, kept, ends.int(), L, is_causal, p), position

@@ -172,9 +172,10 @@ require(objective == 'mlm' or not (use_num_masked_factor or loss_on_visible_toke
         "use_num_masked_factor and loss_on_visible_tokens go with objective 'mlm'")
 require(not shard or world_size > 1 and optimizer != 'muon' and not eval_gen_ppl,
         'shard=True shares the net among several processes, without muon and eval_gen_ppl')
-lowest, highest = (sampling_eps, 1.0) if t_range is None else t_range[:2]
-require(t_range is None or len(t_range) == 2 and 0 <= lowest <= highest <= 1,
+is_range = t_range is None or [type(t) in (int, float) for t in t_range] == [True, True]
+require(is_range and (t_range is None or 0 <= t_range[0] <= t_range[1] <= 1),
         f't_range={t_range}: (least, most) in 0 ... 1 are needed')
+lowest, highest = t_range or (sampling_eps, 1.0)
 require(epochs is None or flops is None, 'epochs and flops both set max_iters: give one of them')
 require(is_pair or pad_to == 'block' and not prompt_drop,
         "pad_to and prompt_drop go with packing 'pair'")

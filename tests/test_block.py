@@ -505,8 +505,9 @@ def test_bad_requests(tiny_net, refused):
         continuation_nll(net, [1], [2], 'monte_carlo')
     with pytest.raises(ValueError, match='gives no exact likelihood'):
         generate(net, 1, 8, 4, 'block', text=torch.ones(1, 8, dtype=torch.int64))
-    error = refused('train.py', '--dataset=stdlib', '--t_range=(0.8, 0.3)')
-    assert error.count('\n') == 1 and 't_range=(0.8, 0.3)' in error
+    for t_range in ((0.8, 0.3), (0.2, 1.5), (0.5,), (), ('a', 1), (True, 1)):
+        error = refused('train.py', '--dataset=stdlib', f'--t_range={t_range}')
+        assert error.count('\n') == 1 and f't_range={t_range}: (least, most)' in error
 
 
 def test_a_dropped_prompt_is_dropped_from_the_context_too(tiny_net):
