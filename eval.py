@@ -10,6 +10,7 @@ Measure a trained net, or samples:
     python eval.py --metric=frontier            generative perplexity and entropy by temperature
     python eval.py config/eval_gsm8k.py         answers to prompts, judged; also eval_reverse.py
     python eval.py config/eval_smdm_harness.py  tasks of lm-evaluation-harness
+    python eval.py --metric=curves --runs='out-*'  validation of several trainings, and a plot
     python eval.py --metric=report              results.jsonl -> results.md and plots
 
 Under torchrun the processes share rows and samples; the figures are the same. A new metric is a
@@ -127,9 +128,9 @@ method = 'chain_rule'   # [chain_rule | monte_carlo] of the likelihood; ar nets:
 greedy = True           # [bool] tell which targets are what the net gives greedily
 padding = False         # [bool] fill rows with masks up to block_size
 
-# shift and scaling: several nets
+# shift, curves and scaling: several nets
 nets = ()               # sources of weights; datasets: where the likelihood is compared
-runs = None             # out_dirs of finished runs, or a pattern such as 'out-scaling-*'
+runs = None             # out_dirs of train.py, or a pattern such as 'out-scaling-*'
 published = None        # [dict] to compare: zero_shot {'ptb': 95.26}, table {'gen_ppl': {128: 78}}
 
 
@@ -920,7 +921,7 @@ def plot(rows, x, ys, path, along='steps'):
                       for row in line if row.get(x) and row.get(y) is not None}
             xs, values, x_errors, errors = np.array(sorted(points)).reshape(-1, 4).T
             axis.errorbar(xs, values, errors, x_errors, marker='o', capsize=3, label=label)
-        scale = 'log' if x == 'steps' else 'linear'
+        scale = 'log' if x in ('steps', 'tokens') else 'linear'
         axis.set(xlabel=x, ylabel=y.replace('_', ' '), xscale=scale)
         axis.grid(alpha=0.3)
     if keys:
@@ -1714,13 +1715,51 @@ def measure_shift(c):
     return rows, table(rows)
 
 
+def folders_of(c):
+    """The out_dirs that runs names."""
+    names = [c.runs] if isinstance(c.runs, str) else c.runs or ()
+    folders = [path for name in names for path in sorted(glob.glob(str(name))) or [str(name)]]
+    require(folders, f'--metric={c.metric} needs runs: out_dirs of train.py, or a pattern of them')
+    return folders
+
+
+def validations(folder):
+    """The validations of a run of train.py, dicts of iter, val_loss, val_bpb."""
+    path = os.path.join(folder, 'metrics.jsonl')
+    found = [row for row in read_lines(path, dict, 'not of train.py') if 'val_loss' in row]
+    require(found, f'{path} holds no validation')
+    return found
+
+
+def measure_curves(c):
+    """Validation of runs over the tokens they have seen: the best and last of each, and a plot."""
+    points, rows = [], []
+    for folder in folders_of(c):
+        trained = load_pretrained(folder).constants
+        a_step = trained['global_batch_size'] * trained['block_size']
+        line = [dict(source=folder, tokens=row['iter'] * a_step, bits_per_byte=row['val_bpb'])
+                for row in validations(folder) if row['val_bpb'] is not None]
+        require(line, f'{folder}: its objective has no bits/byte to be compared by')
+        best, last = min(line, key=lambda row: row['bits_per_byte']), line[-1]
+        row = dict(best=best['bits_per_byte'], best_at=best['tokens'],
+                   last=last['bits_per_byte'], tokens=last['tokens'])
+        Run(c, folder).record(row)
+        rows.append(dict(run=folder) | row)
+        points += line
+    path = f'{os.path.splitext(c.results)[0]}-curves.png'
+    drawn = f'drawn in {path}'
+    try:
+        plot(points, 'tokens', ('bits_per_byte',), path, 'tokens')
+    except ImportError:
+        drawn = 'no plot: it needs matplotlib (pip install matplotlib)'
+    return rows, f'{table(rows)}\n\n{drawn}'
+
+
 def read_run(folder):
     """dict of N (parameters without embeddings), D (tokens), C (6 N D FLOPs), loss (nats a token,
     the last validation) and budget of a finished run of train.py."""
-    net, path = load_pretrained(folder), os.path.join(folder, 'metrics.jsonl')
-    validated = [row for row in read_lines(path, dict, 'not of train.py') if 'val_loss' in row]
-    require(validated, f'{path} holds no validation')
-    c, last = net.constants, validated[-1]
+    net, last = load_pretrained(folder), validations(folder)[-1]
+    c = net.constants
     cut, L, N = c.get('ssl_ratio', 0.0), c['block_size'], net.num_params(embedding=False)
     one_step = c['global_batch_size'] * (L * (1 - cut) + cut * (1 + L) / 2)
     D, budget = last['iter'] * one_step, c.get('flops')
@@ -1782,10 +1821,7 @@ def plot_scaling(stem, runs, optima, laws):
 def measure_scaling(c):
     """Scaling laws by IsoFLOP parabolas (Hoffmann et al. 2022, arXiv 2203.15556, approach 2) of
     finished runs, three sizes or more at each of two budgets or more."""
-    names = [c.runs] if isinstance(c.runs, str) else c.runs or ()
-    folders = [path for name in names for path in sorted(glob.glob(str(name))) or [str(name)]]
-    require(folders, '--metric=scaling needs runs: out_dirs of train.py, or a pattern of them')
-    runs, optima = [read_run(folder) for folder in folders], []
+    runs, optima = [read_run(folder) for folder in folders_of(c)], []
     for budget in sorted({run['budget'] for run in runs}):
         some = [run for run in runs if run['budget'] == budget]
         N, loss = [[run[key] for run in some] for key in ('N', 'loss')]
@@ -1817,7 +1853,7 @@ METRICS = {
     'ppl': measure_ppl, 'zero_shot': measure_zero_shot, 'samples': measure_samples,
     'table': measure_table, 'frontier': measure_frontier, 'report': show_report,
     'generation': measure_generation, 'harness': measure_harness, 'shift': measure_shift,
-    'scaling': measure_scaling}
+    'curves': measure_curves, 'scaling': measure_scaling}
 
 
 # -----------------------------------------------------------------------------

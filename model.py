@@ -955,6 +955,7 @@ class Objective:
     bound: str | None = None  # the objective to evaluate by; None: its own loss
     steps: str = 'none'  # T is 'none', 'optional' or 'required'
     has_reconstruction: bool = False  # reconstruction_loss is a term of the bound
+    over_masked: bool = False  # trained on the mean over masked positions; False: over all scored
 
     @property
     def options(self):
@@ -968,7 +969,7 @@ class Objective:
 
 OBJECTIVES = {
     'subs': Objective(subs, 'x0', 'ancestral', 'subs', 'optional'),
-    'mlm': Objective(mlm, 'x0', 'fixed', 'subs'),
+    'mlm': Objective(mlm, 'x0', 'fixed', 'subs', over_masked=True),
     'd3pm': Objective(
         d3pm, 'x0 or mask', 'ancestral', 'd3pm', 'required', has_reconstruction=True),
     'sedd': Objective(sedd, 'score', 'analytic', 'sedd'),

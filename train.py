@@ -168,7 +168,7 @@ is_pair = packing == 'pair'
 require(global_batch_size % (batch_size * world_size) == 0,
         f'global_batch_size={global_batch_size} is not divisible by batch_size={batch_size} '
         f'* {world_size} processes')
-require(objective == 'mlm' or not (use_num_masked_factor or loss_on_visible_tokens),
+require(record.over_masked or not (use_num_masked_factor or loss_on_visible_tokens),
         "use_num_masked_factor and loss_on_visible_tokens go with objective 'mlm'")
 require(not shard or world_size > 1 and optimizer != 'muon' and not eval_gen_ppl,
         'shard=True shares the net among several processes, without muon and eval_gen_ppl')
@@ -511,7 +511,7 @@ def mean_loss(loss, batch):
     loss_norm 'step': over all positions; the loop then divides by the share of the whole step."""
     if use_num_masked_factor:
         loss = loss / (1 + (batch['xt'] == mask_id).sum(dim=1, keepdim=True))
-    if objective == 'mlm':
+    if record.over_masked:
         count = torch.tensor(batch['masked'].numel())
     else:
         count = batch['scored'].sum()  # on the device: no waiting for it
@@ -539,9 +539,9 @@ def get_lr(step):
 @torch.no_grad()
 def evaluate():
     """likelihood_of the averaged weights on the first rows of val_split, and what is logged of it,
-    of mlm nets also the cross entropy at masked positions (xlm). All draws are always the same."""
+    also the mean over masked positions that is trained on. All draws are always the same."""
     n = min(len(val_rows), eval_iters * global_batch_size or len(val_rows))
-    measures = [measured_by, 'mlm'] if objective == 'mlm' else [measured_by]
+    measures = [measured_by, objective] if record.over_masked else [measured_by]
     first = rank * batch_size
     sums = torch.zeros(6, n, dtype=torch.float64)
     # past the end, FSDP takes part with a row that does not count
@@ -559,7 +559,7 @@ def evaluate():
             losses = [eval_loss(batch, name) for name in measures]
         if start < n:
             sums[:4, indices] = row_sums(losses[0], batch, rows)
-        if start < n and objective == 'mlm':
+        if start < n and record.over_masked:
             masked = dict(scored=batch['scored'] & (batch['xt'] == mask_id))
             sums[4:, indices] = row_sums(losses[1], masked, rows)[:2]
     if world_size > 1:
@@ -569,9 +569,9 @@ def evaluate():
     found = likelihood_of(sums[:4], val_rows.counts, objective)
     logged = dict(val_loss=found['nats_per_token' if record.bound else objective],
                   val_bpb=found.get('bits_per_byte'))
-    cross_entropy, masked = sums[4:].sum(dim=1).tolist()
+    total, masked = sums[4:].sum(dim=1).tolist()
     if masked:
-        logged['val_mlm_loss'] = cross_entropy / masked
+        logged[f'val_{objective}_loss'] = total / masked
     tell(f'step {step}: validation ' + ', '.join(
         f"{found[name]:.4f} ± {found[name + '_se']:.4f} {name.replace('_per_', '/')}"
         for name in ('nats_per_token', 'bits_per_byte', objective) if name in found)

@@ -620,3 +620,21 @@ def test_scaling_laws_of_finished_runs(tiny_net, here, tmp_path, monkeypatch, ca
     write_run(net, tmp_path / 'out-new', 1e9, 1.0, finished=False)
     with pytest.raises(ValueError, match='out-new is not finished'):
         here('eval.py', '--metric=scaling', '--runs=out-*')
+
+
+def test_curves_tell_the_best_of_each_run_and_where(tiny_net, here, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    net = tiny_net(vocab_size=258, mask_id=257, cond_dim=0)
+    for name, values in (('out-ar', (3.0, 2.0, 4.0)), ('out-mdm', (5.0, 3.5, 3.0))):
+        write_run(net, tmp_path / name, 1e9, 1.0)
+        rows = [dict(iter=step, val_loss=1.0, val_bpb=value)
+                for step, value in zip((10, 20, 40), values, strict=True)]
+        (tmp_path / name / 'metrics.jsonl').write_text(
+            ''.join(json.dumps(row) + '\n' for row in [dict(iter=1, loss=9.0), *rows]))
+    assert here('eval.py', '--metric=curves', '--runs=out-*')['result'][1] == dict(
+        run='out-mdm', best=3.0, best_at=40 * 8 * 16, last=3.0, tokens=40 * 8 * 16)
+    assert '| out-ar | 2 | 2,560 | 4 | 5,120 |' in capsys.readouterr().out
+    if importlib.util.find_spec('matplotlib'):
+        assert os.path.getsize('results-curves.png')
+    with pytest.raises(ValueError, match='--metric=curves needs runs'):
+        here('eval.py', '--metric=curves')
