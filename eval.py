@@ -921,8 +921,8 @@ def plot(rows, x, ys, path, along='steps'):
                       for row in line if row.get(x) and row.get(y) is not None}
             xs, values, x_errors, errors = np.array(sorted(points)).reshape(-1, 4).T
             axis.errorbar(xs, values, errors, x_errors, marker='o', capsize=3, label=label)
-        scale = 'log' if x in ('steps', 'tokens') else 'linear'
-        axis.set(xlabel=x, ylabel=y.replace('_', ' '), xscale=scale)
+        scales = ['log' if name in ('steps', 'tokens', 'gen_ppl') else 'linear' for name in (x, y)]
+        axis.set(xlabel=x, ylabel=y.replace('_', ' '), xscale=scales[0], yscale=scales[1])
         axis.grid(alpha=0.3)
     if keys:
         handles, labels = axes[0][0].get_legend_handles_labels()

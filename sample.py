@@ -1392,7 +1392,7 @@ PAGE = r"""<!doctype html>
 body { max-width: 60rem; margin: auto; padding: 1rem; font: 15px/1.5 system-ui }
 header { position: sticky; top: 0; background: canvas; padding-bottom: .5rem }
 #at { width: 100%; accent-color: var(--accent) }
-#scale { padding: 0 4rem }
+#scale { padding: 0 4rem; margin: 0 1rem }
 #text { margin: 1.5rem 0; font: 1.1rem/1.9 serif; white-space: pre-wrap; overflow-wrap: anywhere }
 .mask { background: #8884; margin: 0 1px }
 .given { border-bottom: 2px solid var(--accent); font-weight: 600 }
