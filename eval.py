@@ -347,47 +347,64 @@ def monte_carlo_masks(n, num_mc, seed, eps):
     return hidden, hidden, weight
 
 
+def side_by_side(config, pairs, hidden, scored, padding):
+    """A row for each of the pairs, prefix and target: ids (B, W), and bool (B, W): inside the text,
+    in its target, and of the target what is hidden and scored, given as (n,) each."""
+    texts = [torch.cat(pair) for pair in pairs]
+    x0 = pad_sequence(texts, batch_first=True)
+    # a multiple of 8 is faster (on a CPU 32 columns take less than 27)
+    width = min(-(-x0.size(1) // 8) * 8, config.block_size)
+    if padding and not config.causal:
+        width = config.block_size
+    x0 = F.pad(x0, (0, width - x0.size(1)))
+    column = torch.arange(width)
+    inside = column < torch.tensor([len(text) for text in texts])[:, None]
+    is_target = inside & (column >= torch.tensor([len(prefix) for prefix, _ in pairs])[:, None])
+    hidden, scored = (torch.zeros_like(inside).masked_scatter(is_target, torch.cat(part))
+                      for part in (hidden, scored))
+    return x0, inside, is_target, hidden, scored
+
+
 @torch.no_grad()
 def evaluate_rows(net, pairs, rows, cfg_scale, padding, batch_size):
     """pairs: (P,), (n,); rows: (index of the pair, hidden (n,), scored (n,), weight) -> for each
     pair -log p of what is scored (k,) float64; are the net's best tokens the target's, (k,) bool:
     all of a causal net, else at the most confident position of a row that hides all or scores
     nothing; and where in the target this is (k,)."""
-    mask_id, causal, L = net.config.mask_id, net.config.causal, net.config.block_size
-    nats, agrees = torch.zeros(len(pairs), dtype=torch.float64), torch.ones(len(pairs)).bool()
+    mask_id, causal = net.config.mask_id, net.config.causal
+    nats = torch.zeros(len(pairs), dtype=torch.float64)
+    agrees = torch.ones(len(pairs), dtype=torch.bool)
     surest = torch.zeros(len(pairs), dtype=torch.int64)
-    whole, rows = [torch.cat(pair) for pair in pairs], iter(rows)
+    rows = iter(rows)
     while batch := list(itertools.islice(rows, batch_size)):
-        index, *parts, weight = zip(*batch, strict=True)
-        P, length = torch.tensor([(len(pairs[i][0]), len(whole[i])) for i in index]).T
-        x0, longest = pad_sequence([whole[i] for i in index], batch_first=True), int(length.max())
-        # a multiple of 8 is faster (on a CPU 32 columns take less than 27)
-        width = L if padding and not causal else min(-(-longest // 8) * 8, L)
-        x0, index = F.pad(x0, (0, width - longest)), torch.tensor(index)
-        column = torch.arange(width)
-        inside = column < length[:, None]
-        is_target = inside & (column >= P[:, None])
-        hidden, scored = [
-            torch.zeros_like(inside).masked_scatter(is_target, torch.cat(part)) for part in parts]
-        step = (hidden == is_target).all(dim=1) | ~scored.any(dim=1)
-        row, col = (scored | hidden & step[:, None]).nonzero(as_tuple=True)
-        x, at, attention_mask = x0, col - 1, None
-        if not causal:
-            x, at = torch.where(hidden | ~inside, mask_id, x0), col
+        index, hidden, scored, weight = zip(*batch, strict=True)
+        some = [pairs[i] for i in index]
+        x0, inside, is_target, hidden, scored = side_by_side(
+            net.config, some, hidden, scored, padding)
+        index, weight = torch.tensor(index), torch.stack(weight).double()
+        P = torch.tensor([len(prefix) for prefix, _ in some])
+        is_step = (hidden == is_target).all(dim=1) | ~scored.any(dim=1)  # of greedy unmasking
+        row, col = (scored | hidden & is_step[:, None]).nonzero(as_tuple=True)
+        if causal:
+            log_p = guided_log_probs(net, x0, (row, col - 1), P, cfg_scale)
+        else:
+            x = torch.where(hidden | ~inside, mask_id, x0)
             attention_mask = None if padding else inside
-        log_p = guided_log_probs(net, x, (row, at), P, cfg_scale, attention_mask)
+            log_p = guided_log_probs(net, x, (row, col), P, cfg_scale, attention_mask)
+
         goal = x0[row, col]
+        found = log_p.gather(1, goal[:, None].to(log_p.device)).squeeze(1).cpu().double()
+        nats.index_add_(0, index[row], -found * weight[row] * scored[row, col])
+
         highest, best = (part.cpu() for part in log_p.max(dim=1))
         wrong = best != goal
         if not causal:
-            scores = torch.full(x0.shape, -torch.inf)
-            scores[row, col] = torch.where(step[row], highest, -torch.inf)
-            wrong &= step[row] & (scores.argmax(dim=1)[row] == col)
-            surest[index[step]] = (scores.argmax(dim=1) - P)[step]
+            confidence = torch.full(x0.shape, -torch.inf)
+            confidence[row, col] = torch.where(is_step[row], highest, -torch.inf)
+            most = confidence.argmax(dim=1)
+            wrong &= is_step[row] & (most[row] == col)
+            surest[index[is_step]] = (most - P)[is_step]
         agrees[index[row[wrong]]] = False
-        log_p = log_p.gather(1, goal[:, None].to(log_p.device)).squeeze(1).cpu().double()
-        weight = torch.stack(weight)[row].double() * scored[row, col]
-        nats.index_add_(0, index[row], -log_p * weight)
     return nats, agrees, surest
 
 
