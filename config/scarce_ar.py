@@ -1,5 +1,5 @@
-# Where data is scarce: an autoregressive net on the same 2 MB of text again and again. It soon knows
-# them by heart. Beside it stands scarce_mdm.py, masked diffusion with the same net.
+# Where data is scarce: an autoregressive net on the same 2 MB of text again and again. It soon
+# knows them by heart. Beside it stands scarce_mdm.py, masked diffusion with the same net.
 #
 #   python train.py config/scarce_ar.py
 #   python train.py config/scarce_mdm.py
