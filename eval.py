@@ -1087,7 +1087,7 @@ def measure_ppl(c):
         how = f"by {r['sampler']} in {r['steps']} steps, {r['nfe']:.1f} evaluations a row"
     else:
         what = 'NLL' if run.net.config.causal else 'NELBO'
-        how = f"x {r['num_mc']} {r['estimator'] or 'pass'}s"
+        how = f"x {r['num_mc']} {r['estimator']}s" if r['estimator'] else 'in one pass'
     what = objective if objective in r else what
     lines = [
         f"{what} of {run.source} on {name}/{r['split']}, {r['rows']:,} rows {how}, "

@@ -30,7 +30,7 @@ objective = 'ar'
 
 optimizer = 'muon'
 learning_rate = 6e-3  # of 3e-3 and 6e-3 the better after three epochs
-max_iters = 4320  # 30 epochs
+max_iters = 2880  # 20 epochs
 lr_schedule = 'constant'  # every step is the end of a run of its own
 warmup_iters = 50
 beta2 = 0.99

@@ -30,7 +30,7 @@ t_range = (1e-3, 0.5)
 
 optimizer = 'muon'
 learning_rate = 6e-3  # of 3e-3, 6e-3 and 1.2e-2 the best after three epochs
-max_iters = 5760  # 40 epochs
+max_iters = 4320  # 30 epochs
 lr_schedule = 'constant'  # every step is the end of a run of its own
 warmup_iters = 50
 beta2 = 0.99
