@@ -2208,7 +2208,7 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def states(A, dt, u, B, S, decay, states):
         """Fill in exp(dt A) and the states of a chunk that begins with the state S; u = dt x."""
-        torch.mul(dt[:, :, None], A, out=decay).exp_()
+        torch.mul(dt[:, :, None], A / math.log(2), out=decay).exp2_()  # exp_ takes 5 times as long
         torch.mul(B[:, :, :, None], u[:, :, None], out=states)
         for decay_l, S_l in zip(decay.unbind(), states.unbind(), strict=True):
             S = S_l.addcmul_(decay_l, S)
@@ -2252,8 +2252,8 @@ class _Scan(torch.autograd.Function):
                 dS[-1] += later
                 for j in range(len(x) - 2, -1, -1):
                     dS[j].addcmul_(decay[j + 1], dS[j + 1])
-                dC[chunk] = (S @ dy_c[..., None]).squeeze(3)
-                dB[chunk] = (dS @ u[..., None]).squeeze(3)
+                dC[chunk] = (S * dy_c[:, :, None]).sum(dim=3)  # as a product: 6 times as long
+                dB[chunk] = (dS * u[:, :, None]).sum(dim=3)
                 du = (B[:, :, None] @ dS).squeeze(2)
                 dx[chunk] = (du * dt).addcmul_(D, dy_c)
                 dD += (dy_c * x).sum(dim=0)
@@ -2267,8 +2267,7 @@ class _Scan(torch.autograd.Function):
                 ddt *= -torch.expm1(-dt)
                 ddelta[chunk] = ddt
                 dbias += ddt.sum(dim=0)
-                for dt_l, grad in zip(dt, decay, strict=True):
-                    dA.addcmul_(grad, dt_l[:, None])
+                dA += decay.mul_(dt[:, :, None]).sum(dim=0)
         return dA, dD, dbias, *(tensor.transpose(0, 1) for tensor in drows)
 
 
