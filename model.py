@@ -245,8 +245,8 @@ class Mamba(nn.Module):
         x, z = self.in_proj(x).chunk(2, dim=2)
         if keep is not None:
             x, keep = x * keep, torch.stack((keep, keep.flip(1)))
-        x = torch.stack((x, x.flip(1)))  # (2, B, L, E), the directions side by side from here on
-        x = self.convolution(x)
+        # (2, B, L, E): the directions side by side from here on
+        x = convolve_both_ways(x, self.both('conv1d.weight')[:, :, 0], self.both('conv1d.bias'))
         if keep is not None:
             x = x * keep
         E, R = self.both('dt_proj.weight').shape[1:]
@@ -261,16 +261,6 @@ class Mamba(nn.Module):
 
     def both(self, name):
         return torch.stack([self.fwd.get_parameter(name), self.rev.get_parameter(name)])
-
-    def convolution(self, x):
-        """Tap after tap: torch's conv1d takes three times as long, for it wants positions last."""
-        taps = self.both('conv1d.weight').permute(3, 0, 2, 1).contiguous()  # (K, 2, 1, E)
-        L, K = x.size(2), len(taps)
-        padded = F.pad(x, (0, 0, K - 1, 0))
-        y = self.both('conv1d.bias')[:, None, None]
-        for k in range(K):
-            y = torch.addcmul(y, padded[:, :, k:k + L], taps[k, :, None])
-        return F.silu(y.to(x.dtype))
 
 
 class Block(nn.Module):
@@ -2174,6 +2164,68 @@ class _NLL(torch.autograd.Function):
 
 
 @_disable_dynamo  # which would unroll its loop over the positions
+def convolve_both_ways(x, taps, bias):
+    """silu of the causal convolutions of x (B, L, E) and of x reversed -> (2, B, L, E).
+    taps (2, E, K), bias (2, E)."""
+    K = taps.size(2)
+    taps = taps.permute(2, 0, 1)[:, :, None, None].contiguous()
+    return _Convolution.apply(F.pad(x, (0, 0, K - 1, K - 1)), taps, bias[:, None, None])
+
+
+class _Convolution(torch.autograd.Function):
+    """x (B, L + 2K - 2, E), taps (K, 2, 1, 1, E), bias (2, 1, 1, E) -> (2, B, L, E).
+
+    In chunks of positions that fit a CPU's cache; torch's conv1d copies x to have positions last.
+    """
+
+    @staticmethod
+    def windows(x, K):
+        """Chunks of positions, and what each is made of: slices of x and of x reversed."""
+        P, L = x.size(1), x.size(1) - 2 * (K - 1)
+        length = L if x.device.type == 'cuda' else max(2 ** 16 // x[:, 0].numel(), 8)
+        for i in range(0, L, length):
+            chunk = slice(i, min(i + length, L))
+            end = chunk.stop + K - 1
+            yield chunk, slice(i, end), slice(P - end, P - i)
+
+    @staticmethod
+    def convolved(x, ahead, back, taps, bias):
+        """What each tap meets, (2, B, length, E), and the sum."""
+        window = torch.stack((x[:, ahead], x[:, back].flip(1))).to(taps.dtype)
+        length = window.size(2) - len(taps) + 1
+        parts = [window[:, :, k:k + length] for k in range(len(taps))]
+        y = bias
+        for part, tap in zip(parts, taps, strict=True):
+            y = torch.addcmul(y, part, tap)
+        return parts, y
+
+    @staticmethod
+    def forward(ctx, x, taps, bias):
+        ctx.save_for_backward(x, taps, bias)
+        K = len(taps)
+        y = x.new_empty(2, len(x), x.size(1) - 2 * (K - 1), x.size(2))
+        for chunk, *window in _Convolution.windows(x, K):
+            y[:, :, chunk] = F.silu(_Convolution.convolved(x, *window, taps, bias)[1])
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, taps, bias = ctx.saved_tensors
+        dx, dtaps, dbias = (torch.zeros_like(tensor) for tensor in (x, taps, bias))
+        for chunk, ahead, back in _Convolution.windows(x, len(taps)):
+            parts, y = _Convolution.convolved(x, ahead, back, taps, bias)
+            grad = torch.ops.aten.silu_backward(dy[:, :, chunk].to(y.dtype), y)
+            window = y.new_zeros(2, len(x), ahead.stop - ahead.start, x.size(2))
+            for k, part in enumerate(parts):
+                window[:, :, k:k + grad.size(2)].addcmul_(grad, taps[k])
+                dtaps[k] += (grad * part).sum(dim=(1, 2), keepdim=True)
+            dbias += grad.sum(dim=(1, 2), keepdim=True)
+            dx[:, ahead] += window[0]
+            dx[:, back] += window[1].flip(1)
+        return dx, dtaps, dbias
+
+
+@_disable_dynamo
 def selective_scan(x, delta, A, B, C, D, bias):
     """y_l = S_l C_l + D x_l, S_l = exp(dt_l A) S_{l-1} + dt_l x_l B_l, dt = softplus(delta + bias).
 
