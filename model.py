@@ -2239,8 +2239,8 @@ def selective_scan(x, delta, A, B, C, D, bias):
               for group, bias_g in zip(groups, bias, strict=True)]
         return torch.stack(ys).transpose(2, 3)
     wide = torch.promote_types(x.dtype, torch.float32)
-    A, D, bias = (
-        tensor.to(wide).repeat_interleave(x.size(1), dim=0) for tensor in (A.transpose(1, 2), D, bias))
+    weights = A.transpose(1, 2), D, bias
+    A, D, bias = (tensor.to(wide).repeat_interleave(x.size(1), dim=0) for tensor in weights)
     rows = (tensor.flatten(0, 1) for tensor in (x, delta, B, C))
     return _Scan.apply(A, D, bias, *rows).view(x.shape)
 
