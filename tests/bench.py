@@ -426,8 +426,8 @@ def attentions():
 def mamba():
     """Steps of DiMamba's net and of the attention net of the same size, in turns, over longer and
     longer rows; those longer than a batch of the shortest make larger steps. times_first: time per
-    token, of that in the shortest rows. step_gb: what a step needs beyond the weights, their average
-    and AdamW's state."""
+    token, of that in the shortest rows. step_gb: what a step needs beyond the weights, their
+    average and AdamW's state."""
     for precision in formats:
         first = {}
         for length in (block_size * 2**k for k in range(6)):
