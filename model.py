@@ -211,13 +211,12 @@ def apply_rotary(x, cos, sin):
 
 
 class SSM(nn.Module):
-    """One direction of Mamba (Gu & Dao 2023, arXiv 2312.00752, algorithm 2)."""
+    """The parameters of one direction of Mamba (Gu & Dao 2023, arXiv 2312.00752, algorithm 2)."""
 
     def __init__(self, config):
         super().__init__()
         E, N, K = config.expand * config.n_embd, config.d_state, config.d_conv
         R = math.ceil(config.n_embd / 16)
-        self.N = N
         self.A_log = nn.Parameter(torch.arange(1.0, N + 1).log().repeat(E, 1))
         self.D = nn.Parameter(torch.ones(E))
         self.conv1d = nn.Conv1d(E, E, K, groups=E, padding=K - 1)
@@ -226,16 +225,6 @@ class SSM(nn.Module):
         with torch.no_grad():  # softplus(bias) is log-uniform in [0.001, 0.1]
             dt = torch.exp(torch.empty(E).uniform_(math.log(0.001), math.log(0.1)))
             self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
-
-    def forward(self, x, keep=None):
-        """x (B, L, E) -> the arguments of selective_scan; keep: see Mamba."""
-        x = F.silu(self.conv1d(x.transpose(1, 2))[:, :, :x.size(1)]).transpose(1, 2)
-        if keep is not None:
-            x = x * keep
-        rank = self.dt_proj.in_features
-        delta, B, C = self.x_proj(x).split((rank, self.N, self.N), dim=2)
-        delta = F.linear(delta, self.dt_proj.weight)  # the bias is added in float32
-        return x, delta, -torch.exp(self.A_log), B, C, self.D, self.dt_proj.bias
 
 
 class Mamba(nn.Module):
@@ -254,12 +243,24 @@ class Mamba(nn.Module):
     def forward(self, x, keep=None):
         """(B, L, C) -> (B, L, C). keep (B, L, 1) bool: False adds nothing to any state."""
         x, z = self.in_proj(x).chunk(2, dim=2)
-        keep_rev = None
         if keep is not None:
-            x, keep_rev = x * keep, keep.flip(1)
-        inputs = zip(self.fwd(x, keep), self.rev(x.flip(1), keep_rev), strict=True)
-        y, y_rev = selective_scan(*map(torch.stack, inputs))
+            x, keep = x * keep, torch.stack((keep, keep.flip(1)))
+        # (2, B, L, E): the directions side by side from here on
+        x = convolve_both_ways(x, self.both('conv1d.weight')[:, :, 0], self.both('conv1d.bias'))
+        if keep is not None:
+            x = x * keep
+        E, R = self.both('dt_proj.weight').shape[1:]
+        N = self.fwd.A_log.size(1)
+        delta, B, C = torch.einsum(
+            'gble,gre->gblr', x, self.both('x_proj.weight')).split((R, N, N), dim=3)
+        delta = torch.einsum('gblr,ger->gble', delta, self.both('dt_proj.weight'))
+        y, y_rev = selective_scan(
+            x, delta, -torch.exp(self.both('A_log')), B, C, self.both('D'),
+            self.both('dt_proj.bias'))
         return self.out_proj((y + y_rev.flip(1)) * F.silu(z))
+
+    def both(self, name):
+        return torch.stack([self.fwd.get_parameter(name), self.rev.get_parameter(name)])
 
 
 class Block(nn.Module):
@@ -2164,6 +2165,68 @@ class _NLL(torch.autograd.Function):
 
 
 @_disable_dynamo  # which would unroll its loop over the positions
+def convolve_both_ways(x, taps, bias):
+    """silu of the causal convolutions of x (B, L, E) and of x reversed -> (2, B, L, E).
+    taps (2, E, K), bias (2, E)."""
+    K = taps.size(2)
+    taps = taps.permute(2, 0, 1)[:, :, None, None].contiguous()
+    return _Convolution.apply(F.pad(x, (0, 0, K - 1, K - 1)), taps, bias[:, None, None])
+
+
+class _Convolution(torch.autograd.Function):
+    """x (B, L + 2K - 2, E), taps (K, 2, 1, 1, E), bias (2, 1, 1, E) -> (2, B, L, E).
+
+    In chunks of positions that fit a CPU's cache; torch's conv1d copies x to have positions last.
+    """
+
+    @staticmethod
+    def windows(x, K):
+        """Chunks of positions, and what each is made of: slices of x and of x reversed."""
+        P, L = x.size(1), x.size(1) - 2 * (K - 1)
+        length = L if x.device.type == 'cuda' else max(2 ** 16 // x[:, 0].numel(), 8)
+        for i in range(0, L, length):
+            chunk = slice(i, min(i + length, L))
+            end = chunk.stop + K - 1
+            yield chunk, slice(i, end), slice(P - end, P - i)
+
+    @staticmethod
+    def convolved(x, ahead, back, taps, bias):
+        """What each tap meets, (2, B, length, E), and the sum."""
+        window = torch.stack((x[:, ahead], x[:, back].flip(1))).to(taps.dtype)
+        length = window.size(2) - len(taps) + 1
+        parts = [window[:, :, k:k + length] for k in range(len(taps))]
+        y = bias
+        for part, tap in zip(parts, taps, strict=True):
+            y = torch.addcmul(y, part, tap)
+        return parts, y
+
+    @staticmethod
+    def forward(ctx, x, taps, bias):
+        ctx.save_for_backward(x, taps, bias)
+        K = len(taps)
+        y = x.new_empty(2, len(x), x.size(1) - 2 * (K - 1), x.size(2))
+        for chunk, *window in _Convolution.windows(x, K):
+            y[:, :, chunk] = F.silu(_Convolution.convolved(x, *window, taps, bias)[1])
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, taps, bias = ctx.saved_tensors
+        dx, dtaps, dbias = (torch.zeros_like(tensor) for tensor in (x, taps, bias))
+        for chunk, ahead, back in _Convolution.windows(x, len(taps)):
+            parts, y = _Convolution.convolved(x, ahead, back, taps, bias)
+            grad = torch.ops.aten.silu_backward(dy[:, :, chunk].to(y.dtype), y)
+            window = y.new_zeros(2, len(x), ahead.stop - ahead.start, x.size(2))
+            for k, part in enumerate(parts):
+                window[:, :, k:k + grad.size(2)].addcmul_(grad, taps[k])
+                dtaps[k] += (grad * part).sum(dim=(1, 2), keepdim=True)
+            dbias += grad.sum(dim=(1, 2), keepdim=True)
+            dx[:, ahead] += window[0]
+            dx[:, back] += window[1].flip(1)
+        return dx, dtaps, dbias
+
+
+@_disable_dynamo
 def selective_scan(x, delta, A, B, C, D, bias):
     """y_l = S_l C_l + D x_l, S_l = exp(dt_l A) S_{l-1} + dt_l x_l B_l, dt = softplus(delta + bias).
 
@@ -2177,19 +2240,17 @@ def selective_scan(x, delta, A, B, C, D, bias):
               for group, bias_g in zip(groups, bias, strict=True)]
         return torch.stack(ys).transpose(2, 3)
     wide = torch.promote_types(x.dtype, torch.float32)
-    dt = F.softplus(delta.to(wide) + bias[:, None, None])
-    A = A.transpose(1, 2).repeat_interleave(x.size(1), dim=0)
-    rows = (tensor.to(wide).flatten(0, 1) for tensor in (dt, dt * x, B, C))
-    y = _Scan.apply(A, *rows).view(x.shape)
-    return (y + D[:, None, None] * x).to(x.dtype)
+    weights = A.transpose(1, 2), D, bias
+    A, D, bias = (tensor.to(wide).repeat_interleave(x.size(1), dim=0) for tensor in weights)
+    rows = (tensor.flatten(0, 1) for tensor in (x, delta, B, C))
+    return _Scan.apply(A, D, bias, *rows).view(x.shape)
 
 
 class _Scan(torch.autograd.Function):
-    """y_l = S_l C_l with S_l = exp(dt_l A) S_{l-1} + u_l B_l, A (B, N, E), dt, u, y (B, L, E),
-    B, C (B, L, N).
+    """The scan of rows: A (B, N, E), D, bias (B, E), x, delta, y (B, L, E), B, C (B, L, N).
 
-    In chunks of positions that fit a CPU's cache. Backward makes all states again but those between
-    chunks.
+    In chunks of positions that fit a CPU's cache: of the whole length there is only what comes and
+    goes. Backward makes all states again but those between chunks.
     """
 
     @staticmethod
@@ -2199,61 +2260,68 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def states(A, dt, u, B, S, decay, states):
-        """Fill in exp(dt A) and the states of a chunk that begins with the state S."""
-        torch.mul(dt[:, :, None], A, out=decay).exp_()
+        """Fill in exp(dt A) and the states of a chunk that begins with the state S; u = dt x."""
+        torch.mul(dt[:, :, None], A / math.log(2), out=decay).exp2_()  # exp_ takes 5 times as long
         torch.mul(B[:, :, :, None], u[:, :, None], out=states)
         for decay_l, S_l in zip(decay.unbind(), states.unbind(), strict=True):
             S = S_l.addcmul_(decay_l, S)
         return S.clone()
 
     @staticmethod
-    def forward(ctx, A, *rows):
-        dt, u, B, C = (tensor.transpose(0, 1) for tensor in rows)  # (L, B, .)
-        chunks = _Scan.chunks(A, len(u))
+    def forward(ctx, A, D, bias, *rows):
+        rows = [tensor.transpose(0, 1) for tensor in rows]  # (L, B, .)
+        chunks = _Scan.chunks(A, len(rows[0]))
         decay, states = A.new_empty(2, chunks[0].stop, *A.shape)
-        y = torch.empty_like(u)
+        y = torch.empty_like(rows[0])
         S = torch.zeros_like(A)
         first = A.new_empty(len(chunks), *A.shape)  # the state before each chunk
         with torch.autocast(A.device.type, enabled=False):
             for i, chunk in enumerate(chunks):
+                x, delta, B, C = (tensor[chunk].to(A.dtype) for tensor in rows)
                 first[i] = S
-                n = chunk.stop - chunk.start
-                S = _Scan.states(A, dt[chunk], u[chunk], B[chunk], S, decay[:n], states[:n])
-                y[chunk] = (C[chunk][:, :, None] @ states[:n]).squeeze(2)
-        ctx.save_for_backward(A, dt, u, B, C, first)
+                dt = F.softplus(delta + bias)
+                S = _Scan.states(A, dt, dt * x, B, S, decay[:len(x)], states[:len(x)])
+                y[chunk] = (C[:, :, None] @ states[:len(x)]).squeeze(2).addcmul_(D, x)
+        ctx.save_for_backward(A, D, bias, first, *rows)
         return y.transpose(0, 1)
 
     @staticmethod
     def backward(ctx, dy):
-        A, dt, u, B, C, first = ctx.saved_tensors
-        dy = dy.transpose(0, 1)
-        chunks = _Scan.chunks(A, len(u))
+        A, D, bias, first, *rows = ctx.saved_tensors
+        chunks = _Scan.chunks(A, len(rows[0]))
         decays, states, grads = A.new_empty(3, chunks[0].stop, *A.shape)
-        dA = torch.zeros_like(A)
-        ddt, du, dB, dC = (torch.empty_like(tensor) for tensor in (dt, u, B, C))
+        dA, dD, dbias = (torch.zeros_like(tensor) for tensor in (A, D, bias))
+        dx, ddelta, dB, dC = drows = [torch.empty_like(tensor) for tensor in rows]
         later = torch.zeros_like(A)  # what the next chunk says of the state before it
         with torch.autocast(A.device.type, enabled=False):
             for i, chunk in reversed(list(enumerate(chunks))):
-                n = chunk.stop - chunk.start
-                decay, S, dS = decays[:n], states[:n], grads[:n]
-                _Scan.states(A, dt[chunk], u[chunk], B[chunk], first[i], decay, S)
-                torch.mul(C[chunk][:, :, :, None], dy[chunk][:, :, None], out=dS)
+                x, delta, B, C, dy_c = (
+                    tensor[chunk].to(A.dtype) for tensor in (*rows, dy.transpose(0, 1)))
+                decay, S, dS = decays[:len(x)], states[:len(x)], grads[:len(x)]
+                dt = F.softplus(delta + bias)
+                u = dt * x
+                _Scan.states(A, dt, u, B, first[i], decay, S)
+                torch.mul(C[:, :, :, None], dy_c[:, :, None], out=dS)
                 dS[-1] += later
-                for j in range(n - 2, -1, -1):
+                for j in range(len(x) - 2, -1, -1):
                     dS[j].addcmul_(decay[j + 1], dS[j + 1])
-                dC[chunk] = (S @ dy[chunk][:, :, :, None]).squeeze(3)
-                dB[chunk] = (dS @ u[chunk][:, :, :, None]).squeeze(3)
-                du[chunk] = (B[chunk][:, :, None] @ dS).squeeze(2)
+                dC[chunk] = (S * dy_c[:, :, None]).sum(dim=3)  # as a product: 6 times as long
+                dB[chunk] = (dS * u[:, :, None]).sum(dim=3)
+                du = (B[:, :, None] @ dS).squeeze(2)
+                dx[chunk] = (du * dt).addcmul_(D, dy_c)
+                dD += (dy_c * x).sum(dim=0)
                 decay *= dS
                 later = decay[0].clone()
                 decay[1:] *= S[:-1]
                 decay[0] *= first[i]  # now the gradient of dt A
-                torch.mul(decay[:, :, 0], A[:, 0], out=ddt[chunk])
-                for k in range(1, A.size(1)):
-                    ddt[chunk].addcmul_(decay[:, :, k], A[:, k])
-                for dt_l, grad in zip(dt[chunk], decay, strict=True):
-                    dA.addcmul_(grad, dt_l[:, None])
-        return dA, *(tensor.transpose(0, 1) for tensor in (ddt, du, dB, dC))
+                ddt = du * x
+                for k in range(A.size(1)):
+                    ddt.addcmul_(decay[:, :, k], A[:, k])
+                ddt *= -torch.expm1(-dt)
+                ddelta[chunk] = ddt
+                dbias += ddt.sum(dim=0)
+                dA += decay.mul_(dt[:, :, None]).sum(dim=0)
+        return dA, dD, dbias, *(tensor.transpose(0, 1) for tensor in drows)
 
 
 def dropout(x, p):

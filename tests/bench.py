@@ -425,8 +425,9 @@ def attentions():
 
 def mamba():
     """Steps of DiMamba's net and of the attention net of the same size, in turns, over longer and
-    longer rows. times_first: time per token, of that in the shortest rows. step_gb: what a step
-    needs beyond the weights, their average and AdamW's state."""
+    longer rows; those longer than a batch of the shortest make larger steps. times_first: time per
+    token, of that in the shortest rows. step_gb: what a step needs beyond the weights, their
+    average and AdamW's state."""
     for precision in formats:
         first = {}
         for length in (block_size * 2**k for k in range(6)):
@@ -436,7 +437,9 @@ def mamba():
             times = {name: [] for name in nets}
             peaks = {}
             for name, training in nets.items():
-                training.step(precision)
+                for p in training.parameters:
+                    p.grad = torch.zeros_like(p)
+                training.update()  # makes AdamW's state
                 reset_peak()
                 before = peak_gigabytes()
                 training.step(precision)

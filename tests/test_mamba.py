@@ -101,6 +101,26 @@ def test_the_scan_is_wide_under_autocast():
     assert all(map(torch.equal, gradients, expected))
 
 
+@pytest.mark.parametrize('L', [1, 50, 3000])  # a chunk holds 1,638 positions
+@pytest.mark.parametrize('K', [1, 4])
+def test_the_convolutions_are_those_of_torch_from_either_side(K, L):
+    torch.manual_seed(0)
+    shapes = (2, L, 20), (2, 20, K), (2, 20)
+    x, taps, bias = arguments = [
+        torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in shapes]
+    expected = [
+        torch.nn.functional.conv1d(
+            rows.transpose(1, 2), taps[i, :, None], bias[i], padding=K - 1, groups=20)[:, :, :L]
+        for i, rows in enumerate((x, x.flip(1)))]
+    expected = torch.nn.functional.silu(torch.stack(expected)).transpose(2, 3)
+    found = model.convolve_both_ways(x, taps, bias)
+    grad = torch.randn_like(found)
+    ours, theirs = (
+        [y, *torch.autograd.grad((y * grad).sum(), arguments)] for y in (found, expected))
+    for tensor, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(tensor, other, rtol=1e-9, atol=1e-9)
+
+
 def test_the_kernels_of_mamba_ssm_are_taken_on_a_gpu(tiny_net, monkeypatch):
     """A stand-in with the interface of mamba_ssm 1.1.4: x, delta (B, E, L), A (E, N), B, C
     (B, N, L), D and delta_bias (E,)."""
