@@ -1,8 +1,11 @@
+import functools
+import json
 import os
 import random
-import runpy
 import subprocess
 import sys
+import tempfile
+import types
 
 import pytest
 import torch
@@ -86,6 +89,12 @@ def rows(tmp_path, monkeypatch):
     return make
 
 
+@functools.cache
+def compiled(path):
+    with open(path, 'rb') as f:
+        return compile(f.read(), path, 'exec')
+
+
 @pytest.fixture
 def here(monkeypatch):
     """A function that runs a script of the repository in this process and folder, which is quicker
@@ -97,7 +106,12 @@ def here(monkeypatch):
         monkeypatch.setattr(sys, 'excepthook', sys.excepthook)  # configure() sets its own
         for key, record in OBJECTIVES.items():  # a config may replace one
             monkeypatch.setitem(OBJECTIVES, key, record)
-        return runpy.run_path(path, run_name='__main__')
+        main = types.ModuleType('__main__')
+        main.__file__ = path
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, '__main__', main)
+            exec(compiled(path), vars(main))
+        return vars(main)
 
     return call
 
@@ -118,29 +132,65 @@ def refused(here, tmp_path, monkeypatch, capsys):
     return call
 
 
+ALONE = dict(OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', PYTHONDONTWRITEBYTECODE='1')
+
+
+@pytest.fixture(scope='session')
+def warm():
+    """warm.py, waiting for scripts."""
+    command = [sys.executable, os.path.join(ROOT, 'tests', 'warm.py')]
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | ALONE | dict(PYTORCH_NVML_BASED_CUDA_CHECK='1'),  # no CUDA before a fork
+    ) as server:
+        yield server
+
+
+def run_warm(server, script, arguments, cwd):
+    """A script run by warm.py, as subprocess.run() would return it."""
+    with tempfile.NamedTemporaryFile('r') as stdout, tempfile.NamedTemporaryFile('r') as stderr:
+        job = dict(
+            script=script,
+            arguments=arguments,
+            cwd=str(cwd),
+            environment=os.environ | ALONE,
+            stdout=stdout.name,
+            stderr=stderr.name,
+        )
+        server.stdin.write(json.dumps(job) + '\n')
+        server.stdin.flush()
+        status = os.waitstatus_to_exitcode(int(server.stdout.readline()))
+        return subprocess.CompletedProcess(arguments, status, stdout.read(), stderr.read())
+
+
 @pytest.fixture
-def run(tmp_path):
+def run(tmp_path, request):
     """A function that runs a script of the repository as a user would, in an empty folder:
     run('train.py', '--key=value', ...), with processes=n under torchrun. It returns the finished
-    process and fails where the exit status is not the expected one."""
+    process and fails where the exit status is not the expected one. What changes a start, an
+    environment or several processes or threads, makes it a Python of its own, not a fork."""
 
     def call(script, *arguments, processes=None, status=0, cwd=tmp_path, threads=1, **environment):
-        python = [sys.executable]
-        if processes is not None:
-            python += [
-                '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}'
-            ]
-        settings = dict(
-            OMP_NUM_THREADS=str(threads), HF_HUB_OFFLINE='1', PYTHONDONTWRITEBYTECODE='1'
-        )
-        done = subprocess.run(
-            [*python, os.path.join(ROOT, script), *map(str, arguments)],
-            cwd=cwd,
-            env=os.environ | settings | environment,
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
+        script, arguments = os.path.join(ROOT, script), [str(x) for x in arguments]
+        if processes is None and threads == 1 and not environment:
+            done = run_warm(request.getfixturevalue('warm'), script, arguments, cwd)
+        else:
+            python = [sys.executable]
+            if processes is not None:
+                python += [
+                    '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}'
+                ]
+            done = subprocess.run(
+                [*python, script, *arguments],
+                cwd=cwd,
+                env=os.environ | ALONE | dict(OMP_NUM_THREADS=str(threads)) | environment,
+                capture_output=True,
+                text=True,
+                timeout=600,
+            )
         output = f'{done.stdout[-3000:]}\n{done.stderr[-3000:]}'
         assert done.returncode == status, f'{script} {arguments}: {done.returncode}\n{output}'
         return done
