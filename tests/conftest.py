@@ -170,12 +170,16 @@ def run_warm(server, script, arguments, cwd):
 def run(tmp_path, request):
     """A function that runs a script of the repository as a user would, in an empty folder:
     run('train.py', '--key=value', ...), with processes=n under torchrun. It returns the finished
-    process and fails where the exit status is not the expected one. What changes a start, an
-    environment or several processes or threads, makes it a Python of its own, not a fork."""
+    process and fails where the exit status is not the expected one. It is a fork of a Python that
+    has imported torch, unless told otherwise or started with an environment, torchrun or threads.
+    """
 
-    def call(script, *arguments, processes=None, status=0, cwd=tmp_path, threads=1, **environment):
+    def call(
+        script, *arguments, processes=None, status=0, cwd=tmp_path, threads=1, fork=True,
+        **environment,
+    ):
         script, arguments = os.path.join(ROOT, script), [str(x) for x in arguments]
-        if processes is None and threads == 1 and not environment:
+        if fork and processes is None and threads == 1 and not environment:
             done = run_warm(request.getfixturevalue('warm'), script, arguments, cwd)
         else:
             python = [sys.executable]

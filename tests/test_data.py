@@ -531,7 +531,7 @@ def test_memory_does_not_grow_with_the_corpus(run, tmp_path):
             'print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)\n'
         )
         write('measure.py', code)
-        peaks.append(int(run(str(tmp_path / 'measure.py')).stdout.split()[-1]))
+        peaks.append(int(run(tmp_path / 'measure.py', fork=False).stdout.split()[-1]))
     assert os.path.getsize('big.txt') > 50e6 and peaks[1] < peaks[0] + 60, peaks  # MiB
 
 
