@@ -2,6 +2,8 @@ import functools
 import json
 import os
 import random
+import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -137,32 +139,51 @@ ALONE = dict(OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', PYTHONDONTWRITEBYTECODE='1
 
 @pytest.fixture(scope='session')
 def warm():
-    """warm.py, waiting for scripts."""
-    command = [sys.executable, os.path.join(ROOT, 'tests', 'warm.py')]
+    """A function that makes a Fork of warm.py, which runs one script at a time."""
+    forks = []
+
+    def fork(*job):
+        if forks and forks[-1].poll() is None:  # left running by a test that failed
+            forks[-1].kill()
+            forks[-1].wait()
+        forks[:] = [Fork(server, *job)]
+        return forks[0]
+
     with subprocess.Popen(
-        command,
+        [sys.executable, os.path.join(ROOT, 'tests', 'warm.py')],
+        bufsize=0,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        text=True,
         env=os.environ | ALONE | dict(PYTORCH_NVML_BASED_CUDA_CHECK='1'),  # no CUDA before a fork
     ) as server:
-        yield server
+        yield fork
 
 
-def run_warm(server, script, arguments, cwd):
+class Fork:
+    """A script that warm.py runs. It has what the tests use of a subprocess.Popen."""
+
+    def __init__(self, server, script, arguments, cwd, stdout, stderr):
+        job = dict(script=script, arguments=arguments, cwd=str(cwd), stdout=stdout, stderr=stderr,
+                   environment=os.environ | ALONE)
+        server.stdin.write(json.dumps(job).encode() + b'\n')
+        self.pid, self.status, self.said = int(server.stdout.readline()), None, server.stdout
+
+    def poll(self, timeout=0):
+        if self.status is None and select.select([self.said], [], [], timeout)[0]:
+            self.status = os.waitstatus_to_exitcode(int(self.said.readline()))
+        return self.status
+
+    def wait(self):
+        return self.poll(timeout=None)
+
+    def kill(self):
+        os.kill(self.pid, signal.SIGKILL)
+
+
+def run_warm(warm, script, arguments, cwd):
     """A script run by warm.py, as subprocess.run() would return it."""
     with tempfile.NamedTemporaryFile('r') as stdout, tempfile.NamedTemporaryFile('r') as stderr:
-        job = dict(
-            script=script,
-            arguments=arguments,
-            cwd=str(cwd),
-            environment=os.environ | ALONE,
-            stdout=stdout.name,
-            stderr=stderr.name,
-        )
-        server.stdin.write(json.dumps(job) + '\n')
-        server.stdin.flush()
-        status = os.waitstatus_to_exitcode(int(server.stdout.readline()))
+        status = warm(script, arguments, cwd, stdout.name, stderr.name).wait()
         return subprocess.CompletedProcess(arguments, status, stdout.read(), stderr.read())
 
 

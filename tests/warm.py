@@ -3,7 +3,7 @@ sees of `python train.py ...`, without the seconds of the imports. Started by co
 
 Of our own files it has imported none, and it computes nothing: a fork has no threads but its own.
 A line of stdin is a job, dict(script, arguments, cwd, environment, stdout, stderr: files to write);
-a line of stdout is its exit status as os.waitpid() gives it."""
+two lines of stdout are its process, at once, and its status as os.waitpid() gives it."""
 
 import gc
 import json
@@ -25,6 +25,7 @@ for line in sys.stdin:
     child = os.fork()
     if not child:
         break
+    print(child, flush=True)
     print(os.waitpid(child, 0)[1], flush=True)
 else:
     sys.exit()
@@ -32,11 +33,11 @@ else:
 # --- the script's process: what it raises goes through to the interpreter, as in one of its own
 
 signal.alarm(TIMEOUT)
-for descriptor, path in enumerate((os.devnull, job['stdout'], job['stderr'])):
-    os.dup2(os.open(path, os.O_RDWR), descriptor)
 os.environ.clear()
 os.environ.update(job['environment'])
 os.chdir(job['cwd'])
+for descriptor, path in enumerate((os.devnull, job['stdout'], job['stderr'])):
+    os.dup2(os.open(path, os.O_RDWR | os.O_APPEND), descriptor)
 sys.argv = [job['script'], *job['arguments']]
 sys.path[0] = os.path.dirname(job['script'])
 sys.modules['__main__'] = main = types.ModuleType('__main__')
