@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import json
 import os
@@ -41,6 +42,16 @@ def gpt2_vocabulary(shared, monkeypatch):
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', os.path.join(shared, 'tiktoken'))
 
 
+@pytest.fixture(scope='session')
+def vectors():
+    """What SMDM's fine-tuning and downstream suite give."""
+    path = os.path.join(SHARED, 'fixtures', 'smdm_downstream.json')
+    if not os.path.isfile(path):
+        pytest.skip('needs ../shared (test vectors that are not part of the repository)')
+    with open(path) as f:
+        return json.load(f)
+
+
 @pytest.fixture
 def tiny_net():
     """A function that makes a small random net whose every weight matters."""
@@ -57,6 +68,34 @@ def tiny_net():
         return net.eval()
 
     return make
+
+
+def save_net(net, folder):
+    """A net as train.py leaves it in out_dir."""
+    torch.save(
+        dict(
+            model=net.state_dict(),
+            ema=net.state_dict(),
+            model_config=dataclasses.asdict(net.config),
+            tokenizer=dict(name='bytes'),
+            constants=dict(dataset='c-bytes', packing='wrap', loss_on_padding=True),
+            optimizer=[],
+            iter=1,
+            tokens_seen=1,
+            best_val_loss=1.0,
+        ),
+        folder / 'ckpt.pt',
+    )
+
+
+def relative(ours, theirs):
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def write(path, text):
+    with open(path, 'w', encoding='utf-8') as f:
+        f.write(text)
+    return str(path)
 
 
 def write_words(path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import data
-from conftest import SHARED
+from conftest import SHARED, write
 from data import TokenRows, get_tokenizer, key_of, pack_wrap, permute, prepare, read_meta
 
 GOLDEN = os.path.join(os.path.dirname(__file__), 'golden')
@@ -18,12 +18,6 @@ GOLDEN = os.path.join(os.path.dirname(__file__), 'golden')
 @pytest.fixture(autouse=True)
 def in_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def write(path, text):
-    with open(path, 'w', encoding='utf-8') as f:
-        f.write(text)
-    return str(path)
 
 
 def words(rng, n):

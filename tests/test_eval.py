@@ -1,10 +1,10 @@
-import dataclasses
 import math
 
 import pytest
 import torch
 
 import reference
+from conftest import save_net
 from eval import nelbo, ratio_with_error
 from model import corrupt, loglinear
 
@@ -92,23 +92,6 @@ def test_figures_are_a_function_of_the_seed(tiny_net, rows):
     assert a == b and a['nats_per_token'] != c['nats_per_token']
     few = nelbo(net, some, max_rows=5)
     assert few['rows'] == 5 and few['tokens'] == 80
-
-
-def save_net(net, folder):
-    torch.save(
-        dict(
-            model=net.state_dict(),
-            ema=net.state_dict(),
-            model_config=dataclasses.asdict(net.config),
-            tokenizer=dict(name='bytes'),
-            constants=dict(dataset='c-bytes', packing='wrap', loss_on_padding=True),
-            optimizer=[],
-            iter=1,
-            tokens_seen=1,
-            best_val_loss=1.0,
-        ),
-        folder / 'ckpt.pt',
-    )
 
 
 @pytest.mark.slow

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import pretended
-from conftest import ROOT
+from conftest import ROOT, save_net
 from configurator import configure, constants_of
 from model import get_schedule
 from sample import SAMPLERS, TAKES, draw, flags, float32_uniforms, generate
-from test_sample import chi_square_p, counts_of, save_net
+from test_sample import chi_square_p, counts_of
 
 GOLDEN = os.path.join(ROOT, 'tests', 'golden')
 BYTES = dict(vocab_size=258, mask_id=257)
