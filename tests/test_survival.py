@@ -115,6 +115,8 @@ def test_killed_twenty_times_it_ends_with_the_weights_of_the_uninterrupted_run(m
         open('out.txt', 'w').close()
         process = warm(os.path.join(ROOT, 'train.py'), arguments, os.getcwd(), 'out.txt', 'out.txt')
         wait_for(lambda: '\nstep ' in shown(), process)
+        if not kill % 2:  # something is gained each time, on a busy machine too
+            wait_for(lambda: os.path.exists('parts/ckpt.pt'), process)
         time.sleep(rng.random() * 0.3)
         if kill % 2:  # in the middle of a save
             wait_for(
