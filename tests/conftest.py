@@ -181,11 +181,16 @@ def warm():
     """A function that makes a Fork of warm.py, which runs one script at a time."""
     forks = []
 
-    def fork(*job):
-        if forks and forks[-1].poll() is None:  # left running by a test that failed
-            forks[-1].kill()
-            forks[-1].wait()
-        forks[:] = [Fork(server, *job)]
+    def end():
+        while forks:
+            fork = forks.pop()
+            if fork.poll() is None:  # left by a test that failed
+                fork.kill()
+                fork.wait()
+
+    def start(*job):
+        end()
+        forks.append(Fork(server, *job))
         return forks[0]
 
     with subprocess.Popen(
@@ -195,7 +200,8 @@ def warm():
         stdout=subprocess.PIPE,
         env=os.environ | ALONE | dict(PYTORCH_NVML_BASED_CUDA_CHECK='1'),  # no CUDA before a fork
     ) as server:
-        yield fork
+        yield start
+        end()
 
 
 class Fork:
@@ -205,7 +211,9 @@ class Fork:
         job = dict(script=script, arguments=arguments, cwd=str(cwd), stdout=stdout, stderr=stderr,
                    environment=os.environ | ALONE)
         server.stdin.write(json.dumps(job).encode() + b'\n')
-        self.pid, self.status, self.said = int(server.stdout.readline()), None, server.stdout
+        self.said = server.stdout
+        self.pid = int(self.said.readline())
+        self.status = None
 
     def poll(self, timeout=0):
         if self.status is None and select.select([self.said], [], [], timeout)[0]:
