@@ -236,6 +236,27 @@ def test_jsonl_and_folders(tmp_path):
         list(data.read_files('latin.txt'))
 
 
+def test_stdlib_is_its_topics_and_docstrings_without_tests_and_repetitions(tmp_path, monkeypatch):
+    from pydoc_data.topics import topics
+
+    for path, text in (
+        ('a.py', '"""Same."""\ndef f():\n    """Of f.\n\n    More."""\n'),
+        ('json/b.py', '"""Same."""\nclass A:\n    "Of A."\n    async def g(self): "Of g."\n'),
+        ('json/broken.py', '"""None."""\ndef ('),
+        ('json/none.py', 'x = 1'),
+        ('test/c.py', '"""A test."""'),
+        ('site-packages/d.py', '"""Not theirs."""'),
+    ):
+        os.makedirs(os.path.dirname(tmp_path / path), exist_ok=True)
+        write(tmp_path / path, text)
+    monkeypatch.setattr('sysconfig.get_path', lambda name: str(tmp_path))
+    found = data.stdlib_documents.__wrapped__()
+    shown = {text.strip() for text in topics.values()}
+    assert set(found[: len(shown)]) == shown
+    assert found[len(shown) :] == ['Same.', 'Of f.\n\nMore.', 'Of A.', 'Of g.']
+
+
+@pytest.mark.slow
 def test_stdlib_is_english_without_tests_or_repetitions():
     documents = [text for _, text, _, _ in data.read_stdlib()]
     assert len(documents) == len(set(documents)) > 3000 and sum(map(len, documents)) > 1e6
