@@ -37,6 +37,7 @@ def require(condition, message):
         raise ValueError(message)
 
 
+@functools.cache
 def constants_of(path):
     """name -> (default, comment) of the literals at the top of a script, up to its first function,
     class, if or configure()."""
@@ -136,9 +137,10 @@ def parsed(key, text, default):
 
 
 def default_of(key, constants, where):
-    near, = difflib.get_close_matches(key, constants, n=1, cutoff=0)
-    require(key in constants, f"{where}: there is no constant '{key}' in this script; the nearest "
-            f"is '{near}' (--help lists them all)")
+    if key not in constants:
+        near, = difflib.get_close_matches(key, constants, n=1, cutoff=0)
+        raise ValueError(f"{where}: there is no constant '{key}' in this script; the nearest is "
+                         f"'{near}' (--help lists them all)")
     return constants[key][0]
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import eval as measures
-from conftest import ROOT, SHARED
+from conftest import ROOT, SHARED, save_net
 from data import TokenRows, get_tokenizer, prepare, vicuna_prompt
 from eval import (
     character_bleu, conditional_nll, continuation_nll, decode_prompts, encode_pair,
@@ -21,7 +21,6 @@ from eval import (
     power_law, prefix_and_target, same_answer, score_pairs
 )
 from model import load_pretrained, per_token_loss
-from test_eval import save_net
 
 needs_lm_eval = pytest.mark.skipif(
     not importlib.util.find_spec('lm_eval'), reason='needs lm-eval (pip install lm-eval)'
@@ -29,15 +28,6 @@ needs_lm_eval = pytest.mark.skipif(
 needs_nltk = pytest.mark.skipif(
     not importlib.util.find_spec('nltk'), reason='needs nltk (pip install nltk)'
 )
-
-
-@pytest.fixture(scope='module')
-def vectors():
-    path = os.path.join(SHARED, 'fixtures', 'smdm_downstream.json')
-    if not os.path.isfile(path):
-        pytest.skip('needs ../shared (test vectors that are not part of the repository)')
-    with open(path) as f:
-        return json.load(f)
 
 
 def smdm(name='smdm', **overrides):

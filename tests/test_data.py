@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import data
-from conftest import SHARED
+from conftest import SHARED, write
 from data import TokenRows, get_tokenizer, key_of, pack_wrap, permute, prepare, read_meta
 
 GOLDEN = os.path.join(os.path.dirname(__file__), 'golden')
@@ -18,12 +18,6 @@ GOLDEN = os.path.join(os.path.dirname(__file__), 'golden')
 @pytest.fixture(autouse=True)
 def in_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def write(path, text):
-    with open(path, 'w', encoding='utf-8') as f:
-        f.write(text)
-    return str(path)
 
 
 def words(rng, n):
@@ -242,6 +236,27 @@ def test_jsonl_and_folders(tmp_path):
         list(data.read_files('latin.txt'))
 
 
+def test_stdlib_is_its_topics_and_docstrings_without_tests_and_repetitions(tmp_path, monkeypatch):
+    from pydoc_data.topics import topics
+
+    for path, text in (
+        ('a.py', '"""Same."""\ndef f():\n    """Of f.\n\n    More."""\n'),
+        ('json/b.py', '"""Same."""\nclass A:\n    "Of A."\n    async def g(self): "Of g."\n'),
+        ('json/broken.py', '"""None."""\ndef ('),
+        ('json/none.py', 'x = 1'),
+        ('test/c.py', '"""A test."""'),
+        ('site-packages/d.py', '"""Not theirs."""'),
+    ):
+        os.makedirs(os.path.dirname(tmp_path / path), exist_ok=True)
+        write(tmp_path / path, text)
+    monkeypatch.setattr('sysconfig.get_path', lambda name: str(tmp_path))
+    found = data.stdlib_documents.__wrapped__()
+    shown = {text.strip() for text in topics.values()}
+    assert set(found[: len(shown)]) == shown
+    assert found[len(shown) :] == ['Same.', 'Of f.\n\nMore.', 'Of A.', 'Of g.']
+
+
+@pytest.mark.slow
 def test_stdlib_is_english_without_tests_or_repetitions():
     documents = [text for _, text, _, _ in data.read_stdlib()]
     assert len(documents) == len(set(documents)) > 3000 and sum(map(len, documents)) > 1e6
@@ -531,7 +546,7 @@ def test_memory_does_not_grow_with_the_corpus(run, tmp_path):
             'print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)\n'
         )
         write('measure.py', code)
-        peaks.append(int(run(str(tmp_path / 'measure.py')).stdout.split()[-1]))
+        peaks.append(int(run(tmp_path / 'measure.py', fork=False).stdout.split()[-1]))
     assert os.path.getsize('big.txt') > 50e6 and peaks[1] < peaks[0] + 60, peaks  # MiB
 
 

@@ -6,8 +6,9 @@ import signal
 
 import pytest
 
+from conftest import write
 from data import TokenRows, find_or_prepare, get_tokenizer, prepare, read_meta
-from test_own_text import TINY, write
+from test_own_text import TINY
 
 
 @pytest.fixture(autouse=True)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import save_net
 from eval import continuation_nll, nelbo
 from reference import Says, chain, masked_positions, revealing
 from sample import generate
-from test_eval import save_net
 from test_metrics import judge  # noqa: F401 (a fixture)
 from test_sample import chi_square_p, counts_of
 from test_samplers import net_of  # noqa: F401 (a fixture)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import SHARED
+from conftest import SHARED, relative
 from model import (
     SCHEDULES, SIZES, DiT, ModelConfig, corrupt, get_schedule, load_pretrained, loglinear, on_grid,
     per_token_loss, reconstruction_loss, save_pretrained, stratified_times
@@ -28,10 +28,6 @@ def folder(request):
     if not os.path.isdir(path):
         pytest.skip('needs ../shared/fixtures')
     return path
-
-
-def relative(ours, theirs):
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
 def mdlm(folder, **overrides):

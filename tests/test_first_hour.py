@@ -8,14 +8,13 @@ import torch
 
 import model
 import sample
-from conftest import ROOT
+from conftest import ROOT, save_net
 from data import TokenRows, prepare
 from eval import nelbo
 from model import (
     OBJECTIVES, DiT, ModelConfig, Objective, corrupt, free_memory, get_schedule, memory_needed,
     per_token_loss
 )
-from test_eval import save_net
 from test_train import SMALL, metrics
 
 SHAPE = dict(block_size=32, vocab_size=500, mask_id=499, n_layer=2, n_head=2, n_embd=64)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import model
 import reference
+from conftest import relative
 from model import DiT, ModelConfig, load_pretrained, per_token_loss, save_pretrained
 from sample import generate
 from test_samplers import ancestral_rule, fits
@@ -22,10 +23,6 @@ from test_train import SMALL, checkpoint, metrics
 
 DIMAMBA = dict(mixer='mamba', norm='rmsnorm', head_bias=False)  # the published settings
 SHARED_NAMES = 'mamba_rev.in_proj', 'mamba_rev.out_proj'
-
-
-def relative(ours, theirs):
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
 # --- the scan

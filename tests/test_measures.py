@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import save_net
 from data import train_bpe
 from eval import (
     ENGLISH, TokenRows, draw_rows, exp, greedy_matches, load_judge, nelbo, plot,
     record, report, write_whole
 )
 from model import FAMILIES, load_pretrained, save_pretrained
-from test_eval import save_net
 
 UNIFORM = dict(vocab_size=258, mask_id=257, scale=0.0)
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from conftest import save_net
 from data import TokenRows, get_tokenizer, prepare
 from eval import (
     continuation_nll, distinct, draw_rows, entropy_of, generative_perplexity, greedy_matches,
@@ -20,7 +21,6 @@ from eval import (
     verbatim_shares, without_special
 )
 from model import load_pretrained
-from test_eval import save_net
 
 GOLDEN = os.path.join(os.path.dirname(__file__), 'golden')
 

@@ -9,17 +9,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import model
 import reference
-from conftest import SHARED
+from conftest import SHARED, relative
 from model import (
     DiT, ModelConfig, autocast, corrupt, corrupt_batch, get_schedule, load_pretrained, loglinear,
     per_token_loss, pick_device, stratified_times
 )
 
 GOLDEN = os.path.join(os.path.dirname(__file__), 'golden')
-
-
-def relative(ours, theirs):
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
 # --- the network and MDLM's loss against the release (float32: 2e-5 relative is rounding)

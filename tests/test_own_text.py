@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from conftest import ROOT, write_words
+from conftest import ROOT, write, write_words
 from data import TokenRows, find_or_prepare, get_tokenizer, permute, prepare, read_meta
 
 TINY = (
@@ -20,12 +20,6 @@ TINY = (
 @pytest.fixture(autouse=True)
 def in_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def write(path, text):
-    with open(path, 'w', encoding='utf-8') as f:
-        f.write(text)
-    return str(path)
 
 
 @pytest.mark.parametrize('half', [r'\ud83d', r'\uD83D', r'\uDE00', r'\uDc00'])

@@ -48,15 +48,6 @@ def pairs():
     return prepare('pairs:' + write('p.jsonl', *lines), 'bytes', 'mine')
 
 
-@pytest.fixture(scope='module')
-def vectors():
-    path = os.path.join(os.path.dirname(ROOT), 'shared', 'fixtures', 'smdm_downstream.json')
-    if not os.path.isfile(path):
-        pytest.skip('needs ../shared (vectors of the released fine-tuning)')
-    with open(path) as f:
-        return json.load(f)
-
-
 @pytest.fixture
 def toy(shared):
     return os.path.join(shared, 'fixtures', 'toy_llama')

@@ -13,12 +13,11 @@ import torch
 
 import eval as measures
 from configurator import configure
-from conftest import ROOT
+from conftest import ROOT, save_net
 from data import TokenRows, get_tokenizer, pack_wrap, prepare
 from eval import against_release, continuation_nll, generative_perplexity, mauve, streamed
 from model import load_pretrained
 from sample import generate
-from test_eval import save_net
 from test_metrics import by_the_book, judge  # noqa: F401 (a fixture)
 
 GOLDEN = os.path.join(os.path.dirname(__file__), 'golden')

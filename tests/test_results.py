@@ -6,7 +6,7 @@ import pytest
 from filelock import FileLock
 
 import eval as measures
-from test_eval import save_net
+from conftest import save_net
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import reference
-from conftest import ROOT
+from conftest import ROOT, save_net
 from model import get_schedule, loglinear
 from data import get_tokenizer
 from sample import draw, generate, spelling
@@ -311,25 +311,6 @@ def test_impossible_options_are_refused(tiny_net, options, message):
 
 
 # --- the command line
-
-
-def save_net(net, folder):
-    import dataclasses
-
-    torch.save(
-        dict(
-            model=net.state_dict(),
-            ema=net.state_dict(),
-            model_config=dataclasses.asdict(net.config),
-            constants={},
-            tokenizer=dict(name='bytes'),
-            optimizer=[],
-            iter=1,
-            tokens_seen=1,
-            best_val_loss=1.0,
-        ),
-        folder / 'ckpt.pt',
-    )
 
 
 def test_sample_py_prints_and_writes_samples(tiny_net, run, tmp_path):

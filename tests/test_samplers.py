@@ -78,18 +78,27 @@ def ancestral_rule(says, steps, schedule=loglinear, conditioned=False, window=No
 # --- ancestral, with all that goes across samplers
 
 
-@pytest.mark.parametrize('template', [(M, M, M), (1, M, M), (0, M, 2, M)])
-@pytest.mark.parametrize(
-    'options',
-    [
-        dict(),
-        dict(top_p=0.9),
-        dict(top_k=2),
-        dict(temperature=0.6),
-        dict(cfg_scale=0.7),
-        dict(cfg_scale=-0.5, temperature=1.3, top_k=2),
-    ],
-)
+def all_pairs(many, few):
+    """For parametrize. Slow, but for one pair of each of `many`, which take `few` in turn."""
+    return [
+        pytest.param(a, b, marks=[] if i % len(few) == j else pytest.mark.slow)
+        for i, a in enumerate(many)
+        for j, b in enumerate(few)
+    ]
+
+
+OPTIONS = [
+    dict(),
+    dict(top_p=0.9),
+    dict(top_k=2),
+    dict(temperature=0.6),
+    dict(cfg_scale=0.7),
+    dict(cfg_scale=-0.5, temperature=1.3, top_k=2),
+]
+TEMPLATES = [(M, M, M), (1, M, M), (0, M, 2, M)]
+
+
+@pytest.mark.parametrize('options, template', all_pairs(OPTIONS, TEMPLATES))
 def test_ancestral_with_options_prompts_and_templates(net_of, template, options):
     net = net_of()
     says = Says(net, given=[i for i, token in enumerate(template) if token != M], **options)
@@ -250,10 +259,10 @@ SCORES = {
 }
 
 
-@pytest.mark.parametrize('confidence', list(SCORES))
-@pytest.mark.parametrize(
-    'options', [dict(), dict(confidence_temperature=0.5), dict(threshold=0.5), dict(threshold=1.1)]
-)
+REVEALING = [dict(), dict(confidence_temperature=0.5), dict(threshold=0.5), dict(threshold=1.1)]
+
+
+@pytest.mark.parametrize('options, confidence', all_pairs(REVEALING, list(SCORES)))
 def test_fixed_by_confidence(net_of, confidence, options):
     net = net_of()
     steps = 3

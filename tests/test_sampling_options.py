@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import pretended
-from conftest import ROOT
+from conftest import ROOT, save_net
 from configurator import configure, constants_of
 from model import get_schedule
 from sample import SAMPLERS, TAKES, draw, flags, float32_uniforms, generate
-from test_sample import chi_square_p, counts_of, save_net
+from test_sample import chi_square_p, counts_of
 
 GOLDEN = os.path.join(ROOT, 'tests', 'golden')
 BYTES = dict(vocab_size=258, mask_id=257)
@@ -190,7 +190,7 @@ def test_an_option_of_a_new_sampler_is_a_flag_of_both_scripts(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_sampler_with_an_option_is_added_in_one_place(tiny_net, tmp_path):
+def test_a_sampler_with_an_option_is_added_in_one_place(tiny_net, run, tmp_path):
     for name in os.listdir(ROOT):
         if name.endswith('.py'):
             shutil.copy(os.path.join(ROOT, name), tmp_path)
@@ -210,20 +210,14 @@ def in_a_line(
     assert text.count(before) == 1
     (tmp_path / 'sample.py').write_text(text.replace(before, new + before))
     save_net(tiny_net(**BYTES), tmp_path)
-    done = subprocess.run(
-        [
-            sys.executable, 'sample.py', '--out_dir=.', '--sampler=in_a_line', '--backwards=True',
-            '--trace=t.html', '--num_samples=1', '--device=cpu'
-        ],
-        cwd=tmp_path, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    run(
+        tmp_path / 'sample.py', '--out_dir=.', '--sampler=in_a_line', '--backwards=True',
+        '--trace=t.html', '--num_samples=1', '--device=cpu'
+    )
     data = json.loads(re.search('application/json">(.*?)</', (tmp_path / 't.html').read_text())[1])
     assert [col for _, col, *_ in data['samples'][0]['events']] == list(range(15, -1, -1))
     for script in ('sample.py', 'eval.py'):
-        shown = subprocess.run(
-            [sys.executable, script, '--help'], cwd=tmp_path, capture_output=True, text=True
-        ).stdout
+        shown = run(tmp_path / script, '--help').stdout
         assert re.search('--backwards=False +in_a_line: from right to left', shown)
 
 

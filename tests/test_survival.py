@@ -103,7 +103,7 @@ _model.OBJECTIVES['subs'] = _dataclasses.replace(_subs, loss=_faulty)
 
 
 @pytest.mark.slow
-def test_killed_twenty_times_it_ends_with_the_weights_of_the_uninterrupted_run(mine, run):
+def test_killed_twenty_times_it_ends_with_the_weights_of_the_uninterrupted_run(mine, run, warm):
     options = [
         *WIDE, '--max_iters=600', '--ckpt_interval=4', '--eval_interval=50', '--eval_iters=1',
         '--global_batch_size=4', '--lr_schedule=cosine'
@@ -111,8 +111,12 @@ def test_killed_twenty_times_it_ends_with_the_weights_of_the_uninterrupted_run(m
     run('train.py', *options, '--out_dir=whole')
     rng, inside = random.Random(0), 0
     for kill in range(20):
-        process = start(*options, '--out_dir=parts', '--init_from=auto')
+        arguments = [*options, '--out_dir=parts', '--init_from=auto']
+        open('out.txt', 'w').close()
+        process = warm(os.path.join(ROOT, 'train.py'), arguments, os.getcwd(), 'out.txt', 'out.txt')
         wait_for(lambda: '\nstep ' in shown(), process)
+        if not kill % 2:  # something is gained each time, on a busy machine too
+            wait_for(lambda: os.path.exists('parts/ckpt.pt'), process)
         time.sleep(rng.random() * 0.3)
         if kill % 2:  # in the middle of a save
             wait_for(

@@ -155,7 +155,7 @@ def test_micro_batches_are_an_accounting_matter(mine, here):
     ],
 )
 def test_every_setting_trains(mine, here, options):
-    here('train.py', *SMALL, *options, '--max_iters=30', '--eval_interval=15')
+    here('train.py', *SMALL, *options, '--batch_size=4', '--max_iters=30', '--eval_interval=15')
     losses, validation = metrics()
     assert validation[30]['val_loss'] < 4.5 < math.log(257)
     assert all(math.isfinite(line['loss']) for line in losses.values())
