@@ -878,6 +878,7 @@ while True:
                 micro_loss = micro_loss / len(my_micro_batches)
             micro_loss.backward()
         loss += micro_loss.detach()
+        micro_loss = None  # its graph would lie between the tensors of the next
         filled += part
     gradients = [p.grad for p in parameters if p.grad is not None]
     grad_norm = nn.utils.get_total_norm(gradients)
