@@ -1161,7 +1161,7 @@ def run_goals():
         verdict = ''
         if goal is not None:
             verdict = 'pass' if (found <= goal if less else found >= goal) else 'FAIL'
-        sign = '' if goal is None else f"{'<' if less else '>'} {goal} {unit}"
+        sign = '' if goal is None else f"{'≤' if less else '≥'} {goal} {unit}"
         print(table_row([what, f'{cell(found)} {unit}', sign, verdict, about]), flush=True)
 
     try:
@@ -1222,7 +1222,7 @@ def run_goals():
         budget = min(5 * 60, until - time.monotonic()) - starting
         num_steps = max(20, int(0.8 * budget * rate / (16 * 128)))
         run(name.format(budget / 60), 'nats/token', 5.28, True, partial(least, r'validation (\S+)'),
-            *fast, f'--max_iters={num_steps}', f'--eval_interval={num_steps // 10}')
+            *fast, f'--max_iters={num_steps}', f'--eval_interval={num_steps // 5}')
     elif done:
         print(table_row([name.format(5), '', '', 'FAIL', done.stderr.strip()]))
 
