@@ -7,7 +7,7 @@ How fast, measured against the dense textbook of tests/reference.py and a large 
     python tests/bench.py --compare=FILE        and what changed since FILE, an earlier bench.jsonl
     python tests/bench.py --part=train --n_layer=12 --n_head=12 --n_embd=768 --batch_size=2
     python tests/bench.py --part=optimizers     AdamW and Muon on the quickstart, 5 minutes
-    python tests/bench.py --part=memory         what train.py says it needs, and its peak, 5 minutes
+    python tests/bench.py --part=memory         what train.py says it needs, its peak, textbook's
     python tests/bench.py --part=mamba --dtype=float32 --repeats=1    DiMamba beside attention
     python tests/bench.py --part=block --block_size=1024    block diffusion with its cache
     python tests/bench.py --part=nelbo --out_dir=out-quickstart   estimators over seeds
