@@ -1158,20 +1158,23 @@ class LiveBytes(TorchDispatchMode):
 
 def memory_needed(
         config, batch_size, length, device='cpu', dtype='float32', schedule=loglinear, T=0,
-        make_optimizers=None, accumulate=False, visible=False, shards=1, **options):
+        make_optimizers=None, accumulate=False, visible=False, shards=1, t_range=(0.0, 1.0),
+        **options):
     """Bytes that training takes on the device at its peak, for each part and in all -> dict.
 
     A step is made with tensors that have no memory: with micro-batches of batch_size rows that mask
-    what a schedule does at most, several a step (accumulate) or one. make_optimizers(net) -> list;
-    None: AdamW. visible: as in corrupt_batch. shards: processes that share all but the activations
-    (FSDP). On a CPU 'heap' is among them: what lies unused between tensors (see reuse_memory), as
-    measured in BENCHMARKS.md.
+    what a schedule does at most at times in t_range, several a step (accumulate) or one.
+    make_optimizers(net) -> list; None: AdamW. visible: as in corrupt_batch. shards: processes that
+    share all but the activations (FSDP). On a CPU 'heap' is among them: what lies unused between
+    tensors (see reuse_memory), as measured in BENCHMARKS.md.
     """
     device = torch.device(device)
     on_gpu = device.type == 'cuda'
     share = 1.0  # of the positions that have a loss; rows have strata of times
     if not (config.causal or visible):
-        share = 1 - schedule.alpha(torch.linspace(0, 1, 101)).mean().item() + 0.5 / batch_size
+        span = t_range[1] - t_range[0]
+        mean = schedule.alpha(torch.linspace(*t_range, 101)).mean().item()
+        share = 1 - mean + 0.5 * span / batch_size
     scored = round(min(share, 1) * batch_size * length)
     parts = {}
     with FakeTensorMode(), LiveBytes() as live, torch.device(device if on_gpu else 'cpu'):
@@ -1206,7 +1209,7 @@ def memory_needed(
     parts = {name: size if name == 'activations' else size // shards
              for name, size in parts.items()}
     if not on_gpu:
-        parts['heap'] = (parts['gradients'] + parts['activations']) // 2
+        parts['heap'] = (parts['gradients'] + parts['activations']) * 3 // 10
         if shards > 1:
             parts['checkpoint'] = state  # gathered by one process
     return parts | dict(total=sum(parts.values()))
@@ -2104,6 +2107,8 @@ class _NLL(torch.autograd.Function):
         chunk_bytes = 2 ** (23 if device == 'cpu' else 29)
         width = min(V, max(512, chunk_bytes // dtype.itemsize // max(N, 1)))
         width = math.ceil(V / math.ceil(V / width))  # all chunks alike
+        if device == 'cuda':
+            width = math.ceil(width / 64) * 64  # rows that tensor cores can load
         chunks = [slice(i, i + width) for i in range(0, V, width)]
         # one piece of memory, where many of other sizes each step would leave holes
         softmaxes = h.new_empty(N * V if needs_grad else 0)

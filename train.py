@@ -341,7 +341,7 @@ def check_memory(config):
         return memory_needed(
             config, rows, row_length, device, dtype, schedule, T, make_optimizers,
             len(my_micro_batches) > 1, loss_on_visible_tokens, world_size if shard else 1,
-            **options_of(objective, options))
+            (lowest, highest), **options_of(objective, options))
 
     free = free_memory(device) / (1 if on_gpu else int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
     parts = needed(batch_size)
@@ -878,6 +878,7 @@ while True:
                 micro_loss = micro_loss / len(my_micro_batches)
             micro_loss.backward()
         loss += micro_loss.detach()
+        micro_loss = None  # or its graph lies between the tensors of the next
         filled += part
     gradients = [p.grad for p in parameters if p.grad is not None]
     grad_norm = nn.utils.get_total_norm(gradients)
@@ -952,7 +953,7 @@ if master:
     leave_out_dir()
 wait_for_master()
 if world_size > 1:
-    loss_module = micro_loss = None  # gloo's threads end with what DDP holds, or exiting may abort
+    loss_module = None  # gloo's threads end with what DDP holds, or exiting may abort
     gc.collect()
     dist.destroy_process_group()
 require(not hopeless,

@@ -4,6 +4,7 @@ has to wait for a real one."""
 import collections
 import concurrent.futures
 import os
+import re
 import traceback
 
 import torch
@@ -220,6 +221,32 @@ def count_launches(n_layer=12, rows=2, length=64, **options):
         model.attention = attention
     return dict(forward=forward.counts, backward=backward.counts, update=update.counts,
                 evaluation=evaluation.counts)
+
+
+def count_compiled(n_layer, rows=2, length=64):
+    """What torch.compile leaves of the trunk's operations: calls of kernels in its code for a CPU,
+    of a training step (forward and backward) and of an evaluation, as Counters. No dropout, which a
+    GPU's kernels contain."""
+    from torch._inductor.utils import run_and_get_code
+
+    net = model.DiT(model.ModelConfig(n_layer=n_layer, n_head=2, n_embd=32, vocab_size=200,
+                                      mask_id=199, dropout=0.0))
+    x, sigma = torch.zeros(rows, length, dtype=torch.int64), torch.zeros(rows)
+    trunk = torch.compile(net.trunk)
+
+    def evaluate():
+        with torch.no_grad():
+            trunk(x[:1], sigma[:1])
+
+    found = {}
+    for name, work in dict(step=lambda: trunk(x, sigma).sum().backward(), evaluation=evaluate
+                           ).items():
+        net.train(name == 'step')
+        _, codes = run_and_get_code(work)
+        calls = [call for code in codes for call in re.findall(
+            r'^ +(?:\w+ = )?(cpp_fused|extern_kernels\.\w+|torch\.ops\.\w+\.\w+)', code, re.M)]
+        found[name] = collections.Counter(calls)
+    return found
 
 
 class Bytes(TorchDispatchMode):

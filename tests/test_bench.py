@@ -53,8 +53,12 @@ def test_the_benchmark_writes_what_it_prints_and_says_what_changed(run, tmp_path
     for part in ('projection', 'ar', 'estimate', 'launches'):
         run(BENCH, f'--part={part}', *SHAPE)
     with open('bench.jsonl') as f:
-        parts = [json.loads(line)['part'] for line in f]
+        rows = [json.loads(line) for line in f]
+    parts = [row['part'] for row in rows]
     assert (parts.count('projection'), parts.count('ar'), parts.count('estimate')) == (4, 16, 24)
+    n = {row['name']: row['launches'] for row in rows if row['part'] == 'launches'}
+    assert 100 < n['trunk compiled, evaluation'] < n['evaluation'] / 2
+    assert 300 < n['trunk compiled, step'] < (n['forward'] + n['backward']) / 2
 
     last = run(BENCH, '--part=estimate', '--compare=old.jsonl', *SHAPE).stdout
     assert '\n0 rows are in old.jsonl too' in last

@@ -3,6 +3,7 @@
 import collections
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -186,6 +187,33 @@ def test_flash_attn_computes_nothing_for_padding(tiny_net, monkeypatch, padded):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
     net.eval().trunk(x, None, seen)
     assert len(tokens) == 2 * padded  # samplers wait for nothing
+
+
+# --- memory
+
+
+def test_no_graph_is_left_when_the_next_begins(mine, here, monkeypatch):
+    """Its nodes would lie between the tensors of the next, in a heap that keeps what is freed."""
+    graphs, left = [], []
+    forward = model._NLL.forward
+
+    def noted(ctx, *arguments):
+        left.append(sum(graph() is not None for graph in graphs))
+        graphs.append(weakref.ref(ctx))
+        return forward(ctx, *arguments)
+
+    monkeypatch.setattr(model._NLL, 'forward', noted)
+    here('train.py', *SMALL, '--max_iters=3', '--eval_iters=1', '--dropout=0', '--out_dir=out')
+    assert len(graphs) > 3 and not any(left)
+
+
+def test_the_memory_that_is_said_follows_the_range_of_times():
+    config = ModelConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=5000, mask_id=4999)
+    half, whole = (
+        model.memory_needed(config, 16, 64, t_range=(0.0, most))['activations'] for most in (0.5, 1)
+    )
+    scored = 16 * 64 * (0.5 + 0.5 / 16) / 2  # fewer; each has a softmax in float32
+    assert whole - half > 0.9 * scored * 5000 * 4
 
 
 # --- checkpoints from live tensors
