@@ -42,7 +42,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch._compile import _disable_dynamo  # torch.compiler.disable takes a second to import
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -2189,7 +2189,7 @@ class _Convolution(torch.autograd.Function):
         """Chunks of positions, and what each is made of: slices of x and of x reversed."""
         P, L = x.size(1), x.size(1) - 2 * (K - 1)
         length = L if x.device.type == 'cuda' else max(2 ** 16 // x[:, 0].numel(), 8)
-        for i in range(0, L, length):
+        for i in to_work_on(range(0, L, length), x):
             chunk = slice(i, min(i + length, L))
             end = chunk.stop + K - 1
             yield chunk, slice(i, end), slice(P - end, P - i)
@@ -2231,6 +2231,11 @@ class _Convolution(torch.autograd.Function):
         return dx, dtaps, dbias
 
 
+def to_work_on(chunks, x):
+    """All of the chunks; one where x has no memory, to see how much is needed."""
+    return chunks[:1] if isinstance(x, FakeTensor) else chunks
+
+
 @_disable_dynamo
 def selective_scan(x, delta, A, B, C, D, bias):
     """y_l = S_l C_l + D x_l, S_l = exp(dt_l A) S_{l-1} + dt_l x_l B_l, dt = softplus(delta + bias).
@@ -2238,7 +2243,7 @@ def selective_scan(x, delta, A, B, C, D, bias):
     In G groups with weights of their own: x, delta, y (G, B, L, E), A (G, E, N), B, C (G, B, L, N),
     D, bias (G, E). The states are float32 at least.
     """
-    if selective_scan_fn and x.device.type == 'cuda':
+    if selective_scan_fn and x.device.type == 'cuda' and not isinstance(x, FakeTensor):
         x, delta, B, C = (tensor.transpose(2, 3) for tensor in (x, delta, B, C))
         groups = zip(x, delta, A, B, C, D, strict=True)
         ys = [selective_scan_fn(*group, delta_bias=bias_g, delta_softplus=True)
@@ -2281,7 +2286,7 @@ class _Scan(torch.autograd.Function):
         S = torch.zeros_like(A)
         first = A.new_empty(len(chunks), *A.shape)  # the state before each chunk
         with torch.autocast(A.device.type, enabled=False):
-            for i, chunk in enumerate(chunks):
+            for i, chunk in enumerate(to_work_on(chunks, A)):
                 x, delta, B, C = (tensor[chunk].to(A.dtype) for tensor in rows)
                 first[i] = S
                 dt = F.softplus(delta + bias)
@@ -2299,7 +2304,7 @@ class _Scan(torch.autograd.Function):
         dx, ddelta, dB, dC = drows = [torch.empty_like(tensor) for tensor in rows]
         later = torch.zeros_like(A)  # what the next chunk says of the state before it
         with torch.autocast(A.device.type, enabled=False):
-            for i, chunk in reversed(list(enumerate(chunks))):
+            for i, chunk in reversed(list(enumerate(to_work_on(chunks, A)))):
                 x, delta, B, C, dy_c = (
                     tensor[chunk].to(A.dtype) for tensor in (*rows, dy.transpose(0, 1)))
                 decay, S, dS = decays[:len(x)], states[:len(x)], grads[:len(x)]
@@ -2354,7 +2359,8 @@ def attention(q, k, v, attn_mask=None, p=0.0, is_causal=False):
         if attn_mask is not None:
             scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
         return scores.softmax(dim=3) @ v
-    if bfloat16 and q.device.type == 'cuda' and flash_attn_func and attn_mask is None:
+    on_gpu = q.device.type == 'cuda' and not isinstance(q, FakeTensor)
+    if bfloat16 and on_gpu and flash_attn_func and attn_mask is None:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return flash_attn_func(q, k, v, dropout_p=p, causal=is_causal).transpose(1, 2)
     return F.scaled_dot_product_attention(

@@ -459,3 +459,23 @@ def test_the_benchmark_compares_the_mixers(run, tmp_path):
     ]
     assert all(row['times_attention'] == 1 for row in rows if row['name'] == 'attention')
     assert table.count('| mamba |') == 6
+
+
+def test_memory_is_predicted_by_one_chunk_of_the_scan(monkeypatch):
+    config = ModelConfig(
+        block_size=256, vocab_size=50, mask_id=49, n_layer=2, n_embd=32, cond_dim=0,
+        mixer='mamba')
+    states, calls = model._Scan.states, []
+
+    def counted(*args):
+        calls.append(1)
+        return states(*args)
+
+    monkeypatch.setattr(model._Scan, 'states', staticmethod(counted))
+    by_one = model.memory_needed(config, 2, 256)
+    assert len(calls) == 2 * 2  # forward and backward of two layers
+    monkeypatch.setattr(model, 'to_work_on', lambda chunks, x: chunks)
+    by_all = model.memory_needed(config, 2, 256)
+    assert len(calls) > 4 + 4
+    # while a chunk is made, some of the one before is still there
+    assert by_one['activations'] == pytest.approx(by_all['activations'], rel=0.02)
