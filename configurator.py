@@ -62,13 +62,13 @@ def constants_of(path):
 @functools.cache
 def defaults_of(function):
     """name -> (default, comment) of a function's parameters that have a default. The comment is
-    behind it, as with the constants of a script, where it has a line of its own."""
+    behind it, as with the constants of a script, where it is the last of its line."""
     source = ''
     with contextlib.suppress(OSError):  # typed into an interpreter
         source = inspect.getsource(function)
     options = {}
     for name, parameter in inspect.signature(function).parameters.items():
-        comment = re.search(rf'^ +{name}\b.*?=.*?# *(.*)', source, re.M)
+        comment = re.search(rf'^ *(?:def .*\W)?{name}\b[^#=\n]*=[^#=\n]*# *(.*)', source, re.M)
         if parameter.default is not parameter.empty:
             options[name] = parameter.default, comment[1] if comment else 'its own option'
     return options

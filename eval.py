@@ -56,7 +56,7 @@ from model import (
     OBJECTIVES, DiT, autocast, check_overrides, corrupt_batch, float64, in_blocks, is_packed,
     likelihood_of, load_pretrained, loglinear, on_grid, options_of, per_token_loss, pick_device,
     ratio_with_error, require_known, reuse_memory, row_sums, schedule_of, stratified_times,
-    write_whole)
+    with_error, write_whole)
 from sample import (
     check_output, check_sampler, default_sampler, flags, generate, tokenizer_of)
 
@@ -130,7 +130,7 @@ padding = False         # [bool] fill rows with masks up to block_size
 
 # shift, curves and scaling: several nets
 nets = ()               # sources of weights; datasets: where the likelihood is compared
-runs = None             # out_dirs of train.py, or a pattern such as 'out-scaling-*'
+runs = None             # out_dirs of train.py with commas between, or a pattern: 'out-scaling-*'
 published = None        # [dict] to compare: zero_shot {'ptb': 95.26}, table {'gen_ppl': {128: 78}}
 
 
@@ -1096,7 +1096,7 @@ def measure_ppl(c):
             ('nats_per_token', 4, 'nats/token'), ('ppl', 2, 'perplexity (exp of nats/token)'),
             ('bits_per_byte', 4, 'bits/byte'), (objective, 4, 'a token, no bound of likelihood')):
         if key in r:
-            lines.append(f"  {r[key]:.{digits}f} ± {r[key + '_se']:.{digits}f} {unit}")
+            lines.append(f"  {with_error(r[key], r[key + '_se'], digits)} {unit}")
     return r, '\n'.join(lines)
 
 
@@ -1734,9 +1734,13 @@ def measure_shift(c):
 
 def folders_of(c):
     """The out_dirs that runs names."""
-    names = [c.runs] if isinstance(c.runs, str) else c.runs or ()
-    folders = [path for name in names for path in sorted(glob.glob(str(name))) or [str(name)]]
-    require(folders, f'--metric={c.metric} needs runs: out_dirs of train.py, or a pattern of them')
+    names = c.runs.split(',') if isinstance(c.runs, str) else c.runs or ()
+    require(names, f'--metric={c.metric} needs runs: out_dirs of train.py, or a pattern of them')
+    folders = []
+    for name in map(str, names):
+        found = sorted(glob.glob(name))
+        require(found, f'runs={c.runs}: there is no {name}')
+        folders += found
     return folders
 
 
@@ -1758,8 +1762,9 @@ def measure_curves(c):
                 for row in validations(folder) if row['val_bpb'] is not None]
         require(line, f'{folder}: its objective has no bits/byte to be compared by')
         best, last = min(line, key=lambda row: row['bits_per_byte']), line[-1]
-        row = dict(best=best['bits_per_byte'], best_at=best['tokens'],
-                   last=last['bits_per_byte'], tokens=last['tokens'])
+        row = dict(
+            dataset=trained['dataset'], best_bits_per_byte=best['bits_per_byte'],
+            best_at=best['tokens'], bits_per_byte=last['bits_per_byte'], tokens=last['tokens'])
         Run(c, folder).record(row)
         rows.append(dict(run=folder) | row)
         points += line

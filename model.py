@@ -1069,6 +1069,11 @@ def ratio_with_error(sums, counts):
     return float(ratio), float(error)
 
 
+def with_error(value, error, digits=4):
+    """'1.2345 ± 0.0012'; of one row there is no error."""
+    return f'{value:.{digits}f}' + ('' if math.isnan(error) else f' ± {error:.{digits}f}')
+
+
 def likelihood_of(sums, counts, objective):
     """row_sums (4, n) and the tokens and bytes of the split -> dict of nats_per_token, over all
     scored tokens, the packing's too (as published), bits_per_byte, over those of documents, their

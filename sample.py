@@ -740,7 +740,8 @@ class Batch:
             if plan is not None:
                 self.step[rows] = torch.where(self.masked[rows], plan[rows], never).amin(dim=1)
             step = self.step[rows]
-            require(step.max() <= last, 'the sampler left masks after its last step')
+            require(step.max() <= last,
+                    'the sampler left masks after its last step: it needs more steps')
             self.mask_prob[rows] = mask_prob[rows, step].double()
             if start is not None:
                 end = (self.length[rows] - self.net.config.block_size).clamp(min=0)

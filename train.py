@@ -40,7 +40,8 @@ from model import (
     FAMILIES, FIELDS, OBJECTIVES, SIZES, CheckpointWriter, DiT, ModelConfig, autocast, build,
     check_objective, corrupt_batch, free_memory, likelihood_of, load_pretrained,
     load_state, memory_needed, on_grid, options_of, per_token_loss, pick_device, put, read_newest,
-    require_known, reuse_memory, row_sums, say, schedule_of, stratified_times, write_whole)
+    require_known, reuse_memory, row_sums, say, schedule_of, stratified_times, with_error,
+    write_whole)
 from sample import TAKES, generate
 
 # the constants; configurator.py checks what stands in [...]
@@ -263,6 +264,10 @@ def newest_checkpoint():
             os.replace(f'{out_dir}/ckpt.pt', f'{out_dir}/ckpt.bad.pt')
         put(out_dir, 'ckpt.pt', older)
     theirs = checkpoint['constants'].get('optimizer')
+    text = checkpoint['constants'].get('dataset', dataset)
+    require(text == dataset or os.path.basename(folder) == text, f'{out_dir} was trained on '
+            f"dataset='{text}', the run names '{dataset}': they must agree to resume; on other "
+            f'text a net is trained by --init_from={out_dir} and another --out_dir')
     require(len(checkpoint['optimizer']) == 1 + (optimizer == 'muon'),
             f"{out_dir}/ckpt.pt has the state of optimizer='{theirs}', the run '{optimizer}': "
             'they must agree to resume')
@@ -276,8 +281,9 @@ def check_net(config, ids, source, given=None):
     require(ids.items() <= tokenizer_meta.items(),
             f'init_from={init_from} has other ids ({ids}) than {folder} ({tokenizer_meta}): data '
             f"with its ids are made by --tokenizer={source.removesuffix('/ckpt.pt')}")
-    unused = {key: ours for key, ours in shape.items()
-              if key in constants and ours not in (defaults[key], theirs[key])}
+    asked_for = {argument[2:].partition('=')[0] for argument in sys.argv[1:]}
+    asked_for |= {key for key, ours in shape.items() if key in constants and ours != defaults[key]}
+    unused = {key: ours for key, ours in shape.items() if key in asked_for and ours != theirs[key]}
     if given:
         wanted = unused | dict(block_size=block_size, objective=objective)
         wanted = {key: ours for key, ours in wanted.items() if given[key] != ours}
@@ -573,7 +579,7 @@ def evaluate():
     if masked:
         logged[f'val_{objective}_loss'] = total / masked
     tell(f'step {step}: validation ' + ', '.join(
-        f"{found[name]:.4f} ± {found[name + '_se']:.4f} {name.replace('_per_', '/')}"
+        f"{with_error(found[name], found[name + '_se'])} {name.replace('_per_', '/')}"
         for name in ('nats_per_token', 'bits_per_byte', objective) if name in found)
         + f' (first {n:,} of {len(val_rows):,} rows, one time each)')
     return found, logged
@@ -600,7 +606,12 @@ def print_samples(n, when):
     if shard:
         say(f'no samples of a net that is shared out: python sample.py --out_dir={out_dir}')
         return []
-    texts, nfe = texts_of_average(n, temperature=0.7)
+    prompts = {}
+    if is_pair:  # those of val_rows: without one these nets say nothing
+        rows = val_rows[np.arange(n) % len(val_rows)]
+        prompts['prompt'] = [ids[~open_ids].tolist() for ids, open_ids in zip(
+            rows['x0'], rows['maskable'], strict=True)]
+    texts, nfe = texts_of_average(n, temperature=0.7, **prompts)
     for i, text in enumerate(texts):
         say(f'--- sample {i} {when} (temperature 0.7, {nfe[i]} network evaluations)\n{text}')
     if wandb_project and texts:

@@ -429,13 +429,13 @@ def attentions():
 
 def mamba():
     """Steps of DiMamba's net and of the attention net of the same size, in turns, over longer and
-    longer rows; those longer than a batch of the shortest make larger steps. times_first: time per
-    token, of that in the shortest rows. step_gb: what a step needs beyond the weights, their
-    average and AdamW's state."""
+    longer rows: two, and one of the longest, for memory, which leaves a core idle in the scan.
+    times_first: time per token, of that in the shortest rows. step_gb: what a step needs beyond the
+    weights, their average and AdamW's state."""
     for precision in formats:
         first = {}
         for length in (block_size * 2**k for k in range(6)):
-            shape = dict(rows=max(1, batch_size * block_size // length), block_size=length)
+            shape = dict(rows=2 if length < 32 * block_size else 1, block_size=length)
             published = dict(mixer='mamba', norm='rmsnorm', head_bias=False)
             nets = dict(attention=Training(**shape), mamba=Training(**shape, **published))
             times = {name: [] for name in nets}

@@ -622,9 +622,12 @@ def test_curves_tell_the_best_of_each_run_and_where(tiny_net, here, tmp_path, mo
         (tmp_path / name / 'metrics.jsonl').write_text(
             ''.join(json.dumps(row) + '\n' for row in [dict(iter=1, loss=9.0), *rows]))
     assert here('eval.py', '--metric=curves', '--runs=out-*')['result'][1] == dict(
-        run='out-mdm', best=3.0, best_at=40 * 8 * 16, last=3.0, tokens=40 * 8 * 16)
-    assert '| out-ar | 2 | 2,560 | 4 | 5,120 |' in capsys.readouterr().out
+        run='out-mdm', dataset='c-bytes', best_bits_per_byte=3.0, best_at=40 * 8 * 16,
+        bits_per_byte=3.0, tokens=40 * 8 * 16)
+    assert '| out-ar | c-bytes | 2 | 2,560 | 4 | 5,120 |' in capsys.readouterr().out
     if importlib.util.find_spec('matplotlib'):
         assert os.path.getsize('results-curves.png')
     with pytest.raises(ValueError, match='--metric=curves needs runs'):
         here('eval.py', '--metric=curves')
+    with pytest.raises(ValueError, match='there is no nothing-'):
+        here('eval.py', '--metric=curves', '--runs=out-ar,nothing-*')

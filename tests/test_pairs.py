@@ -470,3 +470,15 @@ def test_a_config_has_the_released_batch_steps_and_rates(recipe, vectors, pairs,
     settings |= dict(max_iters=steps, warmup_iters=config['warmup_iters'])
     rates = [get_lr(step) for step in released['at_step']]
     assert rates == pytest.approx(released['lr'], rel=1e-9)
+
+
+def test_samples_of_pairs_answer_prompts_of_the_split(pairs, here, capsys):
+    for extra in ([], ['--causal=True', '--objective=ar']):
+        here('train.py', *TINY, '--max_iters=1', '--sample_at_end=True', '--overwrite=True', *extra)
+        told = capsys.readouterr().out
+        prompts = ['ask ' + str(7 ** i)[:1 + i % 9] for i in range(40)]
+        samples = re.findall(r'--- sample \d .*\n(.*)', told)
+        assert len(samples) == 4
+        for sample in samples:
+            text = sample.removeprefix('<|endoftext|>')
+            assert any(text.startswith(prompt) for prompt in prompts), sample

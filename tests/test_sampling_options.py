@@ -394,3 +394,17 @@ def test_a_net_without_numbers_writes_no_file(tiny_net, refused, tmp_path):
     shown = refused('sample.py', '--out_dir=.', '--out=s.jsonl', '--steps=4', '--sampler=greedy')
     assert 'are not numbers' in shown
     assert os.listdir(tmp_path) == ['ckpt.pt']
+
+
+def test_the_comment_of_an_option_may_stand_behind_a_whole_signature():
+    from configurator import defaults_of
+
+    def sampler(b, num_steps, tokens_a_step=None):  # [int >= 1] how many
+        pass
+
+    def two(b, eta=0.5, gamma=1):  # [>= 0] of gamma
+        pass
+
+    assert defaults_of(sampler) == dict(tokens_a_step=(None, '[int >= 1] how many'))
+    assert defaults_of(two)['eta'] == (0.5, 'its own option')
+    assert defaults_of(two)['gamma'] == (1, '[>= 0] of gamma')

@@ -1,6 +1,7 @@
 """How train.py starts, waits and ends: what its constants say, what is left in out_dir."""
 
 import os
+import re
 import time
 
 import pytest
@@ -37,6 +38,30 @@ def test_old_checkpoints_whose_constants_are_those_given_resume(mine, here):
     torch.save(state, 'out/ckpt.pt')
     here('train.py', *options, '--max_iters=3', '--init_from=resume')
     assert checkpoint()['constants']['n_layer'] == 1
+
+
+def test_what_is_asked_for_by_name_is_not_dropped_without_a_word(mine, here, capsys):
+    here('train.py', *SMALL, '--max_iters=1', '--out_dir=source', '--tied=True', '--mlp=relu')
+    here('train.py', *SMALL, '--max_iters=1', '--init_from=source', '--tied=False', '--mlp=relu')
+    assert 'not used are tied=False (it has True)' in capsys.readouterr().out
+    with pytest.raises(ValueError, match='ckpt.pt has tied=True, the run tied=False'):
+        here('train.py', *SMALL, '--max_iters=2', '--init_from=resume', '--out_dir=source',
+             '--tied=False')
+
+
+def test_a_run_is_not_resumed_on_another_text(mine, here):
+    here('train.py', *SMALL, '--max_iters=1')
+    os.rename('data/mine', 'data/other')
+    with pytest.raises(ValueError, match="dataset='mine', the run names 'other': they must agree"):
+        here('train.py', *SMALL, '--max_iters=2', '--init_from=resume', '--dataset=other')
+    assert checkpoint()['iter'] == 1
+
+
+def test_a_validation_of_one_row_has_no_error(mine, here, capsys):
+    here('train.py', *SMALL, '--block_size=64', '--eval_interval=1', '--max_iters=1',
+         '--packing=concat', '--eval_iters=1', '--global_batch_size=1', '--batch_size=1')
+    told = capsys.readouterr().out
+    assert re.search(r'validation [\d.]+ nats/token, [\d.]+ bits/byte \(first 1 of', told)
 
 
 def test_a_refusal_leaves_no_folder_behind(mine, run):
