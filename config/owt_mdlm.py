@@ -3,6 +3,14 @@
 #   python data.py --dataset=openwebtext --tokenizer=gpt2
 #   torchrun --nproc_per_node=8 train.py config/owt_mdlm.py
 #
+# On four nodes, as a job of Slurm (not run here):
+#
+#   #SBATCH --nodes=4 --gpus-per-node=8 --ntasks-per-node=1 --requeue --signal=TERM@90
+#   srun torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --max-restarts=3 \
+#       --rdzv_endpoint=$(scontrol show hostnames | head -1):29500 \
+#       train.py config/owt_mdlm.py --init_from=auto
+#   scontrol requeue $SLURM_JOB_ID
+#
 # Hardware: 8 GPUs of 80 GB, 32 rows each, two micro-batches a step.
 # Published (1M steps, 262B tokens): test perplexity at most 23.2.
 
