@@ -31,7 +31,7 @@ import sys
 import sysconfig
 import threading
 from array import array
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import PurePath
@@ -815,6 +815,15 @@ def own_options(dataset):
     return {key: defaults_of(reader)[key] for key in inspect.getfullargspec(reader).kwonlyargs}
 
 
+def hashed_splits():
+    """The split of document 0, 1, 2, ... where the source does not say: by key_of its number, 5%
+    validation."""
+    for first in itertools.count(step=2 ** 12):
+        keys = splitmix64(np.arange(first, first + 2 ** 12, dtype=np.uint64)) >> np.uint64(1)
+        for is_train in (keys % np.uint64(20) > 0).tolist():
+            yield 'train' if is_train else 'validation'
+
+
 def documents(dataset, input=None, streaming=True, options=None):
     """What a dataset's reader yields, with the text cleaned up and every split chosen. options:
     the reader's own."""
@@ -830,11 +839,13 @@ def documents(dataset, input=None, streaming=True, options=None):
         near, = difflib.get_close_matches(dataset, DATASETS, n=1, cutoff=0)
         raise ValueError(f"dataset '{dataset}' is not known; the nearest is '{near}'; text:PATH "
                          'and pairs:PATH take your own text')
-    index = 0
+    splits = hashed_splits()
+    by_hash = next(splits)
     for split, text, last, total in reader:
         if split is None:
-            split = 'train' if key_of(index) % 20 else 'validation'
-            index += last
+            split = by_hash
+            if last:
+                by_hash = next(splits)
         if dataset in DATASETS:
             text = detokenize(dataset, text)
         yield split, text, last, total
@@ -933,18 +944,19 @@ def training_texts(documents, limit=2 ** 27):
 
 def chunks(documents, progress):
     """About a megabyte of documents at a time: split, their texts, and which end a document."""
-    chunk = {}
-    size = 0
+    chunk = defaultdict(lambda: ([], []))
+    size, total = 0, None
     for split, text, last, total in documents:
-        progress.total = progress.total or total
-        texts, ends = chunk.setdefault(split, ([], []))
+        texts, ends = chunk[split]
         texts.append(text)
         ends.append(last)
-        size += len(text_of(text))
+        size += len(text if isinstance(text, str) else text_of(text))
         if size >= PIECE:
+            progress.total = progress.total or total
             yield from chunk.items()
-            chunk = {}
+            chunk = defaultdict(lambda: ([], []))
             size = 0
+    progress.total = progress.total or total
     yield from chunk.items()
 
 

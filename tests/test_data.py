@@ -666,3 +666,11 @@ def test_impossible_rows_are_refused(folder):
         TokenRows(folder, 'train', 2, 'wrap')
     with pytest.raises(FileNotFoundError, match='is not a data folder'):
         TokenRows('data/nowhere', 'train', 32, 'wrap')
+
+
+def test_every_twentieth_document_or_so_is_validation_by_a_hash_of_its_number(tmp_path):
+    path = tmp_path / 'c.txt'
+    path.write_text('\n\n'.join(f'document {i}' for i in range(10_000)))
+    splits = [split for split, *_ in data.documents(f'text:{path}')]
+    by_hash = ['train' if data.key_of(i) % 20 else 'validation' for i in range(10_000)]
+    assert splits == by_hash
