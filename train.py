@@ -263,11 +263,11 @@ def newest_checkpoint():
         with contextlib.suppress(FileNotFoundError):
             os.replace(f'{out_dir}/ckpt.pt', f'{out_dir}/ckpt.bad.pt')
         put(out_dir, 'ckpt.pt', older)
-    theirs = checkpoint['constants'].get('optimizer')
     text = checkpoint['constants'].get('dataset', dataset)
     require(text == dataset or os.path.basename(folder) == text, f'{out_dir} was trained on '
             f"dataset='{text}', the run names '{dataset}': they must agree to resume; on other "
             f'text a net is trained by --init_from={out_dir} and another --out_dir')
+    theirs = checkpoint['constants'].get('optimizer')
     require(len(checkpoint['optimizer']) == 1 + (optimizer == 'muon'),
             f"{out_dir}/ckpt.pt has the state of optimizer='{theirs}', the run '{optimizer}': "
             'they must agree to resume')

@@ -1209,7 +1209,8 @@ def run_goals():
     common = [f'--device={device.type}', '--sample_at_end=False', '--sample_interval=0']
     small = [] if device.type == 'cuda' else ['--max_iters=20', '--n_layer=2', '--n_embd=96']
     train_py, config = os.path.join(root, 'train.py'), os.path.join(root, 'config', '')
-    run('config/quickstart.py', 'bits/byte', 2.0, True, partial(least, r'([\d.]+) ± \S+ bits/byte'),
+    bits_per_byte = partial(least, r'([\d.]+) ± \S+ bits/byte')
+    run('config/quickstart.py', 'bits/byte', 2.0, True, bits_per_byte,
         train_py, f'{config}quickstart.py', *common, *small)
 
     # the race's winner on the quickstart's text, as many steps as go into 5 minutes or what is left
