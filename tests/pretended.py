@@ -264,7 +264,9 @@ class Bytes(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if func.namespace == 'aten' and not view and 'empty' not in name:
             sparse = name.startswith(('gather', 'scatter', 'index'))
-            tensors = [x for x in tree_flatten((args, kwargs or {}, out))[0]
+            written = {argument.name for argument in func._schema.arguments if argument.is_out}
+            read = args, {key: x for key, x in (kwargs or {}).items() if key not in written}
+            tensors = [x for x in tree_flatten((read, out))[0]
                        if isinstance(x, torch.Tensor) and x.numel() >= self.least]
             self.moved += sum(x.numel() * x.element_size() for x in tensors) * (not sparse)
         return out
