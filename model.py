@@ -383,7 +383,7 @@ class DiT(nn.Module):
         if self.config.tied:
             self.lm_head.weight = self.wte.weight
 
-    def trunk(self, x, sigma=None, attention_mask=None, cache=None, x0=None):
+    def trunk(self, x, sigma=None, attention_mask=None, cache=None, x0=None, causal=False):
         """ids x (B, L) -> (B, L, n_embd).
 
         sigma (B,): total noise, which a time-conditioned net needs.
@@ -391,9 +391,11 @@ class DiT(nn.Module):
         rows that hold several documents: the number of each token's document, -1 of padding.
         Attention then stays within a document, whose positions begin at 0. cache: a KVCache.
         With a block_length each block looks at itself and those before it, at most block_size
-        positions: in x, or of x = xt at the clean ones of x0 (B, L).
+        positions: in x, or of x = xt at the clean ones of x0 (B, L). causal: attention looks back
+        only, as it always does in a causal net.
         """
         config = self.config
+        causal = causal or config.causal
         require(
             sigma is not None or not config.time_conditioning,
             'this net is time-conditioned: give sigma (B,), the total noise')
@@ -417,14 +419,17 @@ class DiT(nn.Module):
             position, attn_mask = cache.positions, cache.attn_mask
         elif is_packed(attention_mask):
             attn_mask, position = within_documents(
-                attention_mask, config.causal, self.blocks[0].attn_dropout())
+                attention_mask, causal, self.blocks[0].attn_dropout())
         elif config.block_length and L > config.block_length:
             if x0 is not None:
                 x = torch.cat((x0, x), dim=1)
                 position = position.repeat(2)
             attn_mask = within_blocks(
                 config, L, x, attention_mask, self.blocks[0].attn_dropout())
-        elif attention_mask is not None and not config.causal:  # padding is on the right
+        elif causal and not config.causal:
+            attn_mask = functools.partial(
+                attention, p=self.blocks[0].attn_dropout(), is_causal=True)
+        elif attention_mask is not None and not causal:  # padding is on the right
             attn_mask = attention_mask[:, None, None, :]
             if self.training and has_flash(x.device):
                 attn_mask, _ = within_documents(
@@ -938,10 +943,11 @@ def sedd(pos):
 
 
 def ar(net, x0, attention_mask=None):
-    """-log p(x0[:, i] | x0[:, :i]) of a causal net, (B, L), the mask excluded; 0 at column 0."""
+    """-log p(x0[:, i] | x0[:, :i]), (B, L), the mask excluded; 0 at column 0. Attention looks back
+    only, in any net."""
     if attention_mask is not None:
         attention_mask = attention_mask[:, :-1]
-    h = net.trunk(x0[:, :-1], attention_mask=attention_mask)
+    h = net.trunk(x0[:, :-1], attention_mask=attention_mask, causal=True)
     nll = net.nll(h.flatten(0, 1), x0[:, 1:].flatten(), exclude=net.config.mask_id)
     return F.pad(nll.view(len(x0), -1), (1, 0))
 
@@ -1010,13 +1016,14 @@ def per_token_loss(
     """The loss of each position in nats, (B, L) float32, zero where there is none.
 
     x0, xt (B, L): ids; t (B,) or (B, L): times of xt, with T > 0 steps on_grid ('ar' uses x0
-    alone). With a block_length xt is the noised blocks, each given the clean ones before it.
+    alone, and goes with any net). With a block_length xt is the noised blocks, each given the
+    clean ones before it.
     objective: default: the net's own. options: its own (importance: t is of importance_time).
     masked (N,): flat indices of the positions with a loss; default: where xt is the mask.
     reconstruction: add reconstruction_loss where it is a term of the bound.
     """
     objective = objective or net.config.objective
-    check_objective(objective, T, options, net.config.causal)
+    check_objective(objective, T, options, net.config.causal or objective == 'ar')
     record, options = OBJECTIVES[objective], options_of(objective, options)
     if objective == 'ar':
         return record.loss(net, x0, attention_mask)

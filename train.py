@@ -109,6 +109,7 @@ schedule = 'loglinear'      # of the noise: a key of model.SCHEDULES
 schedule_parameters = None  # [dict] its own, "{'eps': 1e-4}"; None: its defaults
 time_sampling = 'stratified'  # [stratified | per_process | iid] see times_of
 sampling_eps = 1e-3         # [0 <= x < 1] the least time
+ar_share = 0.0              # [0 <= x < 1] share of the steps, the first: as a causal net, by 'ar'
 t_range = None              # [tuple] (least, most) time of training; None: (sampling_eps, 1)
 first_given = False         # [bool] the first token of a row is neither masked nor scored (BD3-LM)
 T = 0                       # steps of the diffusion, for 'd3pm' and 'subs'; 0: continuous time
@@ -181,6 +182,10 @@ require(epochs is None or flops is None, 'epochs and flops both set max_iters: g
 require(is_pair or pad_to == 'block' and not prompt_drop,
         "pad_to and prompt_drop go with packing 'pair'")
 require(not (causal and prompt_drop), 'prompt_drop goes with nets that are not causal')
+require(not ar_share or not (causal or block_length or time_conditioning or use_num_masked_factor)
+        and mixer == 'attention',
+        'ar_share goes with nets of attention that are not causal, without block_length, '
+        'time_conditioning and use_num_masked_factor')
 require(measured_by in OBJECTIVES,
         f"objective '{objective}': its bound '{measured_by}' is not in OBJECTIVES")
 require(not (sample_at_end or sample_interval or eval_gen_ppl)
@@ -346,7 +351,8 @@ def check_memory(config):
     def needed(rows):
         return memory_needed(
             config, rows, row_length, device, dtype, schedule, T, make_optimizers,
-            len(my_micro_batches) > 1, loss_on_visible_tokens, world_size if shard else 1,
+            len(my_micro_batches) > 1, loss_on_visible_tokens or ar_share > 0,
+            world_size if shard else 1,
             (lowest, highest), **options_of(objective, options))
 
     free = free_memory(device) / (1 if on_gpu else int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
@@ -483,6 +489,11 @@ def times_of(step, micro):
     return t.view(batch_size, blocks) if net.config.block_length else t
 
 
+def objective_at(step):
+    """The first ar_share of the steps train it as a causal net, which scores every position."""
+    return 'ar' if step < round(ar_share * max_iters) else objective
+
+
 def training_batch(step, micro):
     """Micro-batch `micro` of a step."""
     t = times_of(step, micro)
@@ -494,7 +505,9 @@ def training_batch(step, micro):
     rows = train_rows[rows_of(step, micro * batch_size, batch_size)]
     rows = {name: x[:, :length] for name, x in rows.items()}
     drop = uniform((), step, micro, 4, dtype=torch.float32).item() < prompt_drop
-    return corrupt_batch(rows, t, net.config, schedule, key_of(seed, step, micro), device,
+    back = objective_at(step) == 'ar' != objective
+    config = dataclasses.replace(net.config, objective='ar', causal=True) if back else net.config
+    return corrupt_batch(rows, t, config, schedule, key_of(seed, step, micro), device,
                          loss_on_visible_tokens, drop_prompt=drop)
 
 
@@ -507,9 +520,9 @@ class Loss(nn.Module):
 
     def forward(self, batch, objective):
         return per_token_loss(
-            self.net, batch['x0'], batch['xt'], batch['t'], objective, schedule, T,
-            batch['masked'], batch['attention_mask'], reconstruction=True,
-            **options_of(objective, self.options))
+            self.net, batch['x0'], batch['xt'], batch['t'], objective, schedule,
+            0 if objective == 'ar' else T, batch['masked'], batch['attention_mask'],
+            reconstruction=True, **options_of(objective, self.options))
 
 
 def mean_loss(loss, batch):
@@ -517,7 +530,7 @@ def mean_loss(loss, batch):
     loss_norm 'step': over all positions; the loop then divides by the share of the whole step."""
     if use_num_masked_factor:
         loss = loss / (1 + (batch['xt'] == mask_id).sum(dim=1, keepdim=True))
-    if record.over_masked:
+    if record.over_masked and batch['masked'] is not None:
         count = torch.tensor(batch['masked'].numel())
     else:
         count = batch['scored'].sum()  # on the device: no waiting for it
@@ -676,7 +689,8 @@ PEAK = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12, 'B200': 2250e12}
 def report(loss, lr, grad_norm, seconds):
     """Print and log a step that took so many seconds."""
     rate = global_batch_size * min(block_size, longest_row_of(step - 1)) / seconds
-    projected = global_batch_size * block_size // (1 if causal else 2)  # the masked
+    every = objective_at(step - 1) == 'ar'  # or the masked alone, half of them
+    projected = global_batch_size * block_size // (1 if every else 2)
     used = net.train_flops(global_batch_size, block_size, projected) / seconds / world_size
     gpu = torch.cuda.get_device_name(device) if on_gpu else ''
     mfu = ''.join(f', MFU {used / PEAK[name]:.1%}' for name in PEAK if name in gpu)
@@ -885,7 +899,7 @@ while True:
         synchronised = last or world_size == 1 or shard
         with contextlib.nullcontext() if synchronised else loss_module.no_sync():
             with amp:
-                micro_loss, part = mean_loss(loss_module(batch, objective), batch)
+                micro_loss, part = mean_loss(loss_module(batch, objective_at(step)), batch)
                 micro_loss = micro_loss / len(my_micro_batches)
             micro_loss.backward()
         loss += micro_loss.detach()

@@ -82,6 +82,54 @@ def test_tied_weights_get_the_gradients_of_embedding_and_head():
     assert tied.num_params(embedding=False) == apart.num_params(embedding=False)
 
 
+@pytest.mark.parametrize('rows', ['concat', 'padded', 'documents'])
+def test_the_ar_loss_of_any_net_is_that_of_a_causal_net(rows):
+    torch.manual_seed(0)
+    net = DiT(ModelConfig(**SHAPE, qkv_bias=True))
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    causal = DiT(ModelConfig(**SHAPE, qkv_bias=True, objective='ar', causal=True))
+    causal.load_state_dict(net.state_dict())
+    x0 = torch.randint(10, (2, 32))
+    attention_mask = dict(
+        concat=None, padded=torch.arange(32) < torch.tensor([[32], [20]]),
+        documents=(torch.arange(32) // 12).repeat(2, 1))[rows]
+    t = torch.full((2,), 0.5)
+    losses = [
+        per_token_loss(one, x0, None, t, 'ar', attention_mask=attention_mask)
+        for one in (net, causal)]
+    seen = slice(None) if rows != 'padded' else attention_mask
+    assert torch.allclose(losses[0][seen], losses[1][seen], atol=1e-6) and losses[0].std() > 0.1
+    changed = x0.clone()
+    changed[:, 16:] = 0  # the future
+    after = per_token_loss(net, changed, None, t, 'ar', attention_mask=attention_mask)
+    assert torch.equal(after[:, :16], losses[0][:, :16])
+
+
+@pytest.mark.parametrize('objective', ['subs', 'mlm'])
+def test_an_ar_phase_is_a_mean_over_every_next_token(mine, here, objective):
+    """At the start all ids but the mask have one probability, whatever is masked."""
+    ran = here('train.py', *SMALL, f'--objective={objective}', '--ar_share=0.6',
+               '--learning_rate=1e-9', '--warmup_iters=0')
+    V = ran['net'].config.vocab_size
+    loss = [line['loss'] for line in metrics()[0].values()]
+    assert loss[:6] == pytest.approx([math.log(V - 1)] * 6, abs=1e-5)
+    assert all(ran['training_batch'](step, 0)['masked'] is None for step in range(6))
+    assert ran['training_batch'](6, 0)['masked'] is not None
+    if objective == 'mlm':  # of all V ids
+        assert loss[6:] == pytest.approx([math.log(V)] * 4, abs=1e-5)
+
+
+def test_an_ar_phase_is_refused_where_there_is_none(refused):
+    for option in ('--block_length=8', '--mixer=mamba', '--time_conditioning=True',
+                   '--objective=ar --causal=True', '--objective=mlm --use_num_masked_factor=True'):
+        error = refused('train.py', '--dataset=stdlib', '--ar_share=0.3', *option.split())
+        assert error.count('\n') == 1 and 'ar_share goes with nets of attention' in error
+    for share in (1, -0.1, '"a"'):
+        error = refused('train.py', '--dataset=stdlib', f'--ar_share={share}')
+        assert error.count('\n') == 1 and 'ar_share=' in error
+
+
 def test_unigram_bias_begins_at_the_entropy_of_the_tokens(mine, here):
     ran = here('train.py', *SMALL, '--max_iters=1', '--learning_rate=1e-9', '--unigram_bias=True')
     tokens = TokenRows('data/mine', 'train', 16, 'wrap').tokens
@@ -101,7 +149,7 @@ def test_a_run_with_every_fast_option_resumes_to_the_bit(mine, run):
     options = [
         *SMALL, '--n_embd=32', '--cond_dim=0', '--objective=mlm', '--optimizer=muon', '--tied=True',
         '--qkv_bias=True', '--unigram_bias=True', '--t_range=(1e-3, 0.5)', '--lr_schedule=linear',
-        '--embed_norm=True', '--ckpt_interval=5', '--keep_interval=5'
+        '--embed_norm=True', '--ar_share=0.7', '--ckpt_interval=5', '--keep_interval=5'
     ]
     run('train.py', *options, '--out_dir=whole')
     run('train.py', *options, '--out_dir=parts')
