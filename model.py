@@ -420,15 +420,15 @@ class DiT(nn.Module):
         elif is_packed(attention_mask):
             attn_mask, position = within_documents(
                 attention_mask, causal, self.blocks[0].attn_dropout())
+        elif causal and not config.causal:
+            attn_mask = functools.partial(
+                attention, p=self.blocks[0].attn_dropout(), is_causal=True)
         elif config.block_length and L > config.block_length:
             if x0 is not None:
                 x = torch.cat((x0, x), dim=1)
                 position = position.repeat(2)
             attn_mask = within_blocks(
                 config, L, x, attention_mask, self.blocks[0].attn_dropout())
-        elif causal and not config.causal:
-            attn_mask = functools.partial(
-                attention, p=self.blocks[0].attn_dropout(), is_causal=True)
         elif attention_mask is not None and not causal:  # padding is on the right
             attn_mask = attention_mask[:, None, None, :]
             if self.training and has_flash(x.device):

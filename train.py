@@ -109,7 +109,7 @@ schedule = 'loglinear'      # of the noise: a key of model.SCHEDULES
 schedule_parameters = None  # [dict] its own, "{'eps': 1e-4}"; None: its defaults
 time_sampling = 'stratified'  # [stratified | per_process | iid] see times_of
 sampling_eps = 1e-3         # [0 <= x < 1] the least time
-ar_share = 0.0              # [0 <= x < 1] share of the steps, the first: as a causal net, by 'ar'
+ar_share = 0.0              # [0 <= x < 1] share of max_iters: a new net begins as a causal one
 t_range = None              # [tuple] (least, most) time of training; None: (sampling_eps, 1)
 first_given = False         # [bool] the first token of a row is neither masked nor scored (BD3-LM)
 T = 0                       # steps of the diffusion, for 'd3pm' and 'subs'; 0: continuous time
@@ -182,10 +182,6 @@ require(epochs is None or flops is None, 'epochs and flops both set max_iters: g
 require(is_pair or pad_to == 'block' and not prompt_drop,
         "pad_to and prompt_drop go with packing 'pair'")
 require(not (causal and prompt_drop), 'prompt_drop goes with nets that are not causal')
-require(not ar_share or not (causal or block_length or time_conditioning or use_num_masked_factor)
-        and mixer == 'attention',
-        'ar_share goes with nets of attention that are not causal, without block_length, '
-        'time_conditioning and use_num_masked_factor')
 require(measured_by in OBJECTIVES,
         f"objective '{objective}': its bound '{measured_by}' is not in OBJECTIVES")
 require(not (sample_at_end or sample_interval or eval_gen_ppl)
@@ -329,6 +325,7 @@ def warn_of_idle():
     needs = dict(
         schedule=noise, schedule_parameters=noise, time_sampling=noise, sampling_eps=noise,
         t_range=noise,
+        ar_share=('attention, neither causal nor time_conditioning', can_look_back),
         min_lr=("lr_schedule='cosine'", lr_schedule != 'constant'),
         unigram_bias=('head_bias', head_bias),
         warmup_share=('a larger max_iters', warmup_share * max_iters > warmup_iters),
@@ -351,7 +348,7 @@ def check_memory(config):
     def needed(rows):
         return memory_needed(
             config, rows, row_length, device, dtype, schedule, T, make_optimizers,
-            len(my_micro_batches) > 1, loss_on_visible_tokens or ar_share > 0,
+            len(my_micro_batches) > 1, loss_on_visible_tokens or ar_steps > 0,
             world_size if shard else 1,
             (lowest, highest), **options_of(objective, options))
 
@@ -490,8 +487,8 @@ def times_of(step, micro):
 
 
 def objective_at(step):
-    """The first ar_share of the steps train it as a causal net, which scores every position."""
-    return 'ar' if step < round(ar_share * max_iters) else objective
+    """A new net begins as a causal one, which learns from every position."""
+    return 'ar' if step < ar_steps else objective
 
 
 def training_batch(step, micro):
@@ -505,8 +502,9 @@ def training_batch(step, micro):
     rows = train_rows[rows_of(step, micro * batch_size, batch_size)]
     rows = {name: x[:, :length] for name, x in rows.items()}
     drop = uniform((), step, micro, 4, dtype=torch.float32).item() < prompt_drop
-    back = objective_at(step) == 'ar' != objective
-    config = dataclasses.replace(net.config, objective='ar', causal=True) if back else net.config
+    config = net.config
+    if step < ar_steps:
+        config = dataclasses.replace(config, objective='ar', causal=True, block_length=None)
     return corrupt_batch(rows, t, config, schedule, key_of(seed, step, micro), device,
                          loss_on_visible_tokens, drop_prompt=drop)
 
@@ -528,7 +526,7 @@ class Loss(nn.Module):
 def mean_loss(loss, batch):
     """(B, L) nats -> the loss, and the share of its divisor's positions that are scored.
     loss_norm 'step': over all positions; the loop then divides by the share of the whole step."""
-    if use_num_masked_factor:
+    if use_num_masked_factor and batch['xt'] is not None:
         loss = loss / (1 + (batch['xt'] == mask_id).sum(dim=1, keepdim=True))
     if record.over_masked and batch['masked'] is not None:
         count = torch.tensor(batch['masked'].numel())
@@ -689,8 +687,8 @@ PEAK = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12, 'B200': 2250e12}
 def report(loss, lr, grad_norm, seconds):
     """Print and log a step that took so many seconds."""
     rate = global_batch_size * min(block_size, longest_row_of(step - 1)) / seconds
-    every = objective_at(step - 1) == 'ar'  # or the masked alone, half of them
-    projected = global_batch_size * block_size // (1 if every else 2)
+    scored = 1 if objective_at(step - 1) == 'ar' else 2  # all positions, or the masked half
+    projected = global_batch_size * block_size // scored
     used = net.train_flops(global_batch_size, block_size, projected) / seconds / world_size
     gpu = torch.cuda.get_device_name(device) if on_gpu else ''
     mfu = ''.join(f', MFU {used / PEAK[name]:.1%}' for name in PEAK if name in gpu)
@@ -767,7 +765,14 @@ if step >= max_iters:
     if world_size > 1:
         dist.destroy_process_group()
     sys.exit()
+can_look_back = not (config.causal or config.time_conditioning or config.mixer == 'mamba')
 warn_of_idle()
+if init_from != 'scratch':  # a run goes on with its own share, and a net that knows text has none
+    theirs = before['ar_share'] if init_from == 'resume' else 0.0
+    if ar_share not in (theirs, 0.0):
+        tell(f'warning: ar_share={ar_share} is for new nets, this run has {theirs}')
+    ar_share = constants['ar_share'] = theirs
+ar_steps = round(ar_share * max_iters) if can_look_back else 0
 warmup_iters = max(warmup_iters, round(warmup_share * max_iters))
 check_memory(config)
 
@@ -836,7 +841,8 @@ if master:
         f'{len(train_rows):,} rows of {block_size} tokens{left_out}, '
         f'{rows_a_pass / global_batch_size:,.1f} steps an epoch; {world_size} x {device}, '
         f"{'bfloat16 autocast' if amp._enabled else 'float32'}; "
-        f'training to step {max_iters:,} in {out_dir}')
+        f'training to step {max_iters:,} in {out_dir}'
+        + f', the first {ar_steps:,} as a causal net' * (ar_steps > 0))
 del checkpoint  # its tensors take memory
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # queues send the first or the last
     signal.signal(number, ask_to_stop)

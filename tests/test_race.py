@@ -120,11 +120,33 @@ def test_an_ar_phase_is_a_mean_over_every_next_token(mine, here, objective):
         assert loss[6:] == pytest.approx([math.log(V)] * 4, abs=1e-5)
 
 
-def test_an_ar_phase_is_refused_where_there_is_none(refused):
-    for option in ('--block_length=8', '--mixer=mamba', '--time_conditioning=True',
-                   '--objective=ar --causal=True', '--objective=mlm --use_num_masked_factor=True'):
-        error = refused('train.py', '--dataset=stdlib', '--ar_share=0.3', *option.split())
-        assert error.count('\n') == 1 and 'ar_share goes with nets of attention' in error
+@pytest.mark.parametrize('given, there_is', [
+    ('--mixer=mamba', False), ('--time_conditioning=True', False),
+    ('--objective=ar --causal=True', False), ('--block_length=8', True),
+    ('--objective=mlm --use_num_masked_factor=True', True), ('--objective=d3pm --T=10', True)])
+def test_which_nets_have_an_ar_phase(mine, here, capsys, given, there_is):
+    ran = here('train.py', *SMALL, '--ar_share=0.5', '--max_iters=2', *given.split())
+    said = capsys.readouterr().out
+    assert ran['ar_steps'] == there_is and (', the first 1 as a causal net' in said) == there_is
+    assert ('these do nothing: ar_share=0.5 (it needs attention' in said) == (not there_is)
+
+
+def test_a_run_keeps_its_ar_phase_and_trained_nets_have_none(mine, here, capsys):
+    here('train.py', *SMALL, '--ar_share=0.5', '--ckpt_interval=3', '--keep_interval=3')
+    os.replace('out/ckpt_3.pt', 'out/ckpt.pt')
+    capsys.readouterr()
+    ran = here('train.py', *SMALL, '--init_from=resume')  # without the option
+    assert ran['ar_steps'] == 5 and 'warning' not in capsys.readouterr().out
+    assert checkpoint('out')['constants']['ar_share'] == 0.5
+    tuned = *SMALL, '--ar_share=0.5', '--out_dir=tuned'
+    ran = here('train.py', *tuned, '--init_from=out', '--ckpt_interval=3', '--keep_interval=3')
+    assert ran['ar_steps'] == 0 and checkpoint('tuned')['constants']['ar_share'] == 0.0
+    assert 'ar_share=0.5 is for new nets, this run has 0.0' in capsys.readouterr().out
+    os.replace('tuned/ckpt_3.pt', 'tuned/ckpt.pt')
+    assert here('train.py', *tuned, '--init_from=resume')['ar_steps'] == 0
+
+
+def test_an_impossible_share_is_refused(refused):
     for share in (1, -0.1, '"a"'):
         error = refused('train.py', '--dataset=stdlib', f'--ar_share={share}')
         assert error.count('\n') == 1 and 'ar_share=' in error
