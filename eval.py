@@ -74,7 +74,7 @@ results = 'results.jsonl'  # every result is appended to it, with the settings t
 # likelihood (ppl, zero_shot)
 dataset = None          # a folder in data/ or a name of data.py; None: what the net was trained on
 tokenizer = None        # None: the one the checkpoint names
-split = None            # None: 'test' for lm1b, ag_news and text8, else 'validation'
+split = None            # None: 'test' for lm1b, ag_news, text8; else what training validated on
 packing = None          # a key of data.PACKINGS; None: as trained, else 'wrap'
 grouping = None         # [int >= 1] cut so many documents at a time, drop their rest (MDLM: 1000)
 block_size = None       # [int >= 1] tokens a row; None: the net's
@@ -1035,14 +1035,17 @@ def dataset_of(folder):
     return read_meta(folder)['source']['dataset']
 
 
-def split_of(folder, c):
-    return c.split or BENCHMARKS.get(dataset_of(folder), 'validation')
+def split_of(run, folder, name):
+    """The split that is measured of the data that are called so."""
+    net = run.net.constants if run.net else {}
+    own = net.get('val_split') if name == net.get('dataset') else None
+    return run.c.split or BENCHMARKS.get(dataset_of(folder)) or own or 'validation'
 
 
 def likelihood(run, name):
     """nelbo of the data that are called so."""
     c, net, folder = run.c, run.net, find_or_prepare(name, run.tok.name)
-    split, usual = split_of(folder, c), MEASURED_AS.get(dataset_of(folder), {})
+    split, usual = split_of(run, folder, name), MEASURED_AS.get(dataset_of(folder), {})
     packing = c.packing or usual.get('packing') or run.trained('packing', 'wrap')
     max_tokens = c.max_tokens or usual.get('max_tokens')
     block_size = net.config.block_size if c.block_size is None else c.block_size
@@ -1146,7 +1149,7 @@ def load_references(run, num_texts):
     load_featurizer(c.featurizer)
 
     def references(n):
-        return reference_texts(folder, split_of(folder, c), tok, 2 * n + 100, n)
+        return reference_texts(folder, split_of(run, folder, name), tok, 2 * n + 100, n)
 
     comparable(num_texts, references(num_texts))
     return folder, tok, references
@@ -1345,7 +1348,7 @@ def read_pairs(run):
     """{a name: the same} of a split of prompts and answers that data.py made."""
     name = run.trained('dataset')
     folder = find_or_prepare(name, run.tok.name)
-    split = split_of(folder, run.c)
+    split = split_of(run, folder, name)
     pairs = TokenRows(folder, split, run.net.config.block_size, 'pair')
     rows = []
     for i in pairs.kept:

@@ -608,8 +608,12 @@ def texts_of_average(n, **options):
     except Exception as error:  # a tokenizer that is gone, a full device
         say(f'warning: no samples ({type(error).__name__}: {error})')
         return [], []
-    texts = [tok.decode(ids[:n]) for ids, n in zip(out.tokens.tolist(), out.length, strict=True)]
-    return texts, out.nfe
+    rows = [ids[:n] for ids, n in zip(out.tokens.tolist(), out.length, strict=True)]
+    eos = tokenizer_meta['eos_id']
+    for ids, prompt in zip(rows, options.get('prompt', ()), strict=False):  # EOS fills their rows
+        if eos in ids[len(prompt):]:
+            del ids[ids.index(eos, len(prompt)):]
+    return [tok.decode(ids) for ids in rows], out.nfe
 
 
 def print_samples(n, when):
@@ -619,9 +623,8 @@ def print_samples(n, when):
         return []
     prompts = {}
     if is_pair:  # those of val_rows: without one these nets say nothing
-        rows = val_rows[np.arange(n) % len(val_rows)]
-        prompts['prompt'] = [ids[~open_ids].tolist() for ids, open_ids in zip(
-            rows['x0'], rows['maskable'], strict=True)]
+        kept = val_rows.kept[np.arange(n) % len(val_rows)]
+        prompts['prompt'] = [val_rows.document(i)[:val_rows.prompt[i]].tolist() for i in kept]
     texts, nfe = texts_of_average(n, temperature=0.7, **prompts)
     for i, text in enumerate(texts):
         say(f'--- sample {i} {when} (temperature 0.7, {nfe[i]} network evaluations)\n{text}')

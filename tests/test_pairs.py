@@ -437,7 +437,7 @@ def test_eval_reads_the_conditional_likelihood_of_the_trained_data(pairs, here, 
         here('train.py', *TINY, '--max_iters=2', out, f'--causal={causal}',
              f'--objective={objective}', '--pad_to=batch')
         capsys.readouterr()
-        here('eval.py', out, '--split=train', '--device=cpu', '--results=r.jsonl')
+        here('eval.py', out, '--device=cpu', '--results=r.jsonl')
         shown = capsys.readouterr().out
         if causal:  # answers and their EOS, no padding
             counts = TokenRows(pairs, 'train', 24, 'pair').counts
@@ -482,3 +482,4 @@ def test_samples_of_pairs_answer_prompts_of_the_split(pairs, here, capsys):
         for sample in samples:
             text = sample.removeprefix('<|endoftext|>')
             assert any(text.startswith(prompt) for prompt in prompts), sample
+            assert '<|endoftext|>' not in text  # what fills the row is not shown
