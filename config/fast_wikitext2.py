@@ -23,6 +23,7 @@ unigram_bias = True
 tied = True
 embed_norm = True
 objective = 'mlm'
+ar_share = 0.3  # the first steps train it as a causal net, which learns from every token
 t_range = (1e-3, 0.5)  # never more than half of a row is masked on average: cheaper, and no worse
 
 optimizer = 'muon'

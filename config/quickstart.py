@@ -27,6 +27,7 @@ embed_norm = True
 dropout = 0.0
 objective = 'mlm'  # cross entropy at the masked positions: less noisy than the NELBO
 t_range = (1e-3, 0.5)  # at least half of a row is seen in training, which is cheaper too
+ar_share = 0.3  # the first steps train it as a causal net, which learns from every token
 
 optimizer = 'muon'  # at this budget well ahead of adamw
 learning_rate = 6e-3
