@@ -687,6 +687,7 @@ def optimizers():
                     os.path.join(root, 'config', 'quickstart.py'),
                     f'--optimizer={name}',
                     f'--learning_rate={learning_rate}',
+                    '--ar_share=0',  # every evaluation is of a diffusion net
                     '--eval_interval=30',
                     '--ckpt_interval=1000',
                     '--sample_at_end=False',
@@ -1051,8 +1052,8 @@ def memory():
                 training.update()
         return peak_gigabytes() - before
 
-    mdlm = '--mlp=gelu --cond_dim=128 --tied=False --objective=subs --t_range=None'
-    llama = '--norm=rmsnorm --mlp=swiglu --objective=subs'
+    mdlm = '--mlp=gelu --cond_dim=128 --tied=False --objective=subs --t_range=None --ar_share=0'
+    llama = '--norm=rmsnorm --mlp=swiglu --objective=subs --ar_share=0'
     _, _, nothing, _ = peak(
         '--n_layer=1', '--n_head=1', '--n_embd=8', '--block_size=8', '--batch_size=1',
         '--global_batch_size=1', '--dtype=float32')
