@@ -133,6 +133,7 @@ weight_decay = 0.0          # [>= 0]
 decay_all = False           # decay every parameter; False: matrices only
 beta1 = 0.9                 # [0 <= x < 1]
 beta2 = 0.999               # [0 <= x < 1]
+momentum = 0.95             # [0 <= x < 1] of muon
 grad_clip = 1.0             # [>= 0] largest norm of the gradient; 0: no limit
 ema = 0.9999                # [0 <= x < 1] decay of the average; step n: at most (1 + n) / (10 + n)
 # system
@@ -324,7 +325,7 @@ def warn_of_idle():
     noise = 'an objective with noise', not causal
     needs = dict(
         schedule=noise, schedule_parameters=noise, time_sampling=noise, sampling_eps=noise,
-        t_range=noise,
+        t_range=noise, momentum=("optimizer='muon'", optimizer == 'muon'),
         ar_share=('attention, neither causal nor time_conditioning', can_look_back),
         min_lr=("lr_schedule='cosine'", lr_schedule != 'constant'),
         unigram_bias=('head_bias', head_bias),
@@ -423,7 +424,7 @@ def make_optimizers(net):
                                     weight_decay=weight_decay, fused=True)]
     if by_muon:
         optimizers.append(torch.optim.Muon(by_muon, lr=learning_rate, weight_decay=weight_decay,
-                                           adjust_lr_fn='match_rms_adamw'))
+                                           momentum=momentum, adjust_lr_fn='match_rms_adamw'))
     return optimizers
 
 

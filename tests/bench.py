@@ -724,7 +724,7 @@ RECIPES = {
 }
 FAST = dict(
     objective='mlm', optimizer='muon', learning_rate=6e-3, lr_schedule='linear', warmup_iters=20,
-    beta2=0.99, ema=0.99, t_range=(1e-3, 0.5), cond_dim=0, dropout=0.0, mlp='relu', qkv_bias=True,
+    momentum=0.9, beta2=0.99, ema=0.99, t_range=(1e-3, 0.7), cond_dim=0, dropout=0.0, mlp='relu', qkv_bias=True,
     unigram_bias=True, tied=True, embed_norm=True, ar_share=0.3, global_batch_size=16
 )
 for share in (1, 2, 4, 8, 12, 16):  # of the line's tokens

@@ -171,7 +171,8 @@ def test_a_run_with_every_fast_option_resumes_to_the_bit(mine, run):
     options = [
         *SMALL, '--n_embd=32', '--cond_dim=0', '--objective=mlm', '--optimizer=muon', '--tied=True',
         '--qkv_bias=True', '--unigram_bias=True', '--t_range=(1e-3, 0.5)', '--lr_schedule=linear',
-        '--embed_norm=True', '--ar_share=0.7', '--ckpt_interval=5', '--keep_interval=5'
+        '--embed_norm=True', '--ar_share=0.7', '--momentum=0.9', '--ckpt_interval=5',
+        '--keep_interval=5'
     ]
     run('train.py', *options, '--out_dir=whole')
     run('train.py', *options, '--out_dir=parts')
