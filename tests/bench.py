@@ -11,7 +11,7 @@ How fast, measured against the dense textbook of tests/reference.py and a large 
     python tests/bench.py --part=mamba --dtype=float32 --repeats=1    DiMamba beside attention
     python tests/bench.py --part=block --block_size=1024    block diffusion with its cache
     python tests/bench.py --part=nelbo --out_dir=out-quickstart   estimators over seeds
-    python tests/bench.py --part=race --recipes=mdlm,fast         tokens until a loss, see RECIPES
+    python tests/bench.py --part=race --race_seeds='(0,)'          tokens until a loss, see RECIPES
 
 Prints one table a part and appends each row to `out`. In a row, whole numbers and words say what
 was measured; the other numbers are what was found. "of matmul" is the share of the FLOP/s of a
@@ -52,7 +52,7 @@ from configurator import configure
 from eval import nelbo as measured_nelbo
 from model import (
     SIZES, DiT, ModelConfig, autocast, corrupt, load_pretrained, loglinear, per_token_loss,
-    pick_device, reuse_memory
+    pick_device, require_known, reuse_memory
 )
 from sample import generate
 
@@ -76,7 +76,7 @@ megabytes = 200  # [>= 1] of text (data)
 tokenizer = 'gpt2'  # (data, loop, checkpoint, processes)
 out_dir = 'out-quickstart'  # a trained net (nelbo)
 seeds = 16  # [>= 1] (nelbo)
-recipes = None  # (race) names in RECIPES with commas between them; None: all
+recipes = 'mdlm 1e-3,fast 1/8'  # (race) names in RECIPES with commas between them
 recipe = None  # [dict] (race) constants of train.py, one recipe in place of those
 texts = 'stdlib,wikitext2'  # (race) names in TEXTS
 race_seeds = (0, 1, 2)  # [tuple] (race)
@@ -714,18 +714,17 @@ def optimizers():
             )
 
 
-# name -> constants of train.py, whose defaults are MDLM's. The line to beat is 'mdlm': 1,000 steps
-# of 32 rows, at the best learning rate of its grid
-RECIPES = {
-    'mdlm 1e-3': dict(learning_rate=1e-3),
-    'mdlm': dict(learning_rate=2e-3),
-    'mdlm 4e-3': dict(learning_rate=4e-3),
-    'ar': dict(learning_rate=1e-3, objective='ar', causal=True, cond_dim=0),
-}
+# name -> constants of train.py, whose defaults are MDLM's. The line to beat is 1,000 steps of 32
+# rows at the best learning rate of its grid, 'mdlm 1e-3'
+RECIPES = {}
+for rate in ('2.5e-4', '5e-4', '1e-3', '2e-3', '4e-3'):
+    RECIPES[f'mdlm {rate}'] = dict(learning_rate=float(rate))
+    RECIPES[f'ar {rate}'] = dict(
+        learning_rate=float(rate), objective='ar', causal=True, cond_dim=0)
 FAST = dict(
     objective='mlm', optimizer='muon', learning_rate=6e-3, lr_schedule='linear', warmup_iters=20,
-    momentum=0.9, beta2=0.99, ema=0.99, t_range=(1e-3, 0.7), cond_dim=0, dropout=0.0, mlp='relu', qkv_bias=True,
-    unigram_bias=True, tied=True, embed_norm=True, ar_share=0.3, global_batch_size=16
+    momentum=0.9, beta2=0.99, ema=0.99, t_range=(1e-3, 0.7), ar_share=0.3, cond_dim=0, dropout=0.0,
+    mlp='relu', qkv_bias=True, unigram_bias=True, tied=True, embed_norm=True, global_batch_size=16
 )
 for share in (1, 2, 4, 8, 12, 16):  # of the line's tokens
     RECIPES[f'fast 1/{share}'] = FAST | dict(max_iters=2000 // share)
@@ -777,7 +776,9 @@ def raced(text, recipe, seed):
 def race():
     """Recipes on one net and two texts: the NELBO (`count`, 8 draws a row) of averaged weights
     after the last step on all of the validation split, median and range over seeds; CPU seconds."""
-    chosen = {name: RECIPES[name] for name in recipes.split(',')} if recipes else RECIPES
+    for name in recipes.split(','):
+        require_known('recipe ', name, RECIPES)
+    chosen = {name: RECIPES[name] for name in recipes.split(',')}
     if recipe is not None:
         chosen = {str(recipe): recipe}
     for text in texts.split(','):
