@@ -369,6 +369,8 @@ class DiT(nn.Module):
                 nn.init.kaiming_uniform_(self.wte.weight, a=math.sqrt(5))
                 for p in self.lm_head.parameters():
                     nn.init.zeros_(p)
+                if config.tied:
+                    nn.init.normal_(self.wte.weight, std=0.02)
             for name, p in self.named_parameters():
                 if 'adaLN' in name:
                     nn.init.zeros_(p)  # every block starts as the identity
