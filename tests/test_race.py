@@ -71,7 +71,7 @@ def test_tied_weights_get_the_gradients_of_embedding_and_head():
         net = DiT(ModelConfig(**SHAPE, tied=tied))
         nets.append(net)
     tied, apart = nets
-    assert (tied.wte.weight.norm(dim=1) > 0.1).all()  # a head of zeros would take the embedding along
+    assert (tied.wte.weight.norm(dim=1) > 0.1).all()  # not of zeros, as heads begin
     apart.load_state_dict(tied.state_dict())
     x0 = torch.arange(64).view(2, 32) % 10
     xt = torch.where(torch.arange(32) % 3 == 0, 10, x0)
