@@ -1,4 +1,4 @@
-# See a masked diffusion language model learn in three minutes, offline, on 2 CPU cores.
+# See a masked diffusion language model learn in two minutes, offline, on 2 CPU cores.
 #
 #   python train.py config/quickstart.py
 #   python sample.py --out_dir=out-quickstart --num_samples=4 --steps=256 --top_p=0.95
