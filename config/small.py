@@ -30,13 +30,15 @@ tied = True
 embed_norm = True
 dropout = 0.0
 objective = 'mlm'
-t_range = (1e-3, 0.5)
+t_range = (1e-3, 0.7)
+ar_share = 0.15  # the first steps train it as a causal net, which learns from every token
 
 optimizer = 'muon'
 learning_rate = 6e-3
 max_iters = 2000
 lr_schedule = 'linear'
 warmup_iters = 20
+momentum = 0.9
 beta2 = 0.99
 ema = 0.99
 
