@@ -771,11 +771,12 @@ if step >= max_iters:
     sys.exit()
 can_look_back = not (config.causal or config.time_conditioning or config.mixer == 'mamba')
 warn_of_idle()
-if init_from != 'scratch':  # a run goes on with its own share, and a net that knows text has none
+if init_from != 'scratch':  # a run goes on with its own, and a net that knows text has none
     theirs = before['ar_share'] if init_from == 'resume' else 0.0
     if ar_share not in (theirs, 0.0):
         tell(f'warning: ar_share={ar_share} is for new nets, this run has {theirs}')
-    ar_share = constants['ar_share'] = theirs
+    # as many steps as before, whatever max_iters is now
+    ar_share = constants['ar_share'] = theirs and theirs * before['max_iters'] / max_iters
 ar_steps = round(ar_share * max_iters) if can_look_back else 0
 warmup_iters = max(warmup_iters, round(warmup_share * max_iters))
 check_memory(config)

@@ -139,6 +139,9 @@ def test_a_run_keeps_its_ar_phase_and_trained_nets_have_none(mine, here, capsys)
     ran = here('train.py', *SMALL, '--init_from=resume')  # without the option
     assert ran['ar_steps'] == 5 and 'warning' not in capsys.readouterr().out
     assert checkpoint('out')['constants']['ar_share'] == 0.5
+    for longer in (20, 40):  # it does not begin again
+        ran = here('train.py', *SMALL, f'--max_iters={longer}', '--init_from=resume')
+        assert ran['ar_steps'] == 5
     tuned = *SMALL, '--ar_share=0.5', '--out_dir=tuned'
     ran = here('train.py', *tuned, '--init_from=out', '--ckpt_interval=3', '--keep_interval=3')
     assert ran['ar_steps'] == 0 and checkpoint('tuned')['constants']['ar_share'] == 0.0
