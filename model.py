@@ -1018,14 +1018,13 @@ def per_token_loss(
     """The loss of each position in nats, (B, L) float32, zero where there is none.
 
     x0, xt (B, L): ids; t (B,) or (B, L): times of xt, with T > 0 steps on_grid ('ar' uses x0
-    alone, and goes with any net). With a block_length xt is the noised blocks, each given the
-    clean ones before it.
+    alone). With a block_length xt is the noised blocks, each given the clean ones before it.
     objective: default: the net's own. options: its own (importance: t is of importance_time).
     masked (N,): flat indices of the positions with a loss; default: where xt is the mask.
     reconstruction: add reconstruction_loss where it is a term of the bound.
     """
     objective = objective or net.config.objective
-    check_objective(objective, T, options, net.config.causal or objective == 'ar')
+    check_objective(objective, T, options, net.config.causal)
     record, options = OBJECTIVES[objective], options_of(objective, options)
     if objective == 'ar':
         return record.loss(net, x0, attention_mask)

@@ -518,10 +518,12 @@ class Loss(nn.Module):
         self.net, self.options = net, options
 
     def forward(self, batch, objective):
+        if objective == 'ar':  # of a causal net, or in the causal phase of another
+            return OBJECTIVES['ar'].loss(self.net, batch['x0'], batch['attention_mask'])
         return per_token_loss(
-            self.net, batch['x0'], batch['xt'], batch['t'], objective, schedule,
-            0 if objective == 'ar' else T, batch['masked'], batch['attention_mask'],
-            reconstruction=True, **options_of(objective, self.options))
+            self.net, batch['x0'], batch['xt'], batch['t'], objective, schedule, T,
+            batch['masked'], batch['attention_mask'], reconstruction=True,
+            **options_of(objective, self.options))
 
 
 def mean_loss(loss, batch):

@@ -7,8 +7,8 @@ import pytest
 import torch
 from data import TokenRows
 from model import (
-    DiT, ModelConfig, apply_rotary, load_pretrained, per_token_loss, rotary_table, save_pretrained,
-    stratified_times
+    DiT, ModelConfig, apply_rotary, ar, load_pretrained, per_token_loss, rotary_table,
+    save_pretrained, stratified_times
 )
 from test_train import SMALL, checkpoint, equal, metrics
 
@@ -95,15 +95,12 @@ def test_the_ar_loss_of_any_net_is_that_of_a_causal_net(rows):
     attention_mask = dict(
         concat=None, padded=torch.arange(32) < torch.tensor([[32], [20]]),
         documents=(torch.arange(32) // 12).repeat(2, 1))[rows]
-    t = torch.full((2,), 0.5)
-    losses = [
-        per_token_loss(one, x0, None, t, 'ar', attention_mask=attention_mask)
-        for one in (net, causal)]
+    losses = [ar(one, x0, attention_mask) for one in (net, causal)]
     seen = slice(None) if rows != 'padded' else attention_mask
     assert torch.allclose(losses[0][seen], losses[1][seen], atol=1e-6) and losses[0].std() > 0.1
     changed = x0.clone()
     changed[:, 16:] = 0  # the future
-    after = per_token_loss(net, changed, None, t, 'ar', attention_mask=attention_mask)
+    after = ar(net, changed, attention_mask)
     assert torch.equal(after[:, :16], losses[0][:, :16])
 
 
